@@ -1,0 +1,174 @@
+"""The ``clantune`` block of a DeepSpeed config: every key, its default and what it means.
+
+``{"population_size": 4}`` is a complete block. The text under a field is its documentation; the table in the
+README is made from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
+
+from clantune_scale.core.genome import Consensus, Kind, Scale
+
+# JSON has types of its own: "4", true and 4.0 are not a count, and reading them as one would hide a mistake.
+Count = Annotated[int, Strict(), Field(ge=1)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+
+
+class Block(BaseModel):
+    """A part of the block: immutable, and no key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StrategyConfig(Block):
+    """How fitness becomes the next population."""
+
+    name: str = "clan"
+    """Strategy: `clan` (the best form known), `classic` (mutate, truncate, clone) or `control` (no change)."""
+
+    options: dict[str, Any] = {}
+    """Options of that strategy, by name."""
+
+
+class GeneConfig(Block):
+    """One gene; a key left out takes the default of its target."""
+
+    target: str | None = None
+    """What the gene sets; the part of its name before `:` where null."""
+
+    groups: list[str] | None = None
+    """Names of the optimizer's parameter groups that it is written to; all where null."""
+
+    kind: Kind | None = None
+    """`optimizer` (acts on how a gradient is applied) or `specialized` (acts on the gradient itself)."""
+
+    scale: Scale | None = None
+    """Scale in which it varies: `log`, `linear`, or `logit` for rates between 0 and 1."""
+
+    bounds: tuple[Number, Number] | None = None
+    """Lowest and highest value, both allowed."""
+
+    initial: Number | None = None
+    """First value of every member; null takes 1 for a relative gene and the engine's own value for another."""
+
+    step_size: Annotated[Number, Field(gt=0)] | None = None
+    """First standard deviation of a change, in scale units."""
+
+    max_change: Annotated[Number, Field(gt=0)] | None = None
+    """Largest move of the clan's value in one round, in scale units."""
+
+    consensus: Consensus | None = None
+    """The clan's one value where the gene is not expressed: `mean` or `median`, in scale."""
+
+    integer: Flag | None = None
+    """Whether the expressed value is rounded to a whole number."""
+
+    mode: Literal["relative", "absolute"] | None = None
+    """`relative` multiplies what the user's own schedule says, `absolute` replaces it."""
+
+
+class FitnessConfig(Block):
+    """What members are compared by: the mean loss on a common validation window."""
+
+    num_samples: Count = 256
+    """Samples in the window, the same for every member; the first ones of `eval_data`."""
+
+    batch_size: Count | None = None
+    """Samples per forward pass on one rank; null takes the training micro-batch."""
+
+
+class TrackingConfig(Block):
+    """Where a run leaves its traces."""
+
+    directory: str = "clan_runs"
+    """Folder that holds one folder per run."""
+
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")] | None = None
+    """Name of the run and its folder; null takes the date and time. A used folder gets a numbered sibling."""
+
+    mlflow: Flag = True
+    """Whether the run is logged to MLflow, beside the events file that is always written."""
+
+    tracking_uri: str | None = None
+    """MLflow's tracking URI; null takes `MLFLOW_TRACKING_URI`, then an SQLite file in `directory`."""
+
+    experiment: str = "clantune"
+    """MLflow experiment that the run belongs to."""
+
+    print_every_steps: Count = 10
+    """Optimizer steps between two lines on the terminal."""
+
+
+class CheckpointConfig(Block):
+    """What is kept of the weights."""
+
+    champion: Flag = True
+    """Whether the best member's weights are written to `champion.safetensors` at the end."""
+
+
+class JoinConfig(Block):
+    """How the members find each other before training."""
+
+    timeout_s: Annotated[Number, Field(gt=0)] = 300.0
+    """Seconds to wait for every rank of every member to arrive."""
+
+    port: Annotated[int, Strict(), Field(ge=1, le=65535)] | None = None
+    """TCP port on the first host where ranks meet; null takes one that the launcher's `MASTER_PORT` implies."""
+
+
+class ClanConfig(Block):
+    """The whole ``clantune`` block."""
+
+    enabled: Flag = True
+    """False turns the run into plain `deepspeed.initialize`."""
+
+    population_size: Count
+    """Members of the clan; the launcher's ranks are divided among them. Required."""
+
+    round_length: Count = 20
+    """Optimizer steps of a round (of the shortest one, where the strategy lets rounds grow)."""
+
+    duty_cycle: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    """Share of a round that is competitive, where a specialized gene is active."""
+
+    seed: Annotated[int, Strict(), Field(ge=0)] = 0
+    """Seed of every decision and of the order of the data."""
+
+    total_steps: Count | None = None
+    """Optimizer steps of the whole run, for the final decay; null where it is not known."""
+
+    strategy: StrategyConfig = StrategyConfig()
+    """How fitness becomes the next population; a bare name is short for `{"name": ...}`."""
+
+    genes: dict[str, GeneConfig] = {"lr": GeneConfig()}
+    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults."""
+
+    fitness: FitnessConfig = FitnessConfig()
+    """How members are measured."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the run leaves its traces."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept of the weights."""
+
+    join: JoinConfig = JoinConfig()
+    """How members find each other."""
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _strategy_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("genes", mode="before")
+    @classmethod
+    def _genes_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            return value
+        if len(set(value)) < len(value):
+            raise ValueError(f"a name is listed twice in {value}")
+        return {name: {} for name in value}

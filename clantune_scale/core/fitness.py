@@ -1,0 +1,91 @@
+"""From per-batch losses on a common window to a number per member, how sure it is, and who beats whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One member against another over the same batches.
+
+    Attributes:
+        difference: mean of (loss of the first - loss of the second); negative where the first is better.
+        standard_error: of that mean.
+        p_value: two-sided, of a paired t-test.
+    """
+
+    difference: float
+    standard_error: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """The clan's losses on the common validation window; lower is fitter.
+
+    Attributes:
+        losses: [members, batches] float64, the same batches for every member; not finite where a
+            member's forward pass was not.
+    """
+
+    losses: np.ndarray
+
+    @classmethod
+    def from_losses(cls, losses: Sequence[Sequence[float]] | np.ndarray) -> Fitness:
+        """Builds it from anything that has the shape [members, batches].
+
+        Raises:
+            ValueError: if the array does not have two axes or has no batch.
+        """
+        array = np.asarray(losses, dtype=np.float64)
+        if array.ndim != 2 or array.shape[1] < 1:
+            raise ValueError(f"losses must have the shape [members, batches >= 1], got {list(array.shape)}")
+        return cls(array)
+
+    @property
+    def num_members(self) -> int:
+        return self.losses.shape[0]
+
+    @property
+    def is_finite(self) -> np.ndarray:
+        """[members] bool: every batch's loss is a finite number."""
+        return np.isfinite(self.losses).all(axis=1)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[members] float64: mean loss; +inf for a member with any batch that is not finite."""
+        finite = self.is_finite
+        safe = np.where(finite[:, None], self.losses, 0.0)
+        return np.where(finite, safe.mean(axis=1), np.inf)
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """[members] float64: standard error of the mean over batches (nan with one batch or a not finite loss)."""
+        finite = self.is_finite
+        if self.losses.shape[1] < 2:
+            return np.full(self.num_members, np.nan)
+        safe = np.where(finite[:, None], self.losses, 0.0)
+        return np.where(finite, stats.sem(safe, axis=1), np.nan)
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """Members from fittest to weakest; ties and not finite ones keep the order of their index."""
+        return tuple(int(m) for m in np.argsort(self.mean, kind="stable"))
+
+    def compare(self, first: int, second: int) -> Comparison:
+        """Paired comparison over the common batches (scipy's ``ttest_rel``).
+
+        With one batch, or batches that all differ by the same amount, there is no spread to test
+        against: the p-value is then 1 for equal losses and 0 otherwise.
+        """
+        difference = self.losses[first] - self.losses[second]
+        mean = float(difference.mean())
+        if difference.size < 2 or np.ptp(difference) == 0:
+            return Comparison(mean, 0.0, 1.0 if mean == 0 else 0.0)
+        p_value = float(stats.ttest_rel(self.losses[first], self.losses[second]).pvalue)
+        return Comparison(mean, float(stats.sem(difference)), p_value)

@@ -1,0 +1,129 @@
+"""What a member inherits and passes on: named scalars, each in a scale of its own, and a step size for each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from clantune_scale.errors import ConfigError
+
+Kind = Literal["optimizer", "specialized"]
+Scale = Literal["log", "linear", "logit"]
+Consensus = Literal["mean", "median"]
+
+_ENCODE: dict[str, Callable[[float], float]] = {
+    "log": math.log,
+    "linear": float,
+    "logit": lambda value: math.log(value / (1.0 - value)),
+}
+_DECODE: dict[str, Callable[[float], float]] = {
+    "log": math.exp,
+    "linear": float,
+    "logit": lambda x: 1.0 / (1.0 + math.exp(-x)),
+}
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One schedulable scalar: what it is called, what it sets, and the scale in which it varies.
+
+    Attributes:
+        name: unique in the genome, for example ``"lr"`` or ``"lr:head"``.
+        kind: ``"optimizer"`` genes act on how a gradient is applied and are expressed always;
+            ``"specialized"`` genes act on the gradient itself and are expressed only when competing.
+        scale: the scale in which the gene mutates: log, linear, or logit for rates between 0 and 1.
+        bounds: lowest and highest value (not encoded), both allowed.
+        initial: the value that every member starts from.
+        step_size: first standard deviation of a change, in scale units.
+        max_change: largest move of the clan's value in one round, in scale units.
+        consensus: how the clan's one value is formed where the gene is not expressed.
+        integer: whether the value that is expressed is rounded to a whole number.
+        relative: whether the value multiplies what the user's own schedule says.
+        target: what the gene sets, for example ``"weight_decay"``; the name where empty.
+        groups: names of the optimizer's parameter groups that it is written to; all where None.
+    """
+
+    name: str
+    kind: Kind = "optimizer"
+    scale: Scale = "log"
+    bounds: tuple[float, float] = (1e-3, 1e3)
+    initial: float = 1.0
+    step_size: float = 0.1
+    max_change: float = 0.8
+    consensus: Consensus = "mean"
+    integer: bool = False
+    relative: bool = False
+    target: str = ""
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ConfigError(f"gene {self.name!r} has bounds [{low}, {high}]. Give two finite numbers, low < high.")
+        if self.scale == "log" and low <= 0:
+            raise ConfigError(
+                f"gene {self.name!r} varies on a log scale and has the lower bound {low}. "
+                f"Raise it above 0, or set scale to 'linear'."
+            )
+        if self.scale == "logit" and not (0 < low and high < 1):
+            raise ConfigError(
+                f"gene {self.name!r} varies on a logit scale and has bounds [{low}, {high}]. "
+                f"Keep both strictly between 0 and 1, or set scale to 'linear'."
+            )
+        if not low <= self.initial <= high:
+            raise ConfigError(
+                f"gene {self.name!r} starts at {self.initial}, outside its bounds [{low}, {high}]. "
+                f"Widen the bounds or change the start."
+            )
+        if not self.step_size > 0 or not self.max_change > 0:
+            raise ConfigError(
+                f"gene {self.name!r} has step_size {self.step_size} and max_change {self.max_change}. "
+                f"Both must be above 0; to hold a gene still, leave it out of `genes`."
+            )
+        if not self.target:
+            object.__setattr__(self, "target", self.name)
+
+    def encode(self, value: float) -> float:
+        """The value in scale units (its logarithm, say)."""
+        return _ENCODE[self.scale](value)
+
+    def decode(self, x: float) -> float:
+        """A value from scale units, clipped to the bounds so that rounding cannot leave them."""
+        low, high = self.bounds
+        return min(max(_DECODE[self.scale](x), low), high)
+
+    def reflect(self, x: float) -> float:
+        """``x`` (scale units) reflected at the encoded bounds until it lies between them."""
+        low, high = (self.encode(bound) for bound in self.bounds)
+        width = high - low
+        folded = (x - low) % (2 * width)
+        return low + (folded if folded <= width else 2 * width - folded)
+
+    def expressed(self, value: float) -> float:
+        """The value as it takes effect: a whole number for integer genes."""
+        low, high = self.bounds
+        return min(max(float(round(value)), math.ceil(low)), math.floor(high)) if self.integer else value
+
+
+@dataclass(frozen=True)
+class Genome:
+    """Values (not encoded) and step sizes (scale units) of one member, by gene name."""
+
+    values: Mapping[str, float]
+    step_sizes: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def initial(cls, genes: Sequence[Gene]) -> Genome:
+        return cls({g.name: g.initial for g in genes}, {g.name: g.step_size for g in genes})
+
+    def digest(self) -> str:
+        """Hex digest of names and exact values: equal if and only if the genomes are."""
+        state = hashlib.blake2b(digest_size=16)
+        for table in (self.values, self.step_sizes):
+            for name in sorted(table):
+                state.update(name.encode() + b"\0" + struct.pack("<d", table[name]))
+        return state.hexdigest()

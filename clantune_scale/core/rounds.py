@@ -1,0 +1,134 @@
+"""The clan's clock: optimizer step to (round, phase, offset), by arithmetic alone, so that one integer resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class PhaseKind(str, Enum):
+    """Whether members share gradients and split the data, or keep theirs and see the same data."""
+
+    COOPERATIVE = "cooperative"
+    COMPETITIVE = "competitive"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of optimizer steps under one rule.
+
+    Attributes:
+        kind: cooperative or competitive.
+        num_steps: its length in optimizer steps, at least 1.
+        keeps: whether the weights that it trained are kept; if not, each member goes back to its own
+            state at the phase's start once fitness is measured.
+        batch_factor: how many times its usual share of the batch a member trains on in each step
+            (``population_size`` gives it the clan's whole batch, by accumulation).
+    """
+
+    kind: PhaseKind
+    num_steps: int
+    keeps: bool = True
+    batch_factor: int = 1
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What happens in one round, known when it starts.
+
+    Attributes:
+        index: 0 for the first round.
+        start_step: optimizer steps that were done before it.
+        phases: in order, without gaps.
+        explores: names of the genes in which members may differ in this round.
+        averages: whether fitness is measured on each member's averaged weights.
+        averaging_window_steps: time constant of that average (0 where ``averages`` is false).
+        evolves: whether selection and reproduction follow the evaluation.
+    """
+
+    index: int
+    start_step: int
+    phases: tuple[Phase, ...]
+    explores: tuple[str, ...] = ()
+    averages: bool = False
+    averaging_window_steps: int = 0
+    evolves: bool = True
+
+    @property
+    def num_steps(self) -> int:
+        return sum(phase.num_steps for phase in self.phases)
+
+    @property
+    def end_step(self) -> int:
+        return self.start_step + self.num_steps
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a step lies: its round, its phase in the round, its offset in the phase."""
+
+    step: int
+    plan: RoundPlan
+    phase_index: int
+    offset: int
+
+    @property
+    def phase(self) -> Phase:
+        return self.plan.phases[self.phase_index]
+
+    @property
+    def starts_phase(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def starts_round(self) -> bool:
+        return self.offset == 0 and self.phase_index == 0
+
+    @property
+    def ends_phase(self) -> bool:
+        return self.offset == self.phase.num_steps - 1
+
+    @property
+    def ends_round(self) -> bool:
+        return self.ends_phase and self.phase_index == len(self.plan.phases) - 1
+
+
+class RoundClock:
+    """Finds the position of any optimizer step.
+
+    Args:
+        plan_round: (round index, start step) to that round's plan; must be a pure function, because
+            the clock calls it again after a resume and expects the same answer.
+    """
+
+    def __init__(self, plan_round: Callable[[int, int], RoundPlan]) -> None:
+        self._plan_round = plan_round
+        self._plans: list[RoundPlan] = []
+
+    def round(self, index: int) -> RoundPlan:
+        """The plan of round ``index``."""
+        while len(self._plans) <= index:
+            start_step = self._plans[-1].end_step if self._plans else 0
+            plan = self._plan_round(len(self._plans), start_step)
+            if not plan.phases or any(phase.num_steps < 1 for phase in plan.phases):
+                raise ValueError(f"round {plan.index} at step {start_step} was planned with an empty phase: {plan}")
+            self._plans.append(plan)
+        return self._plans[index]
+
+    def at(self, step: int) -> Position:
+        """The position of the step that follows ``step`` completed ones."""
+        if step < 0:
+            raise ValueError(f"steps count from 0, not from {step}")
+        index = len(self._plans)
+        while index > 0 and self.round(index - 1).end_step > step:
+            index -= 1
+        while self.round(index).end_step <= step:
+            index += 1
+        plan = self.round(index)
+        offset = step - plan.start_step
+        for phase_index, phase in enumerate(plan.phases):
+            if offset < phase.num_steps:
+                return Position(step, plan, phase_index, offset)
+            offset -= phase.num_steps
+        raise AssertionError("unreachable: a round's phases cover its steps")

@@ -1,0 +1,114 @@
+"""What a strategy is: which phases a round has, whom it starts from, and how fitness becomes the next clan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.rounds import RoundPlan
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What every strategy may know of the run, equal on all ranks.
+
+    Attributes:
+        population_size: number of members.
+        genes: the genome's genes, in config order.
+        seed: seeds every decision.
+        round_length_steps: the user's round length, in optimizer steps.
+        duty_cycle: the user's share of a round that is competitive, 0 to 1.
+        total_steps: optimizer steps of the whole run, or None where nobody said.
+        has_schedule: whether the user's own learning-rate schedule is attached (and decays as it likes).
+    """
+
+    population_size: int
+    genes: tuple[Gene, ...]
+    seed: int
+    round_length_steps: int
+    duty_cycle: float
+    total_steps: int | None = None
+    has_schedule: bool = False
+
+    def gene(self, name: str) -> Gene:
+        return next(gene for gene in self.genes if gene.name == name)
+
+
+@dataclass(frozen=True)
+class Population:
+    """The clan's genomes and what the strategy remembers; plain data that JSON holds.
+
+    Attributes:
+        genomes: one per member.
+        memory: the strategy's own state between rounds.
+    """
+
+    genomes: tuple[Genome, ...]
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from a round's fitness; equal on every rank, because it is a pure function of it.
+
+    Attributes:
+        population: the next round's.
+        donors: ``donors[m]`` is the member whose training state member m receives; m itself where it
+            keeps its own. A donor never receives: ``donors[donors[m]] == donors[m]``.
+        restore: every member first goes back to the state that the guard kept last.
+        reasons: one short phrase per member, for the log.
+    """
+
+    population: Population
+    donors: tuple[int, ...]
+    restore: bool = False
+    reasons: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for member, donor in enumerate(self.donors):
+            if self.donors[donor] != donor:
+                raise ValueError(
+                    f"member {member} is to receive from {donor}, which receives from {self.donors[donor]}: "
+                    f"donors {self.donors} and recipients must be disjoint"
+                )
+
+
+class Strategy(ABC):
+    """Base of all strategies. Copy ``control.py`` to start one of your own.
+
+    All methods are pure: they read their arguments and the run's facts and draw their randomness from
+    :func:`clantune_scale.core.mutation.normal` and its kin, so that every rank decides the same.
+
+    Attributes:
+        facts: what the run is.
+        guards: whether the runtime keeps a copy of the last good state for ``Decision.restore``.
+    """
+
+    guards: bool = False
+
+    def __init__(self, facts: RunFacts) -> None:
+        self.facts = facts
+
+    @abstractmethod
+    def plan(self, index: int, start_step: int) -> RoundPlan:
+        """The phases of round ``index``, which starts after ``start_step`` optimizer steps."""
+
+    @abstractmethod
+    def init(self, start: Fitness) -> Population:
+        """The first population, given the losses of the members at step 0."""
+
+    @abstractmethod
+    def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
+        """The decision at the end of the round that ``plan`` describes.
+
+        Raises:
+            EvaluationError: if no member has a finite fitness and the strategy cannot go back.
+        """
+
+    def lr_factor(self, step: int) -> float:
+        """A factor on every learning rate in the step after ``step`` completed ones (the final decay)."""
+        return 1.0

@@ -1,0 +1,29 @@
+"""What can go wrong, as a user meets it: one sentence with the values in it, one that says what to change."""
+
+
+class ClanError(RuntimeError):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ClanError, ValueError):
+    """The ``clantune`` block, or what was passed beside it, cannot be used as it is."""
+
+
+class TopologyError(ClanError, ValueError):
+    """The ranks that the launcher started do not form the clan that the config asks for."""
+
+
+class EvaluationError(ClanError):
+    """The common validation window gave no fitness that selection could use."""
+
+
+class TransferError(ClanError):
+    """State that was copied from one member to another did not arrive as it was sent."""
+
+
+class DivergenceError(ClanError):
+    """Ranks that must agree (on a decision, a layout, a genome) do not."""
+
+
+class NoEffectWarning(UserWarning):
+    """A setting was accepted and changes nothing."""

@@ -1,0 +1,85 @@
+"""Process groups that belong to no world: what crosses members goes over these.
+
+``torch.distributed.new_group`` builds inside the default world, and a member's default world ends at the
+member. These are built on the bootstrap store instead. Collectives take them as ``group=``; point-to-point
+does not (torch looks its ranks up in the world), so :class:`Column` calls the group's own methods.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroup, Store
+
+
+def stand_alone_group(store: Store, name: str, rank: int, size: int, *, device_type: str, timeout_s: float) -> Any:
+    """A process group of ``size`` ranks that meet under ``name`` on ``store``; all of them must call it.
+
+    Args:
+        store: the clan's bootstrap store.
+        name: unique in the clan; the members of one group give the same.
+        rank: this process's rank in the group, 0 to size - 1.
+        size: number of ranks in the group.
+        device_type: ``"cpu"`` for gloo, ``"cuda"`` for NCCL.
+        timeout_s: seconds after which a collective fails.
+    """
+    prefixed = PrefixStore(f"group/{name}", store)
+    timeout = timedelta(seconds=timeout_s)
+    group = ProcessGroup(prefixed, rank, size)
+    if device_type == "cuda":
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        kind, backend = ProcessGroup.BackendType.NCCL, ProcessGroupNCCL(prefixed, rank, size, options)
+    else:
+        from torch.distributed import ProcessGroupGloo
+
+        kind, backend = ProcessGroup.BackendType.GLOO, ProcessGroupGloo(prefixed, rank, size, timeout)
+    group._register_backend(torch.device(device_type), kind, backend)
+    group._set_default_backend(kind)
+    return group
+
+
+class Column:
+    """The ranks with the same place in every member, one per member: here the clan talks.
+
+    Messages are numbers and JSON; nothing that arrives over the wire is unpickled.
+
+    Args:
+        group: a stand-alone gloo group, ranked by member.
+        member: this process's member, its rank in the group.
+        size: number of members.
+    """
+
+    def __init__(self, group: Any, member: int, size: int) -> None:
+        self.group = group
+        self.member = member
+        self.size = size
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """[members, ...] float64: what each member gave; all give the same shape."""
+        mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        if self.size == 1:
+            return mine.numpy()[None].copy()
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return torch.stack(parts).numpy()
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """What each member gave, in member order; anything that JSON holds (floats come back exactly)."""
+        payload = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        sizes = self.gather(np.array([payload.size])).astype(int).ravel()
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: payload.size] = torch.from_numpy(payload.copy())
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        if self.size == 1:
+            parts = [padded]
+        else:
+            dist.all_gather(parts, padded, group=self.group)
+        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]

@@ -1,0 +1,231 @@
+"""Joining the clan: before any process group exists, a process learns its member and takes its world for its own.
+
+The launcher's ranks meet on a bootstrap ``TCPStore``. Each member's first rank opens a store for its member;
+``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` are rewritten to it. From there on every engine
+sees the member as the whole world. ``LOCAL_RANK`` stays: it names the device.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from clantune_scale.errors import DivergenceError, TopologyError
+from clantune_scale.groups import Column, stand_alone_group
+from clantune_scale.topology import Coordinates, Topology
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class ClanWorld:
+    """This process's place in the clan.
+
+    Attributes:
+        topology: the grid of all ranks.
+        at: this process's coordinates in it.
+        store: the bootstrap store that all ranks of the clan reach.
+        column: the control group: this rank's peers in the other members, over gloo.
+        timeout_s: seconds that joining, and any clan collective, may take.
+    """
+
+    topology: Topology
+    at: Coordinates
+    store: Store
+    column: Column
+    timeout_s: float
+    member_store: Store | None = field(default=None, repr=False)
+
+    @property
+    def member(self) -> int:
+        return self.at.member
+
+    @property
+    def is_clan_leader(self) -> bool:
+        """Whether this is global rank 0, which writes logs."""
+        return self.at.rank == 0
+
+    def gradient_group(self, device_type: str) -> Any:
+        """A new stand-alone group of all (member, data) ranks with this rank's (pipeline, tensor) part.
+
+        Ranked member-major, as flat data parallelism would rank them. All ranks of the clan call it.
+        """
+        ranks = self.topology.gradient_ranks(self.at.rank)
+        name = f"gradient/{self.at.pp}/{self.at.tp}/{device_type}"
+        return stand_alone_group(
+            self.store,
+            name,
+            ranks.index(self.at.rank),
+            len(ranks),
+            device_type=device_type,
+            timeout_s=self.timeout_s,
+        )
+
+
+_joined: ClanWorld | None = None
+
+
+def current() -> ClanWorld | None:
+    """The clan that this process has joined, or None."""
+    return _joined
+
+
+def join(
+    population_size: int,
+    *,
+    pp: int = 1,
+    tp: int = 1,
+    timeout_s: float = 300.0,
+    environ: MutableMapping[str, str] = os.environ,
+) -> ClanWorld:
+    """Joins the clan and makes this process's member its world. Call it before any process group exists.
+
+    A second call with the same population size returns the first one's world.
+
+    Args:
+        population_size: number of members.
+        pp, tp: a member's pipeline and tensor (times context) degrees; data parallelism takes the rest.
+        timeout_s: how long to wait for ranks that have not arrived.
+        environ: where ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` are read and rewritten.
+
+    Raises:
+        TopologyError: if a variable is missing, the ranks do not divide among the members, a process group
+            exists already, or a rank does not arrive in time (all missing ones are named).
+    """
+    global _joined
+    if _joined is not None:
+        if _joined.topology.population_size != population_size:
+            raise TopologyError(
+                f"this process has joined a clan of {_joined.topology.population_size} members and is asked to join "
+                f"one of {population_size}. Give join() and the config the same population_size."
+            )
+        return _joined
+    if dist.is_initialized():
+        raise TopologyError(
+            f"a process group of {dist.get_world_size()} ranks exists already, and a member must become the world "
+            f"before the first one. Call clantune_scale.initialize() or clantune_scale.join() before "
+            f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
+            f"`deepspeed --module clantune_scale.run`."
+        )
+    rank, world_size, address, port = _launch_variables(environ)
+    topology = Topology.from_world(world_size, population_size=population_size, pp=pp, tp=tp)
+    at = topology.coordinates(rank)
+    store = _bootstrap(rank, world_size, address, port, timeout_s, environ)
+    member_store = _enter_member(store, topology, at, address, timeout_s, environ)
+    column = _open_column(store, topology, at, timeout_s)
+    _joined = ClanWorld(topology, at, store, column, timeout_s, member_store)
+    return _joined
+
+
+def leave(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Forgets the clan, so that a process may join another (tests do)."""
+    global _joined
+    _joined = None
+    for name in _LAUNCH_VARIABLES:
+        environ.pop(name, None)
+
+
+def _launch_variables(environ: MutableMapping[str, str]) -> tuple[int, int, str, int]:
+    missing = [name for name in _LAUNCH_VARIABLES if name not in environ]
+    if missing:
+        raise TopologyError(
+            f"the environment lacks {', '.join(missing)}, which a launcher sets for every rank. "
+            f"Start the script with `deepspeed` or `torchrun`."
+        )
+    return int(environ["RANK"]), int(environ["WORLD_SIZE"]), environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+
+
+def _bootstrap(
+    rank: int, world_size: int, address: str, port: int, timeout_s: float, environ: MutableMapping[str, str]
+) -> Store:
+    """The store that all ranks reach, once all ranks have arrived on it."""
+    # Under torchrun the agent already serves a store at this address, and a second server would not bind.
+    is_agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        tcp_store = TCPStore(
+            address, port, world_size, is_master=rank == 0 and not is_agent_store, timeout=timeout, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        raise TopologyError(
+            f"rank {rank} could not reach the clan's store at {address}:{port} within {timeout_s:g} s ({error}). "
+            f"Check that rank 0 runs, that MASTER_ADDR is its address and that the port is open and free."
+        ) from error
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"clan/{attempt}", tcp_store)
+    store.set(f"arrived/{rank}", "")
+    _await(store, [f"arrived/{other}" for other in range(world_size)], f"{world_size} ranks", timeout_s)
+    return store
+
+
+def _await(store: Store, keys: list[str], what: str, timeout_s: float) -> None:
+    """Waits until all ``keys`` are set; on the deadline names the ranks whose keys are not."""
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+        raise TopologyError(
+            f"of {what}, {', '.join(missing) or 'some'} did not arrive within {timeout_s:g} s. "
+            f"Look at their logs, or raise clantune.join.timeout_s if they start slowly."
+        ) from error
+
+
+def _enter_member(
+    store: Store,
+    topology: Topology,
+    at: Coordinates,
+    address: str,
+    timeout_s: float,
+    environ: MutableMapping[str, str],
+) -> Store | None:
+    """Rewrites the launch variables to the member's; returns the member's store on the rank that serves it."""
+    member_store = None
+    key = f"member/{at.member}"
+    if at.member_rank == 0:
+        # torch hosts its store in the same process "multi-tenant": it attaches to this one, so the port
+        # cannot be taken between the moment it is chosen and the moment it is used.
+        host = _own_address(address)
+        member_store = TCPStore(
+            host, 0, topology.member_size, is_master=True, timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+        store.set(key, f"{host} {member_store.port}")
+    _await(store, [key], f"the first rank of member {at.member}", timeout_s)
+    host, port = store.get(key).decode().split()
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
+        environ.pop(name, None)
+    environ.update(
+        RANK=str(at.member_rank), WORLD_SIZE=str(topology.member_size), MASTER_ADDR=host, MASTER_PORT=port
+    )
+    return member_store
+
+
+def _own_address(towards: str) -> str:
+    """The address of this host on the route to ``towards``: no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((towards, 9))
+        return probe.getsockname()[0]
+
+
+def _open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> Column:
+    """The control group of this rank's column, with every peer's identity checked."""
+    name = f"column/{at.member_rank}"
+    group = stand_alone_group(
+        store, name, at.member, topology.population_size, device_type="cpu", timeout_s=timeout_s
+    )
+    column = Column(group, at.member, topology.population_size)
+    peers = column.gather_json([at.member, at.member_rank, socket.gethostname(), os.getpid()])
+    expected = [[member, at.member_rank] for member in range(topology.population_size)]
+    if [peer[:2] for peer in peers] != expected or len({tuple(peer[2:]) for peer in peers}) != len(peers):
+        raise DivergenceError(
+            f"column {at.member_rank} should hold one rank of each member, and holds (member, member rank, host, "
+            f"pid) {peers}. Two launches may share {os.environ.get('MASTER_ADDR')}: give each its own master port."
+        )
+    return column
