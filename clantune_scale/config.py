@@ -70,6 +70,13 @@ class GeneConfig(Block):
     mode: Literal["relative", "absolute"] | None = None
     """`relative` multiplies what the user's own schedule says, `absolute` replaces it."""
 
+    @field_validator("bounds")
+    @classmethod
+    def _in_order(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError("the first bound should be below the second")
+        return bounds
+
 
 class FitnessConfig(Block):
     """What members are compared by: the mean loss on a common validation window."""

@@ -1,0 +1,111 @@
+"""The user's batch is the clan's: what a member gets of it, by the arithmetic that DeepSpeed would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clantune_scale.errors import ConfigError
+
+TRAIN = "train_batch_size"
+MICRO = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Samples per optimizer step, and how they are split.
+
+    Attributes:
+        clan_batch: samples that all members train on together in a cooperative step.
+        member_batch: a member's share, ``micro_batch x accumulation x dp_size``.
+        micro_batch: samples of one forward pass on one rank.
+        accumulation: micro-batches per optimizer step on one rank.
+        dp_size: data-parallel ranks of one member.
+        population_size: members.
+    """
+
+    clan_batch: int
+    member_batch: int
+    micro_batch: int
+    accumulation: int
+    dp_size: int
+    population_size: int
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"batch {self.clan_batch} = {self.population_size} members x {self.member_batch} "
+            f"(micro-batch {self.micro_batch} x accumulation {self.accumulation} x dp {self.dp_size})"
+        )
+
+
+def split_batch(
+    ds_config: Mapping[str, Any], *, population_size: int, dp_size: int
+) -> tuple[dict[str, Any], BatchPlan]:
+    """Divides the batch of a DeepSpeed config among the members.
+
+    A key that is missing is derived as DeepSpeed derives it for ``population_size x dp_size`` ranks: the
+    clan's batch is the one that the same config has in plain data parallelism on all ranks.
+
+    Args:
+        ds_config: the config without the ``clantune`` block.
+        population_size: members.
+        dp_size: data-parallel ranks of one member.
+
+    Returns:
+        The config that a member's engine gets, with all three batch keys set, and the plan.
+
+    Raises:
+        ConfigError: if a value is "auto" or not a positive whole number, no batch size is given, or
+            something does not divide.
+    """
+    train, micro, accumulation = (_read(ds_config, key) for key in (TRAIN, MICRO, ACCUMULATION))
+    num_ranks = population_size * dp_size
+    ranks = f"population_size({population_size}) x dp({dp_size})"
+    if train is None and micro is None:
+        raise ConfigError(f"the DeepSpeed config has neither {TRAIN} nor {MICRO}. Give one of them.")
+    if micro is None:
+        accumulation = accumulation or 1
+        micro = _divide(train, accumulation * num_ranks, f"{ACCUMULATION}({accumulation}) x {ranks}")
+    elif accumulation is None:
+        accumulation = 1 if train is None else _divide(train, micro * num_ranks, f"{MICRO}({micro}) x {ranks}")
+    product = micro * accumulation * num_ranks
+    if train is not None and train != product:
+        raise ConfigError(
+            f"{MICRO}({micro}) x {ACCUMULATION}({accumulation}) x {ranks} = {product}, but {TRAIN} is {train}. "
+            f"{TRAIN} counts the whole clan: set it to {product}, or drop one of the three."
+        )
+    plan = BatchPlan(
+        clan_batch=product,
+        member_batch=micro * accumulation * dp_size,
+        micro_batch=micro,
+        accumulation=accumulation,
+        dp_size=dp_size,
+        population_size=population_size,
+    )
+    return {**ds_config, TRAIN: plan.member_batch, MICRO: micro, ACCUMULATION: accumulation}, plan
+
+
+def _read(ds_config: Mapping[str, Any], key: str) -> int | None:
+    value = ds_config.get(key)
+    if value is None:
+        return None
+    if value == "auto":
+        raise ConfigError(f'{key} is "auto", which is filled in after the clan divides the batch. Write a number.')
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key} is {value!r}. Set it to a whole number of at least 1.")
+    return value
+
+
+def _divide(train: int, divisor: int, factors: str) -> int:
+    quotient, rest = divmod(train, divisor)
+    if rest:
+        lower, upper = quotient * divisor, (quotient + 1) * divisor
+        choices = f"{lower} or {upper}" if lower else str(upper)
+        raise ConfigError(
+            f"{TRAIN} is {train}, the whole clan's, and {train} / ({factors}) = {train} / {divisor} "
+            f"leaves a rest of {rest}. Set {TRAIN} to {choices}."
+        )
+    return quotient

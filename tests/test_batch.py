@@ -1,0 +1,72 @@
+"""The clan's batch divided: every combination of DeepSpeed's three keys, and what does not divide."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from clantune_scale.batch import split_batch
+from clantune_scale.errors import ConfigError
+
+FULL = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
+
+
+@pytest.mark.parametrize("dropped", [(), *((key,) for key in FULL)])
+def test_two_of_three_keys_are_enough(dropped):
+    config = {key: value for key, value in FULL.items() if key not in dropped}
+    member, plan = split_batch(config, population_size=4, dp_size=2)
+    assert (plan.clan_batch, plan.member_batch, plan.micro_batch, plan.accumulation) == (96, 24, 4, 3)
+    assert member == {**FULL, "train_batch_size": 24}
+
+
+def test_one_key_is_enough():
+    _, plan = split_batch({"train_batch_size": 64}, population_size=4, dp_size=2)
+    assert (plan.clan_batch, plan.micro_batch, plan.accumulation) == (64, 8, 1)
+    _, plan = split_batch({"train_micro_batch_size_per_gpu": 8}, population_size=4, dp_size=2)
+    assert (plan.clan_batch, plan.micro_batch, plan.accumulation) == (64, 8, 1)
+
+
+def test_other_keys_and_the_argument_are_left_alone():
+    config = {"train_batch_size": 8, "bf16": {"enabled": True}}
+    member, _ = split_batch(config, population_size=2, dp_size=1)
+    assert member["bf16"] == {"enabled": True} and config["train_batch_size"] == 8
+
+
+def test_a_member_equals_what_deepspeed_derives_for_its_ranks():
+    # DeepSpeed's own equation, for the member's world.
+    for population_size, dp_size in itertools.product((1, 2, 4), (1, 2, 3)):
+        member, plan = split_batch({**FULL, "train_batch_size": None}, population_size=population_size, dp_size=dp_size)
+        assert member["train_batch_size"] == 4 * 3 * dp_size
+        assert plan.clan_batch == population_size * member["train_batch_size"]
+
+
+def test_describe_is_one_line_with_the_numbers():
+    _, plan = split_batch(FULL, population_size=4, dp_size=2)
+    assert plan.describe() == "batch 96 = 4 members x 24 (micro-batch 4 x accumulation 3 x dp 2)"
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"gradient_accumulation_steps": 2}, ["neither train_batch_size nor train_micro_batch_size_per_gpu"]),
+        (
+            {"train_batch_size": 30},
+            ["30 / (gradient_accumulation_steps(1) x population_size(4) x dp(2)) = 30 / 8 leaves a rest of 6", "24 or 32"],
+        ),
+        (
+            {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 8},
+            ["30 / (train_micro_batch_size_per_gpu(8) x population_size(4) x dp(2)) = 30 / 64", "to 64"],
+        ),
+        ({**FULL, "train_batch_size": 24}, ["(4) x gradient_accumulation_steps(3) x population_size(4) x dp(2) = 96, but"]),
+        ({"train_batch_size": "auto"}, ['train_batch_size is "auto"', "Write a number"]),
+        ({**FULL, "gradient_accumulation_steps": "auto"}, ['gradient_accumulation_steps is "auto"']),
+        ({"train_batch_size": 0}, ["train_batch_size is 0", "at least 1"]),
+        ({"train_batch_size": 8.0}, ["train_batch_size is 8.0"]),
+    ],
+)  # fmt: skip
+def test_batch_that_cannot_be_divided(config, parts):
+    with pytest.raises(ConfigError) as error:
+        split_batch(config, population_size=4, dp_size=2)
+    for part in parts:
+        assert part in str(error.value)
