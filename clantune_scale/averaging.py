@@ -1,0 +1,59 @@
+"""Each member's exponential moving average of its weights: what its fitness is measured on.
+
+A single iterate's loss mixes how far training has come with how much noise the present rate leaves in the
+weights, and selection on it only ever lowers the rate. The average's loss is nearly free of that noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+class AveragedWeights:
+    """An average of the fp32 masters, sharded as they are.
+
+    Args:
+        masters: returns this rank's live fp32 masters, always the same tensors' worth.
+        refresh: brings the weights that the model computes with up to date with the masters.
+    """
+
+    def __init__(self, masters: Callable[[], Sequence[torch.Tensor]], refresh: Callable[[], None]) -> None:
+        self._masters = masters
+        self._refresh = refresh
+        self.tensors = [master.detach().clone() for master in masters()]
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The average becomes the present weights."""
+        torch._foreach_copy_(self.tensors, [master.detach() for master in self._masters()])
+
+    @torch.no_grad()
+    def update(self, num_steps: int, window_steps: int) -> None:
+        """Takes in the weights after a step: ``average += (weights - average) / min(0.9 num_steps, window)``.
+
+        Args:
+            num_steps: optimizer steps done in the run; early on the window grows with it.
+            window_steps: time constant of the average.
+        """
+        weight = min(1.0, 1.0 / max(1.0, min(0.9 * num_steps, window_steps)))
+        torch._foreach_lerp_(self.tensors, [master.detach() for master in self._masters()], weight)
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights; on exit with its own, to the last bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, master in zip(self.tensors, self._masters(), strict=True):
+            held = average.clone()
+            average.copy_(master)
+            master.copy_(held)
+        self._refresh()

@@ -1,0 +1,46 @@
+"""The phase manager: one flag that the gradient hooks read, changed only between optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clantune_scale.core.rounds import PhaseKind, Position, RoundClock
+
+
+class PhaseManager:
+    """Knows where the run stands and whether members share gradients there.
+
+    The flag is constant inside an accumulation window, because it moves with :meth:`advance` alone, which
+    the clan calls once per optimizer step, after it.
+
+    Args:
+        clock: finds the position of a step.
+        step: optimizer steps that are done.
+    """
+
+    def __init__(self, clock: RoundClock, step: int = 0) -> None:
+        self.clock = clock
+        self.position = clock.at(step)
+        self._is_suspended = False
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether gradients are averaged over all members in the step that comes."""
+        return self.position.phase.kind is PhaseKind.COOPERATIVE and not self._is_suspended
+
+    def advance(self) -> Position:
+        """Moves on by one optimizer step; returns the position that was just completed."""
+        completed = self.position
+        self.position = self.clock.at(completed.step + 1)
+        return completed
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, no gradient is shared, whatever the phase; on exit the flag is what it was."""
+        before = self._is_suspended
+        self._is_suspended = True
+        try:
+            yield
+        finally:
+            self._is_suspended = before

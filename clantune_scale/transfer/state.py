@@ -1,0 +1,111 @@
+"""What a member's training state is on one rank, and a copy of it kept aside."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class MemberState:
+    """One rank's shard of everything that training continues from.
+
+    Sixteen-bit weights are not in it: they follow from the masters by ``refresh``.
+
+    Attributes:
+        tensors: live tensors in an order that is the same on every rank of a column: fp32 masters,
+            optimizer moments, averaged weights, frozen parameters, buffers.
+        scalars: what JSON holds, split into ``"optimizer"`` (step counts, loss scale), which goes back
+            with a rollback, and ``"schedule"`` (the learning-rate scheduler), which only a clone takes.
+        load_scalars: puts such a mapping into the engine.
+        refresh: brings the weights that the model computes with up to date with the tensors; a
+            collective of the member.
+    """
+
+    tensors: list[tuple[str, torch.Tensor]]
+    scalars: dict[str, Any]
+    load_scalars: Callable[[Mapping[str, Any]], None] = field(repr=False)
+    refresh: Callable[[], None] = field(repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
+
+    def manifest(self) -> list[list[Any]]:
+        """[name, shape, dtype] of every tensor, in order: what two ranks must have in common."""
+        return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.tensors]
+
+    def pieces(self, max_bytes: int) -> Iterator[list[torch.Tensor]]:
+        """The tensors' bytes in buckets: lists of uint8 views of live memory, at most ``max_bytes`` each.
+
+        Raises:
+            ValueError: if a tensor is not contiguous, so that its bytes cannot be viewed in place.
+        """
+        bucket: list[torch.Tensor] = []
+        room = max_bytes
+        for name, tensor in self.tensors:
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} of shape {list(tensor.shape)} has strides {tensor.stride()}: not contiguous")
+            flat = tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+            while flat.numel():
+                head, flat = flat[:room], flat[room:]
+                if bucket and bucket[0].device != head.device:
+                    yield bucket
+                    bucket, room = [], max_bytes
+                bucket.append(head)
+                room -= head.numel()
+                if room == 0:
+                    yield bucket
+                    bucket, room = [], max_bytes
+        if bucket:
+            yield bucket
+
+
+def bytes_digest(buffer: torch.Tensor) -> list[int]:
+    """Two 64-bit sums over the words of a uint8 buffer, computed where it lies; no host copy of the data.
+
+    The plain sum changes with any single flipped bit; the sum with weights 1, 3, 5, ... changes when words
+    change places. It guards against faults, not against an adversary.
+    """
+    padded = torch.nn.functional.pad(buffer, (0, -buffer.numel() % 8))
+    words = padded.view(torch.int64)
+    weights = torch.arange(words.numel(), device=words.device, dtype=torch.int64).mul_(2).add_(1)
+    return [int(words.sum()), int((words * weights).sum())]
+
+
+def state_digest(state: MemberState, bucket_bytes: int = 1 << 25) -> str:
+    """Hex digest of all tensors' bytes and the manifest: equal states give equal digests."""
+    digest = hashlib.blake2b(repr(state.manifest()).encode(), digest_size=16)
+    for pieces in state.pieces(bucket_bytes):
+        digest.update(repr(bytes_digest(torch.cat(pieces))).encode())
+    return digest.hexdigest()
+
+
+class Snapshot:
+    """A copy in host memory of a rank's tensors and optimizer scalars, to go back to.
+
+    Step counts of the engine, the schedule and the data order stay where they are when it is restored:
+    time is spent, only what it did to the weights is undone.
+    """
+
+    def __init__(self, state: MemberState) -> None:
+        self._tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in state.tensors]
+        self._scalars = {"optimizer": state.scalars["optimizer"]}
+
+    @torch.no_grad()
+    def restore(self, state: MemberState) -> None:
+        """Puts the copy into live ``state``; a collective of the member.
+
+        Raises:
+            ValueError: if the state has other tensors than it had when the copy was taken.
+        """
+        if [name for name, _ in self._tensors] != [name for name, _ in state.tensors]:
+            raise ValueError("the engine's state has other tensors than the snapshot that was taken of it")
+        for (_, kept), (_, live) in zip(self._tensors, state.tensors, strict=True):
+            live.copy_(kept)
+        state.load_scalars(self._scalars)
+        state.refresh()
