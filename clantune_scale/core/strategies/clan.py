@@ -1,0 +1,166 @@
+"""The default: one centre for the clan, members spread around it, a parabola through their losses.
+
+Why this form and not the seed's plain one is measured: while members share gradients and differ in
+learning rate alone, a round is an exact line search along one common displacement, so that tiny
+spreads are exactly paired; averaged weights take away the reward for a smaller rate's lower noise;
+rounds grow with the age of the run; and genes freeze before the final decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
+from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
+from clantune_scale.core.strategies.parabola import Move, fit_moves
+from clantune_scale.core.strategies.spread import spread
+from clantune_scale.errors import EvaluationError
+
+
+class Clan(Strategy):
+    """Line search by a clan.
+
+    ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by
+    kind of round, and ``moves`` (the last change of each explored gene, and why).
+    """
+
+    Options = ClanOptions
+    guards = True
+    averages = True
+
+    def __init__(self, facts: RunFacts, options: ClanOptions | None = None) -> None:
+        super().__init__(facts)
+        self.options = options or ClanOptions()
+        self._planner = ClanPlanner(facts, self.options)
+
+    def plan(self, index: int, start_step: int) -> RoundPlan:
+        return self._planner.plan(index, start_step)
+
+    def lr_factor(self, step: int) -> float:
+        return self._planner.lr_factor(step)
+
+    def init(self, start: Fitness) -> Population:
+        """Members spread around the values that the user configured.
+
+        Raises:
+            EvaluationError: if the losses at the start are not finite: there is no basin to follow.
+        """
+        loss = float(start.mean.min())
+        if not np.isfinite(loss):
+            raise EvaluationError(
+                "the validation loss before the first step is not finite, so progress cannot be measured. "
+                "Check the evaluation data and the model's initial weights."
+            )
+        memory = {
+            "centre": {gene.name: gene.encode(gene.initial) for gene in self.facts.genes},
+            "initial_loss": loss,
+            "best_loss": {},
+            "moves": {},
+        }
+        return self._population(memory, self.plan(0, 0))
+
+    def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
+        """Moves the centre by the parabolas and gives everyone the fittest member's state, or goes back.
+
+        Raises:
+            EvaluationError: if no loss is finite and no learning rate is left to lower.
+        """
+        memory = population.memory
+        best = float(fitness.mean.min())
+        next_plan = self.plan(plan.index + 1, plan.end_step)
+        if self._has_lost_ground(best, memory, self._round_kind(plan)):
+            return self._go_back(memory, plan, next_plan, best)
+        moves = self._moves(population, plan, fitness)
+        centre = dict(memory["centre"])
+        for name, move in moves.items():
+            gene = self.facts.gene(name)
+            low, high = (gene.encode(bound) for bound in gene.bounds)
+            centre[name] = min(max(centre[name] + move.change, low), high)
+        kind = self._round_kind(plan)
+        reference = memory["best_loss"].get(kind, memory["initial_loss"])
+        memory = {
+            **memory,
+            "centre": centre,
+            "best_loss": {**memory["best_loss"], kind: min(best, reference)},
+            "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
+        }
+        donor = fitness.ranking[0]
+        said = "; ".join(f"{name} {move.change:+.3f} ({move.why})" for name, move in moves.items())
+        reasons = [f"takes member {donor}'s state"] * fitness.num_members
+        reasons[donor] = f"fittest; {said}"
+        donors = (donor,) * fitness.num_members
+        return Decision(self._population(memory, next_plan), donors, reasons=tuple(reasons))
+
+    def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
+        genes = [self.facts.gene(name) for name in plan.explores]
+        centre = population.memory["centre"]
+        offsets = [
+            [gene.encode(gene.expressed(genome.values[gene.name])) - centre[gene.name] for gene in genes]
+            for genome in population.genomes
+        ]
+        moves = fit_moves(np.array(offsets), fitness.mean, [gene.max_change for gene in genes])
+        return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
+
+    def _round_kind(self, plan: RoundPlan) -> str:
+        """Rounds are compared with their like: weights that competed have a noise floor of their own."""
+        return self.facts.gene(plan.explores[0]).kind
+
+    def _has_lost_ground(self, best: float, memory: Mapping[str, Any], kind: str) -> bool:
+        initial = memory["initial_loss"]
+        reference = memory["best_loss"].get(kind, initial)
+        tolerated = self.options.guard * max(0.0, initial - reference) + 1e-3 * abs(initial)
+        return best > reference + tolerated
+
+    def _go_back(self, memory: Mapping[str, Any], plan: RoundPlan, next_plan: RoundPlan, best: float) -> Decision:
+        """Restores the last good state and lowers every learning rate; no other gene moves."""
+        centre, moves = dict(memory["centre"]), {}
+        for gene in self._learning_rates:
+            before = gene.decode(centre[gene.name])
+            after = max(before / self.options.guard_divisor, gene.bounds[0])
+            if after < before:
+                centre[gene.name] = gene.encode(after)
+                moves[gene.name] = {"change": gene.encode(after) - gene.encode(before), "why": "guard"}
+        if not np.isfinite(best) and not moves:
+            raise EvaluationError(
+                f"round {plan.index}: no member's validation loss is finite, and there is no learning-rate gene above "
+                f"its lower bound to divide by {self.options.guard_divisor:g}. Start from a configuration that trains."
+            )
+        population = self._population({**memory, "centre": centre, "moves": moves}, next_plan)
+        members = range(self.facts.population_size)
+        rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"
+        reason = f"restored: best loss {best:.4g} lost too much ground; {rates}"
+        return Decision(population, tuple(members), restore=True, reasons=tuple(reason for _ in members))
+
+    @property
+    def _learning_rates(self) -> list[Gene]:
+        return [gene for gene in self.facts.genes if gene.target == "lr"]
+
+    def _population(self, memory: Mapping[str, Any], plan: RoundPlan) -> Population:
+        """Everyone at the centre, spread in the genes that ``plan`` explores."""
+        genes, centre = self.facts.genes, memory["centre"]
+        at_centre = {gene.name: gene.decode(centre[gene.name]) for gene in genes}
+        steps = {gene.name: gene.step_size for gene in genes}
+        values = [dict(at_centre) for _ in range(self.facts.population_size)]
+        if plan.explores:
+            z = spread(len(values), plan.explores, seed=self.facts.seed, round_=plan.index)
+            for column, name in enumerate(plan.explores):
+                gene = self.facts.gene(name)
+                for member, own in enumerate(values):
+                    x = centre[name] + _reach(gene, at_centre[name]) * z[member, column]
+                    own[name] = gene.decode(gene.reflect(x))
+        return Population(tuple(Genome(own, steps) for own in values), memory)
+
+
+def _reach(gene: Gene, value: float) -> float:
+    """The spread of a gene's members: its step size, or one whole number where that is more."""
+    if not gene.integer:
+        return gene.step_size
+    low, high = gene.bounds
+    neighbour = value + 1 if value + 1 <= high else max(value - 1, low)
+    return max(gene.step_size, abs(gene.encode(neighbour) - gene.encode(value)))

@@ -1,0 +1,129 @@
+"""The rounds of ``clan``: how long each is, which genes it explores, when the genes freeze."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.core.strategies.base import RunFacts
+from clantune_scale.core.strategies.lengths import competitive_steps, phases, round_end
+from clantune_scale.core.strategies.options import require
+
+
+@dataclass(frozen=True)
+class ClanOptions:
+    """Options of ``clan``.
+
+    Attributes:
+        growth: a round is this share of the steps done before it, where that is longer than the round
+            length: a run that is older needs longer to show a difference. At least 0.
+        averaging_window: time constant of the averaged weights that fitness is measured on, as a share
+            of the steps over which members differ; above 0.
+        freeze_at: share of the run after which genes stay still, above 0 and at most 1; without effect
+            where the run's length is unknown.
+        decay: what happens to learning rates after the freeze: ``"linear"`` to zero at the end,
+            ``"none"``, or ``"auto"``, which is linear unless the user's own schedule is attached.
+        guard: share of the progress so far that may be lost in a round before the clan goes back to
+            its last good state; above 0.
+        guard_divisor: what learning rates are divided by when it does; above 1.
+        num_reports: rounds (evaluations) after the freeze, at least 1.
+    """
+
+    growth: float = 0.25
+    averaging_window: float = 0.7
+    freeze_at: float = 0.4
+    decay: Literal["auto", "linear", "none"] = "auto"
+    guard: float = 0.25
+    guard_divisor: float = 3.0
+    num_reports: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.growth >= 0, "growth", self.growth, "at least 0")
+        require(self.averaging_window > 0, "averaging_window", self.averaging_window, "above 0")
+        require(0 < self.freeze_at <= 1, "freeze_at", self.freeze_at, "above 0 and at most 1")
+        require(self.guard > 0, "guard", self.guard, "above 0")
+        require(self.guard_divisor > 1, "guard_divisor", self.guard_divisor, "above 1")
+        require(self.num_reports >= 1, "num_reports", self.num_reports, "at least 1")
+
+
+class ClanPlanner:
+    """Plans rounds as a pure function of (index, start step)."""
+
+    def __init__(self, facts: RunFacts, options: ClanOptions) -> None:
+        self._facts = facts
+        self._options = options
+        self._optimizer = [gene for gene in facts.genes if gene.kind == "optimizer"]
+        # A specialized gene shows only where members compete.
+        self._specialized = [gene for gene in facts.genes if gene.kind == "specialized"] if facts.duty_cycle else []
+
+    @property
+    def freeze_step(self) -> int | None:
+        """The step at which genes freeze; None where the run's length is unknown."""
+        total = self._facts.total_steps
+        return None if total is None else round(self._options.freeze_at * total)
+
+    def plan(self, index: int, start_step: int) -> RoundPlan:
+        freeze = self.freeze_step
+        if freeze is not None and start_step >= freeze:
+            return self._report(index, start_step)
+        length = max(self._facts.round_length_steps, int(self._options.growth * start_step))
+        length = round_end(start_step, length, freeze) - start_step
+        explored = self._explored(index)
+        if not explored or start_step + length == self._facts.total_steps:
+            return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
+        specialized = explored[0].kind == "specialized"
+        competing = competitive_steps(length, self._facts.duty_cycle) if specialized else 0
+        if specialized and not competing:
+            return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
+        # The window follows the steps over which members differ. For specialized genes those are the
+        # competitive ones: a window of the whole round would bury them under weights that are equal, and
+        # raw weights would reward whatever gene value lowers the noise now (less dropout, a larger batch)
+        # as they do a smaller rate. The average is rolled back with the weights.
+        window = max(1, round(self._options.averaging_window * (competing or length)))
+        return RoundPlan(
+            index,
+            start_step,
+            phases(length, competing, keeps=False),
+            explores=tuple(gene.name for gene in explored),
+            averages=True,
+            averaging_window_steps=window,
+        )
+
+    def lr_factor(self, step: int) -> float:
+        """1 until the freeze, then linear to 0 at the end of the run, where the decay is ours."""
+        decay, total, freeze = self._options.decay, self._facts.total_steps, self.freeze_step
+        if total is None or freeze is None or freeze >= total or decay == "none":
+            return 1.0
+        if decay == "auto" and self._facts.has_schedule:
+            return 1.0
+        return min(max((total - step) / (total - freeze), 0.0), 1.0)
+
+    def _report(self, index: int, start_step: int) -> RoundPlan:
+        """A round after the freeze: plain data parallelism, measured so that progress is seen."""
+        total, freeze = self._facts.total_steps, self.freeze_step
+        assert total is not None and freeze is not None
+        length = max(self._facts.round_length_steps, math.ceil((total - freeze) / self._options.num_reports))
+        length = round_end(start_step, length, total) - start_step
+        return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
+
+    def _explored(self, index: int) -> list[Gene]:
+        """The genes of round ``index``: few enough for a parabola each, in rotation, of one kind.
+
+        Where both kinds exist their rounds alternate, because members whose weights differ (by their
+        optimizer genes) cannot be compared for what a short competition shows.
+        """
+        kinds = [kind for kind in (self._optimizer, self._specialized) if kind]
+        if not kinds or self._facts.population_size < 2:
+            return []
+        turn, which = divmod(index, len(kinds))
+        return _rotation(kinds[which], turn, max(1, (self._facts.population_size - 1) // 2))
+
+
+def _rotation(genes: Sequence[Gene], turn: int, count: int) -> list[Gene]:
+    if count >= len(genes):
+        return list(genes)
+    return [genes[(turn * count + i) % len(genes)] for i in range(count)]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.strategies import build
+from clantune_scale.errors import EvaluationError
+from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts, fitness_of
+
+START = fitness_of([4.0] * 4)
+
+
+def centre_after(clan, losses_of, index=0, start_step=0):
+    """The decision of a round whose members' losses are a function of their explored offsets."""
+    population = clan.init(START)
+    plan = clan.plan(index, start_step)
+    losses = [losses_of(genome.values) for genome in population.genomes]
+    return clan.evolve(population, plan, fitness_of(losses))
+
+
+def test_members_spread_around_the_configured_value():
+    population = build("clan", FACTS).init(START)
+    offsets = np.array([math.log(genome.values["lr"]) for genome in population.genomes])
+    assert offsets.mean() == pytest.approx(0.0, abs=1e-12)
+    assert offsets.std() == pytest.approx(LR.step_size)
+
+
+def test_the_centre_moves_to_the_minimum_and_everyone_takes_the_fittest_ones_state():
+    decision = centre_after(build("clan", FACTS), lambda values: 3.0 + (math.log(values["lr"]) - 0.3) ** 2)
+    assert decision.population.memory["centre"]["lr"] == pytest.approx(0.3)
+    assert len(set(decision.donors)) == 1
+    donor = decision.donors[0]
+    assert "fittest; lr +0.300 (minimum)" == decision.reasons[donor]
+    offsets = np.array([math.log(genome.values["lr"]) for genome in decision.population.genomes]) - 0.3
+    assert offsets.mean() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_centre_stops_at_the_bounds():
+    gene = Gene("lr", bounds=(0.5, 1.2))
+    decision = centre_after(build("clan", facts(genes=(gene,))), lambda values: 3.0 - math.log(values["lr"]))
+    assert math.exp(decision.population.memory["centre"]["lr"]) == pytest.approx(1.2)
+    assert all(0.5 <= genome.values["lr"] <= 1.2 for genome in decision.population.genomes)
+
+
+def test_memory_is_plain_json_so_that_a_resume_decides_the_same():
+    clan = build("clan", FACTS)
+    population = clan.init(START)
+    memory = json.loads(json.dumps(population.memory))
+    fitness, plan = fitness_of([3.0, 3.2, 3.1, 3.5]), clan.plan(0, 0)
+    assert clan.evolve(type(population)(population.genomes, memory), plan, fitness) == clan.evolve(
+        population, plan, fitness
+    )
+
+
+@pytest.mark.parametrize("losses", [[5.0, 6.0, 5.5, 5.2], [math.nan] * 4], ids=["worse than the start", "not finite"])
+def test_the_guard_goes_back_and_divides_learning_rates_by_three_and_moves_nothing_else(losses):
+    clan = build("clan", facts(genes=(LR, WEIGHT_DECAY)))
+    decision = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of(losses))
+    assert decision.restore
+    assert decision.donors == (0, 1, 2, 3)
+    centre = decision.population.memory["centre"]
+    assert (centre["lr"], centre["weight_decay"]) == (pytest.approx(-math.log(3)), 0.0)
+
+
+def test_the_guard_tolerates_a_quarter_of_the_progress():
+    clan = build("clan", FACTS)
+    first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
+    plan = clan.plan(1, 20)  # progress 2.0 so far: 0.5, and a thousandth of the initial 4.0, may be lost
+    assert not clan.evolve(first.population, plan, fitness_of([2.50, 2.6, 2.6, 2.6])).restore
+    assert clan.evolve(first.population, plan, fitness_of([2.51, 2.6, 2.6, 2.6])).restore
+
+
+def test_the_guard_measures_specialized_rounds_against_their_own_kind():
+    clan = build("clan", facts(genes=(LR, DROPOUT)))
+    first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
+    second = clan.evolve(first.population, clan.plan(1, 20), fitness_of([3.0, 3.1, 3.2, 3.3]))
+    assert not second.restore
+    assert second.population.memory["best_loss"] == {"optimizer": 2.0, "specialized": 3.0}
+
+
+def test_nothing_finite_and_no_rate_to_lower_is_an_error():
+    clan = build("clan", facts(genes=(WEIGHT_DECAY,)))
+    with pytest.raises(EvaluationError, match="round 0: no member's validation loss is finite, and there is no"):
+        clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([math.nan] * 4))
+    floor = build("clan", facts(genes=(Gene("lr", bounds=(1.0, 2.0)),)))
+    with pytest.raises(EvaluationError, match="above its lower bound"):
+        floor.evolve(floor.init(START), floor.plan(0, 0), fitness_of([math.nan] * 4))
+
+
+def test_a_start_that_is_not_finite_is_an_error():
+    with pytest.raises(EvaluationError, match="before the first step is not finite"):
+        build("clan", FACTS).init(fitness_of([math.nan] * 4))
+
+
+def test_some_members_not_finite_never_donate():
+    clan = build("clan", FACTS)
+    decision = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([math.nan, 3.0, math.inf, 2.0]))
+    assert decision.donors == (3, 3, 3, 3)
+
+
+def test_after_the_freeze_everyone_carries_the_centre():
+    clan = build("clan", FACTS)
+    index, plan = next((i, p) for i, p in enumerate(rounds(clan)) if p.end_step == 400)
+    decision = clan.evolve(clan.init(START), plan, fitness_of([2.0, 2.1, 2.3, 2.2]))
+    values = {genome.values["lr"] for genome in decision.population.genomes}
+    assert values == {math.exp(decision.population.memory["centre"]["lr"])}
+    assert index > 0
+
+
+def test_whole_number_genes_differ_by_at_least_one():
+    gene = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, integer=True)
+    clan = build("clan", facts(genes=(gene,)))
+    expressed = {gene.expressed(genome.values["accumulation"]) for genome in clan.init(START).genomes}
+    assert len(expressed) >= 3  # a parabola needs three
+
+
+def rounds(clan):
+    plans = [clan.plan(0, 0)]
+    while plans[-1].end_step < FACTS.total_steps:
+        plans.append(clan.plan(len(plans), plans[-1].end_step))
+    return plans

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import PhaseKind, RoundClock
+from clantune_scale.core.strategies import build
+from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts
+
+
+def plans(clan, total=1000):
+    clock, found = RoundClock(clan.plan), []
+    while not found or found[-1].end_step < total:
+        found.append(clock.round(len(found)))
+    return found
+
+
+def test_rounds_grow_with_the_age_of_the_run_until_the_freeze():
+    before = [p for p in plans(build("clan", FACTS)) if p.start_step < 400]
+    assert [p.num_steps for p in before] == [20, 20, 20, 20, 20, 25, 31, 39, 48, 60, 97]
+    assert before[-1].end_step == 400
+    assert all(p.evolves and p.averages and p.explores == ("lr",) for p in before)
+    assert [p.averaging_window_steps for p in before[:1] + before[-1:]] == [14, 68]
+
+
+def test_after_the_freeze_nothing_evolves_and_progress_is_reported_a_moderate_number_of_times():
+    after = [p for p in plans(build("clan", FACTS)) if p.start_step >= 400]
+    assert [p.num_steps for p in after] == [60] * 10
+    assert not any(p.evolves or p.averages or p.explores for p in after)
+    assert all(phase.kind is PhaseKind.COOPERATIVE for p in after for phase in p.phases)
+
+
+def test_a_clan_of_four_explores_one_gene_at_a_time_in_rotation():
+    found = plans(build("clan", facts(genes=(LR, WEIGHT_DECAY))))
+    assert [p.explores for p in found[:4]] == [("lr",), ("weight_decay",), ("lr",), ("weight_decay",)]
+
+
+def test_a_larger_clan_explores_as_many_genes_as_parabolas_can_be_solved_for():
+    genes = (LR, WEIGHT_DECAY, Gene("eps"), Gene("clip"))
+    found = plans(build("clan", facts(genes=genes, population_size=7)))
+    assert [p.explores for p in found[:3]] == [
+        ("lr", "weight_decay", "eps"),
+        ("clip", "lr", "weight_decay"),
+        ("eps", "clip", "lr"),
+    ]
+
+
+def test_specialized_rounds_alternate_end_with_a_competition_that_is_rolled_back_and_are_averaged_over_it():
+    found = plans(build("clan", facts(genes=(LR, DROPOUT), duty_cycle=0.2)))
+    assert [p.explores for p in found[:4]] == [("lr",), ("dropout",), ("lr",), ("dropout",)]
+    assert len(found[0].phases) == 1
+    cooperative, competitive = found[1].phases
+    assert (cooperative.num_steps, competitive.num_steps) == (16, 4)
+    assert (competitive.kind, competitive.keeps) == (PhaseKind.COMPETITIVE, False)
+    assert (found[1].averages, found[1].averaging_window_steps) == (True, 3)
+
+
+def test_the_run_never_ends_in_competition():
+    found = plans(build("clan", facts(genes=(DROPOUT,)), {"freeze_at": 1.0}))
+    assert len(found[0].phases) == 2
+    assert [phase.kind for phase in found[-1].phases] == [PhaseKind.COOPERATIVE]
+    assert not found[-1].evolves
+
+
+def test_without_a_duty_cycle_specialized_genes_stay_still():
+    found = plans(build("clan", facts(genes=(LR, DROPOUT), duty_cycle=0.0)))
+    assert {name for p in found for name in p.explores} == {"lr"}
+
+
+def test_nothing_is_explored_without_genes_or_without_company():
+    for run in (facts(genes=()), facts(population_size=1)):
+        assert not any(p.explores or p.evolves for p in plans(build("clan", run)))
+
+
+def test_a_run_of_unknown_length_never_freezes_or_decays():
+    clan = build("clan", facts(total_steps=None))
+    assert all(p.evolves for p in plans(clan, 10_000))
+    assert clan.lr_factor(10_000) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("has_schedule", "decay", "factors"),
+    [
+        (False, "auto", [1.0, 1.0, 0.5, 1 / 600, 0.0]),
+        (True, "auto", [1.0] * 5),
+        (True, "linear", [1.0, 1.0, 0.5, 1 / 600, 0.0]),
+        (False, "none", [1.0] * 5),
+    ],
+)
+def test_the_final_decay_is_ours_unless_the_user_has_a_schedule(has_schedule, decay, factors):
+    clan = build("clan", facts(has_schedule=has_schedule), {"decay": decay})
+    assert [clan.lr_factor(step) for step in (0, 400, 700, 999, 1200)] == pytest.approx(factors)
+
+
+def test_a_clock_may_ask_beyond_the_end():
+    clan = build("clan", FACTS)
+    assert RoundClock(clan.plan).at(1000).plan.start_step == 1000
