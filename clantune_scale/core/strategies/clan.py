@@ -33,6 +33,7 @@ class Clan(Strategy):
     Options = ClanOptions
     guards = True
     averages = True
+    averages = True
 
     def __init__(self, facts: RunFacts, options: ClanOptions | None = None) -> None:
         super().__init__(facts)

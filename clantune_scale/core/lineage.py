@@ -1,0 +1,139 @@
+"""What happened, round by round, appended and never changed: enough to tell whose state a member carries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Genome
+from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
+from clantune_scale.core.strategies.base import Decision
+from clantune_scale.errors import ConfigError
+
+#: Version of the JSON form.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round.
+
+    Attributes:
+        index: 0 for the first round.
+        start_step: optimizer steps that were done before it.
+        phases: in order.
+        genomes: the genome that each member carried through the round.
+        losses: each member's mean loss on the common window; None where it was not finite.
+        donors: as in ``Decision.donors``; ``donors[m] == m`` for all where nothing evolved.
+        restored: whether the clan went back to its last good state, so that the round's training is lost.
+    """
+
+    index: int
+    start_step: int
+    phases: tuple[Phase, ...]
+    genomes: tuple[Genome, ...]
+    losses: tuple[float | None, ...]
+    donors: tuple[int, ...]
+    restored: bool = False
+
+    @classmethod
+    def of(
+        cls, plan: RoundPlan, genomes: tuple[Genome, ...], fitness: Fitness, decision: Decision | None = None
+    ) -> RoundRecord:
+        """The record of a round that ended with ``decision``, or with none."""
+        losses = tuple(float(loss) if math.isfinite(loss) else None for loss in fitness.mean)
+        donors = decision.donors if decision else tuple(range(len(genomes)))
+        restored = decision.restore if decision else False
+        return cls(plan.index, plan.start_step, plan.phases, genomes, losses, donors, restored)
+
+    @property
+    def end_step(self) -> int:
+        return self.start_step + sum(phase.num_steps for phase in self.phases)
+
+
+class Lineage:
+    """The rounds of a run, in order."""
+
+    def __init__(self, records: tuple[RoundRecord, ...] = ()) -> None:
+        self._records: list[RoundRecord] = []
+        for record in records:
+            self.append(record)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[RoundRecord]:
+        return iter(self._records)
+
+    def __getitem__(self, index: int) -> RoundRecord:
+        return self._records[index]
+
+    def append(self, record: RoundRecord) -> None:
+        """Adds the round that follows.
+
+        Raises:
+            ValueError: if it does not follow: another index, or a step where the last round did not end.
+        """
+        step = self._records[-1].end_step if self._records else 0
+        if (record.index, record.start_step) != (len(self), step):
+            raise ValueError(
+                f"round {record.index} from step {record.start_step} cannot follow: "
+                f"round {len(self)} from step {step} is next"
+            )
+        self._records.append(record)
+
+    def ancestry(self, member: int) -> tuple[int | None, ...]:
+        """For each round, the member that trained in it what ``member`` carries now.
+
+        Args:
+            member: index of a member after the last round, transfers included.
+
+        Returns:
+            One index per round; None for a round that was restored away.
+        """
+        ancestors: list[int | None] = []
+        for record in reversed(self._records):
+            # The guard keeps the state after every round that was not restored: going back undoes one round alone.
+            member = record.donors[member]
+            ancestors.append(None if record.restored else member)
+        return tuple(reversed(ancestors))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that ``json.dumps`` takes."""
+        return {"schema": SCHEMA, "kind": "lineage", "rounds": [_to_plain(record) for record in self._records]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Lineage:
+        """The lineage that :meth:`to_json` wrote.
+
+        Raises:
+            ConfigError: if it is of another schema version, or no lineage.
+        """
+        if (data.get("kind"), data.get("schema")) != ("lineage", SCHEMA):
+            raise ConfigError(
+                f"this is {data.get('kind')!r} of schema {data.get('schema')!r}, not 'lineage' of schema {SCHEMA}. "
+                f"Read it with the version of clantune_scale that wrote it."
+            )
+        return cls(tuple(_from_plain(item) for item in data["rounds"]))
+
+
+def _to_plain(record: RoundRecord) -> dict[str, Any]:
+    plain = asdict(record)
+    plain["phases"] = [{**asdict(phase), "kind": phase.kind.value} for phase in record.phases]
+    plain["genomes"] = [{"values": dict(g.values), "step_sizes": dict(g.step_sizes)} for g in record.genomes]
+    return plain
+
+
+def _from_plain(item: Mapping[str, Any]) -> RoundRecord:
+    return RoundRecord(
+        index=item["index"],
+        start_step=item["start_step"],
+        phases=tuple(Phase(**{**phase, "kind": PhaseKind(phase["kind"])}) for phase in item["phases"]),
+        genomes=tuple(Genome(g["values"], g["step_sizes"]) for g in item["genomes"]),
+        losses=tuple(item["losses"]),
+        donors=tuple(item["donors"]),
+        restored=item["restored"],
+    )

@@ -1,0 +1,156 @@
+"""The schedule that a clan found, along one member's ancestry: values by step, kept as JSON, to be replayed."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clantune_scale.core.consensus import consensus
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.lineage import Lineage, RoundRecord
+from clantune_scale.core.rounds import Phase, PhaseKind
+from clantune_scale.errors import ConfigError
+
+#: Version of the JSON form.
+SCHEMA = 1
+_KIND = "clan_schedule"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps over which every gene keeps its value.
+
+    Attributes:
+        start_step: first step, counted in completed ones before it.
+        end_step: first step after it.
+        values: by gene name, as they took effect.
+        lr_factor: the factor on learning rates in its first step and, were it to go on, in ``end_step``;
+            linear between (the clan's final decay).
+        undone: whether its training was rolled back or restored away, and is not in the champion.
+    """
+
+    start_step: int
+    end_step: int
+    values: Mapping[str, float]
+    lr_factor: tuple[float, float] = (1.0, 1.0)
+    undone: bool = False
+
+
+@dataclass(frozen=True)
+class ClanSchedule:
+    """Piecewise-constant genes over a run.
+
+    Attributes:
+        genes: what the names mean; each a :class:`Gene` as a dict (target, scale, relative and so on).
+        segments: in order and without gaps.
+    """
+
+    genes: tuple[Mapping[str, Any], ...]
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def from_lineage(
+        cls,
+        lineage: Lineage,
+        genes: Sequence[Gene],
+        *,
+        member: int,
+        lr_factor: Callable[[int], float] = lambda step: 1.0,
+    ) -> ClanSchedule:
+        """The values that trained what ``member`` carries after the last round.
+
+        Args:
+            lineage: of the run.
+            genes: of its genomes.
+            member: whose ancestry to follow, usually the champion.
+            lr_factor: the strategy's, by step; its kinks must lie between rounds.
+
+        Raises:
+            ConfigError: if no round was finished.
+        """
+        if not len(lineage):
+            raise ConfigError("no round was finished, so there is no schedule. Train for at least one round.")
+        segments = [
+            Segment(start, end, values, (lr_factor(start), lr_factor(end)), undone)
+            for record, ancestor in zip(lineage, lineage.ancestry(member), strict=True)
+            for start, end, values, undone in _stretches(record, ancestor, genes)
+        ]
+        return cls(tuple(asdict(gene) for gene in genes), tuple(segments))
+
+    def value_at(self, gene: str, step: int) -> float:
+        """The gene's value in the step that follows ``step`` completed ones; the last one beyond the end.
+
+        Steps that were undone take the value of the next that were kept: replayed, they are steps like any.
+
+        Raises:
+            KeyError: if there is no such gene.
+        """
+        index = self._index(step)
+        kept = next((segment for segment in self.segments[index:] if not segment.undone), self.segments[index])
+        return kept.values[gene]
+
+    def lr_factor_at(self, step: int) -> float:
+        """The factor on every learning rate in that step, beside any gene; the last one beyond the end."""
+        segment = self.segments[self._index(step)]
+        first, last = segment.lr_factor
+        share = (step - segment.start_step) / (segment.end_step - segment.start_step)
+        return first + (last - first) * min(share, 1.0)
+
+    def to_json(self) -> str:
+        """One JSON object, indented for people."""
+        segments = [asdict(segment) for segment in self.segments]
+        return json.dumps({"schema": SCHEMA, "kind": _KIND, "genes": self.genes, "segments": segments}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> ClanSchedule:
+        """The schedule that :meth:`to_json` wrote.
+
+        Raises:
+            ConfigError: if the text is not JSON, no schedule, or one of another schema version.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the schedule is not JSON: {error}. Give the file that a clan run wrote.") from error
+        if not isinstance(data, dict) or data.get("kind") != _KIND:
+            raise ConfigError(f"the JSON is not of kind {_KIND!r}. Give the schedule file that a clan run wrote.")
+        if data.get("schema") != SCHEMA:
+            raise ConfigError(
+                f"the schedule has schema version {data.get('schema')!r}, and this version reads {SCHEMA}. "
+                f"Read it with the version of clantune_scale that wrote it."
+            )
+        segments = (Segment(**{**item, "lr_factor": tuple(item["lr_factor"])}) for item in data["segments"])
+        return cls(tuple(data["genes"]), tuple(segments))
+
+    def _index(self, step: int) -> int:
+        if step < 0:
+            raise ValueError(f"steps count from 0, not from {step}")
+        return bisect_right(self.segments, step, key=lambda segment: segment.start_step) - 1
+
+
+def _stretches(
+    record: RoundRecord, ancestor: int | None, genes: Sequence[Gene]
+) -> Iterator[tuple[int, int, dict[str, float], bool]]:
+    """(start, end, values, undone) of each phase, as ``ancestor`` trained it; an undone round's as consensus."""
+    start = record.start_step
+    for phase in record.phases:
+        end = start + phase.num_steps
+        yield start, end, _in_effect(record, ancestor, phase, genes), ancestor is None or not phase.keeps
+        start = end
+
+
+def _in_effect(record: RoundRecord, ancestor: int | None, phase: Phase, genes: Sequence[Gene]) -> dict[str, float]:
+    """Optimizer genes are the ancestor's own throughout, specialized ones only where it competed."""
+    agreed = consensus(record.genomes, genes)
+    if ancestor is None:
+        return agreed
+    own = record.genomes[ancestor].values
+    return {
+        gene.name: gene.expressed(own[gene.name])
+        if gene.kind == "optimizer" or phase.kind is PhaseKind.COMPETITIVE
+        else agreed[gene.name]
+        for gene in genes
+    }
