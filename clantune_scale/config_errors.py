@@ -32,7 +32,7 @@ def _sentence(detail: ErrorDetails, root: str) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{path} is not a key of the block.{_right_key(location)}"
     if detail["type"] == "missing":
-        return f"{path} is missing. Add it, for example \"{location[-1]}\": 4. It means: {_meaning(location)}"
+        return f'{path} is missing. Add it, for example "{location[-1]}": 4. It means: {_meaning(location)}'
     return f"{path} is {detail['input']!r}, and {_demand(detail)}. It means: {_meaning(location)}"
 
 

@@ -77,9 +77,7 @@ def parse_block(block: Any) -> ClanConfig:
     if isinstance(block, ClanConfig):
         return block
     if not isinstance(block, Mapping):
-        raise ConfigError(
-            f'"{BLOCK}" is {block!r}, not an object. Write at least "{BLOCK}": {{"population_size": 4}}.'
-        )
+        raise ConfigError(f'"{BLOCK}" is {block!r}, not an object. Write at least "{BLOCK}": {{"population_size": 4}}.')
     autos = [".".join([BLOCK, *path]) for path in _auto_paths(block)]
     if autos:
         raise ConfigError(f'{", ".join(autos)} is "auto", which nothing fills in here. Write a value or drop the key.')

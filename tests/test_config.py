@@ -46,7 +46,10 @@ def test_every_field_is_documented():
     [
         ({}, ["clantune.population_size is missing", '"population_size": 4']),
         ({"population": 4}, ["clantune.population is not a key", "Did you mean 'population_size'?"]),
-        ({"population_size": 0}, ["clantune.population_size is 0", "greater than or equal to 1", "Members of the clan"]),
+        (
+            {"population_size": 0},
+            ["clantune.population_size is 0", "greater than or equal to 1", "Members of the clan"],
+        ),
         ({"population_size": "4"}, ["clantune.population_size is '4'", "valid integer"]),
         ({"population_size": True}, ["clantune.population_size is True", "valid integer"]),
         ({"population_size": 4, "round_lenght": 5}, ["clantune.round_lenght", "Did you mean 'round_length'?"]),
@@ -61,12 +64,21 @@ def test_every_field_is_documented():
         ({"population_size": 4, "genes": ["lr", "lr"]}, ["clantune.genes is ['lr', 'lr']", "listed twice"]),
         ({"population_size": 4, "genes": "lr"}, ["clantune.genes is 'lr'", "valid dictionary"]),
         ({"population_size": 4, "genes": {"lr": {"bound": [1, 2]}}}, ["clantune.genes.lr.bound", "mean 'bounds'?"]),
-        ({"population_size": 4, "genes": {"lr": {"bounds": [2, 1]}}}, ["genes.lr.bounds is [2, 1]", "below the second"]),
+        (
+            {"population_size": 4, "genes": {"lr": {"bounds": [2, 1]}}},
+            ["genes.lr.bounds is [2, 1]", "below the second"],
+        ),
         ({"population_size": 4, "genes": {"lr": {"scale": "exp"}}}, ["genes.lr.scale is 'exp'", "'log', 'linear'"]),
         ({"population_size": 4, "genes": {"lr": {"step_size": 0}}}, ["genes.lr.step_size is 0", "greater than 0"]),
-        ({"population_size": 4, "fitness": {"samples": 5}}, ["clantune.fitness.samples", "Did you mean 'num_samples'?"]),
+        (
+            {"population_size": 4, "fitness": {"samples": 5}},
+            ["clantune.fitness.samples", "Did you mean 'num_samples'?"],
+        ),
         ({"population_size": 4, "tracking": {"run_name": "a/b"}}, ["tracking.run_name is 'a/b'", "match pattern"]),
-        ({"population_size": 4, "join": {"port": 70000}}, ["clantune.join.port is 70000", "less than or equal to 65535"]),
+        (
+            {"population_size": 4, "join": {"port": 70000}},
+            ["clantune.join.port is 70000", "less than or equal to 65535"],
+        ),
         ({"population_size": "auto"}, ["clantune.population_size", '"auto"', "drop the key"]),
         ({"population_size": 4, "genes": {"lr": {"initial": "auto"}}}, ["clantune.genes.lr.initial", '"auto"']),
         (4, ['"clantune" is 4, not an object', '{"population_size": 4}']),

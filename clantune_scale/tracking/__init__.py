@@ -1,0 +1,120 @@
+"""What is known of a run from outside: the events file first, then MLflow and the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clantune_scale.config import TrackingConfig
+from clantune_scale.tracking import uri as uris
+from clantune_scale.tracking.background import Background, Event, Recorder
+from clantune_scale.tracking.events import EventLog, read_events
+from clantune_scale.tracking.lifecycle import FAILED, FINISHED, KILLED, Lifecycle
+from clantune_scale.tracking.run_dir import create_run_dir
+from clantune_scale.tracking.terminal import Terminal
+
+__all__ = ["FAILED", "FINISHED", "KILLED", "Tracking", "create_run_dir", "read_events"]
+
+# The launcher kills a process 30 s after SIGTERM; a run that ends by itself can wait for a slow server.
+_DEADLINE_S = {FINISHED: 60.0, FAILED: 20.0, KILLED: 10.0}
+
+
+class Tracking:
+    """Takes a run's events; silent on every rank but the writer's.
+
+    Use :meth:`open`. Whatever way the process ends, the run is closed with the right status.
+    """
+
+    def __init__(self) -> None:
+        self._log: EventLog | None = None
+        self._mlflow: Background | None = None
+        self._terminal: Terminal | None = None
+        self._lifecycle: Lifecycle | None = None
+        self._run_dir = Path()
+        self._mlflow_name = ""
+        self._step = 0
+        self._end: Event | None = None
+        self._has_warned = False
+
+    @classmethod
+    def open(cls, config: TrackingConfig, *, run_dir: Path, is_writer: bool) -> Tracking:
+        """Starts tracking a run.
+
+        Args:
+            config: the block's ``tracking`` part.
+            run_dir: the run's own folder, from :func:`create_run_dir`.
+            is_writer: true on exactly one rank of the whole clan.
+        """
+        tracking = cls()
+        if is_writer:
+            tracking._start(config, run_dir)
+        return tracking
+
+    def emit(self, kind: str, step: int, **fields: Any) -> None:
+        """Records an event.
+
+        Args:
+            kind: what happened; ``run_start`` comes first.
+            step: optimizer steps completed.
+            fields: what else is known, as plain data, dataclasses, pydantic models or numpy values.
+        """
+        if self._log is None:
+            return
+        self._step = step
+        event = self._log.append(kind, step, fields)
+        if self._mlflow is not None:
+            self._mlflow.put(event)
+        if kind == "run_end":
+            # Shown by `close`, once it is known whether MLflow has everything.
+            self._end = event
+        elif self._terminal is not None:
+            self._terminal.show(event)
+        self._warn_of_mlflow()
+
+    def close(self, status: str = FINISHED) -> None:
+        """Ends the run with ``FINISHED``, ``FAILED`` or ``KILLED``; harmless when it has ended.
+
+        A ``run_end`` without a champion is emitted if none was.
+        """
+        log, lifecycle = self._log, self._lifecycle
+        if log is None or lifecycle is None:
+            return
+        if self._end is None:
+            self.emit("run_end", self._step, status=status, champion=None, champion_loss=None, artifacts={})
+        if self._mlflow is not None:
+            self._mlflow.close(deadline_s=_DEADLINE_S[status])
+            self._warn_of_mlflow()
+        self._log = None
+        log.close()
+        lifecycle.release()
+        if self._terminal is not None and self._end is not None:
+            self._terminal.show(self._end)
+
+    def _start(self, config: TrackingConfig, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._log = EventLog(run_dir / "events.jsonl")
+        hint = None
+        if config.mlflow:
+            uri = uris.resolve(config.tracking_uri, directory=run_dir.parent)
+            uris.limit_patience()
+            self._mlflow_name = uris.redact(uri)
+            hint = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else self._mlflow_name
+            self._mlflow = Background(lambda: _mlflow_recorder(uri, config.experiment, run_dir))
+        self._terminal = Terminal(events_path=self._log.path, mlflow_hint=hint)
+        self._lifecycle = Lifecycle(self.close)
+
+    def _warn_of_mlflow(self) -> None:
+        if self._mlflow is None or self._mlflow.failure is None or self._has_warned:
+            return
+        self._has_warned = True
+        message = (
+            f"MLflow at {self._mlflow_name} does not record this run ({self._mlflow.failure}); training goes on. "
+            f"Upload it later: python -m clantune_scale.tracking.mlflow {self._run_dir}"
+        )
+        self.emit("warning", self._step, message=message)
+
+
+def _mlflow_recorder(uri: str, experiment: str, run_dir: Path) -> Recorder:
+    from clantune_scale.tracking.mlflow import MlflowRecorder
+
+    return MlflowRecorder(uri, experiment=experiment, run_dir=run_dir)

@@ -1,0 +1,71 @@
+"""Hands events to a slow consumer on a thread of its own, so that training never waits for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+Event = dict[str, Any]
+
+
+class Recorder(Protocol):
+    """What consumes events, one after the other, on the background thread."""
+
+    def record(self, event: Event) -> None:
+        """Takes one event; whatever it raises ends the recording, not the run."""
+
+
+class Background:
+    """A daemon thread with a bounded queue in front of a recorder.
+
+    Args:
+        make_recorder: builds the recorder, on the thread: imports and connections are slow too.
+        capacity: events that may wait; one more counts as a failure, because the recorder is then
+            slower than the run.
+    """
+
+    def __init__(self, make_recorder: Callable[[], Recorder], *, capacity: int = 10_000) -> None:
+        self._make_recorder = make_recorder
+        self._capacity = capacity
+        # SimpleQueue.put is reentrant: the SIGTERM handler may interrupt a put and put the last event itself.
+        self._queue: SimpleQueue[Event | None] = SimpleQueue()
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="clantune-tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the recording stopped; None while it works."""
+        return self._failure
+
+    def put(self, event: Event) -> None:
+        """Queues an event and returns at once."""
+        if self._failure is not None:
+            return
+        if self._queue.qsize() >= self._capacity:
+            self._failure = f"{self._capacity} events are waiting"
+            return
+        self._queue.put(event)
+
+    def close(self, *, deadline_s: float) -> None:
+        """Waits until all is recorded, at most ``deadline_s``; what is left then counts as a failure."""
+        self._queue.put(None)
+        self._thread.join(deadline_s)
+        if self._thread.is_alive() and self._failure is None:
+            self._failure = f"{self._queue.qsize()} events were still waiting after {deadline_s:g} s"
+
+    def _run(self) -> None:
+        try:
+            recorder = self._make_recorder()
+            while (event := self._queue.get()) is not None and self._failure is None:
+                recorder.record(event)
+        # Whatever a tracking server or its client does wrong must not reach training; it is kept and reported.
+        except Exception as error:
+            self._failure = self._failure or _in_short(error)
+
+
+def _in_short(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."

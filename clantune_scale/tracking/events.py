@@ -1,0 +1,119 @@
+"""The run's record: one JSON object per line, written before anything else hears of the event."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from clantune_scale.errors import ClanError
+from clantune_scale.tracking.uri import redact
+
+SCHEMA = 1
+
+# JSON has no words for these; as strings they survive every reader, and `read_events` turns them back.
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class EventLog:
+    """Appends events to a file, each in one write to the kernel, so that a killed process loses none.
+
+    The file has no buffer of its own: a signal handler may append while the same thread is appending.
+
+    Args:
+        path: the file, which must not exist: a record is never continued by another run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+
+    def append(self, kind: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes an event.
+
+        Args:
+            kind: what happened, for example ``"round_end"``.
+            step: optimizer steps completed.
+            fields: anything made of dataclasses, pydantic models, numpy values and plain data.
+
+        Returns:
+            The event as plain data: what :func:`read_events` will give, credentials in URIs removed.
+        """
+        event = {"schema": SCHEMA, "kind": kind, "time_s": time.time(), "step": int(step), **to_plain(fields)}
+        os.write(self._file, (json.dumps(_spell(event), allow_nan=False) + "\n").encode())
+        return event
+
+    def close(self) -> None:
+        """Closes the file; harmless the second time."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+
+def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All events of a run, oldest first.
+
+    A last line that is cut off (the machine died while writing it) is left out.
+
+    Raises:
+        ClanError: if another line is no event, or the schema is newer than this package.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            event = _unspell(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ClanError(f"line {number} of {path} is not an event: {error}. Remove it or use a copy.") from error
+        if event["schema"] > SCHEMA:
+            raise ClanError(f"{path} has events of schema {event['schema']}, this package reads {SCHEMA}. Upgrade it.")
+        events.append(event)
+    return events
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` as dicts, lists, strings, numbers, booleans and None."""
+    if isinstance(value, BaseModel):
+        return to_plain(value.model_dump())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return to_plain(value.value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return to_plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return redact(str(value))
+
+
+def _spell(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {key: _spell(inner) for key, inner in value.items()}
+    return [_spell(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _unspell(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: _unspell(inner) for key, inner in value.items()}
+    return [_unspell(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,89 @@
+"""A picture of a run: fitness and genes of every member over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clantune_scale.errors import ClanError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Event = dict[str, Any]
+
+# Okabe and Ito's palette, told apart with every common colour blindness; the line style goes on where it ends.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+_STYLES = ("-", "--", ":", "-.")
+
+
+def plot_genes(events: Sequence[Event], path: Path) -> Path:
+    """Draws fitness above one panel per gene, competitive phases shaded, and writes a PNG.
+
+    Args:
+        events: as :func:`read_events` gives them, with at least one ``round_end``.
+        path: where the picture goes.
+
+    Raises:
+        ClanError: if no round was finished.
+    """
+    # The object interface with its own canvas leaves the user's pyplot state and backend alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rounds = [event for event in events if event["kind"] == "round_end"]
+    if not rounds:
+        raise ClanError(f"there is no finished round to draw into {path}. Let the run finish one.")
+    genes = next(event["genes"] for event in events if event["kind"] == "run_start")
+    figure = Figure(figsize=(9, 2.2 * (1 + len(genes)) + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1 + len(genes), 1, sharex=True, squeeze=False)[:, 0]
+    _draw_fitness(panels[0], rounds)
+    for axes, gene in zip(panels[1:], genes, strict=True):
+        _draw_gene(axes, rounds, gene)
+    for axes in panels:
+        _shade_competition(axes, rounds)
+        axes.grid(alpha=0.3)
+    panels[0].legend(loc="upper right", ncols=4, fontsize="small")
+    panels[-1].set_xlabel("optimizer steps")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _draw_fitness(axes: Axes, rounds: Sequence[Event]) -> None:
+    steps = [event["step"] for event in rounds]
+    for member in range(len(rounds[0]["members"])):
+        losses = [event["members"][member]["loss"] for event in rounds]
+        axes.plot(steps, losses, marker=".", label=f"member {member}", **_look(member))
+    axes.set_ylabel("validation loss")
+
+
+def _draw_gene(axes: Axes, rounds: Sequence[Event], gene: dict[str, Any]) -> None:
+    name = gene["name"]
+    # A value holds for its whole round: two points each.
+    steps = [step for event in rounds for step in (event["start_step"], event["step"])]
+    for member in range(len(rounds[0]["members"])):
+        values = [event["members"][member]["genome"]["values"][name] for event in rounds for _ in range(2)]
+        axes.plot(steps, values, **_look(member))
+    consensus = [event["consensus"].get(name) for event in rounds]
+    if all(value is not None for value in consensus):
+        axes.plot([event["step"] for event in rounds], consensus, color="black", linewidth=1, label="consensus")
+    if gene["scale"] == "log":
+        axes.set_yscale("log")
+    axes.set_ylabel(f"{name} (factor)" if gene["relative"] else name)
+
+
+def _shade_competition(axes: Axes, rounds: Sequence[Event]) -> None:
+    for event in rounds:
+        start = event["start_step"]
+        for phase in event["phases"]:
+            end = start + phase["num_steps"]
+            if phase["kind"] == "competitive":
+                axes.axvspan(start, end, color="0.5", alpha=0.2, linewidth=0)
+            start = end
+
+
+def _look(member: int) -> dict[str, Any]:
+    style = _STYLES[member // len(_COLORS) % len(_STYLES)]
+    return {"color": _COLORS[member % len(_COLORS)], "linestyle": style, "linewidth": 1.4}

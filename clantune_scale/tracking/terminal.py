@@ -1,0 +1,99 @@
+"""What the user sees while the clan trains: a line per some steps, a table per round, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clantune_scale.batch import BatchPlan
+from clantune_scale.tracking.background import Event
+
+
+class Terminal:
+    """Prints events, one rank's.
+
+    Args:
+        events_path: the events file, named at the end.
+        mlflow_hint: how to look at the run in MLflow; None where it is not used.
+        write: takes one line.
+    """
+
+    def __init__(
+        self, *, events_path: Path, mlflow_hint: str | None, write: Callable[[str], object] | None = None
+    ) -> None:
+        self._events_path = events_path
+        self._mlflow_hint = mlflow_hint
+        self._write = write or _print
+        self._formats = {
+            "run_start": self._start,
+            "step": self._step,
+            "round_end": self._round,
+            "warning": self._warning,
+            "run_end": self._end,
+        }
+
+    def show(self, event: Event) -> None:
+        """Prints one event; kinds that need no line print none."""
+        format_event = self._formats.get(event["kind"])
+        for line in format_event(event) if format_event else ():
+            self._write(line)
+
+    def _start(self, event: Event) -> Sequence[str]:
+        ranks = len(event["member_ranks"][0])
+        genes = ", ".join(gene["name"] for gene in event["genes"]) or "none"
+        return (
+            f"clan {event['name']}: {event['population_size']} members x {ranks} rank{'s' * (ranks > 1)}, "
+            f"strategy {event['strategy']}, genes {genes}",
+            f"clan {event['name']}: {BatchPlan(**event['batch']).describe()}",
+            f"clan {event['name']}: events in {self._events_path}",
+        )
+
+    def _step(self, event: Event) -> Sequence[str]:
+        return (
+            f"step {event['step']:>6}  round {event['round']:>3} {event['phase']:<11}  "
+            f"loss {event['loss']:.4f}  {event['step_s']:.3f} s/step",
+        )
+
+    def _round(self, event: Event) -> Sequence[str]:
+        seconds = ", ".join(f"{part} {value:.1f}" for part, value in event["seconds"].items())
+        title = f"round {event['round']}: steps {event['start_step']} to {event['step']}, seconds: {seconds}"
+        if event["restored"]:
+            title += ", restored to the last good state"
+        return (title, *("  " + line for line in _aligned(_round_table(event))))
+
+    def _warning(self, event: Event) -> Sequence[str]:
+        return (f"clan warning: {event['message']}",)
+
+    def _end(self, event: Event) -> Sequence[str]:
+        result = f"clan {event['status']} after {event['step']} steps"
+        if event["champion"] is not None:
+            result += f": the champion is member {event['champion']}, loss {event['champion_loss']:.4f}"
+        places = {**event["artifacts"], "events": self._events_path}
+        if self._mlflow_hint:
+            places["mlflow"] = self._mlflow_hint
+        width = max(map(len, places))
+        return (result, *(f"  {name:<{width}}  {place}" for name, place in places.items()))
+
+
+def _round_table(event: Event) -> list[list[str]]:
+    genes = list(event["members"][0]["genome"]["values"])
+    table = [["member", "loss", "± se", *genes, "rate", "parent", "reason"]]
+    for member, rate in zip(event["members"], event["learning_rates"], strict=True):
+        values = [f"{member['genome']['values'][gene]:.4g}" for gene in genes]
+        parent = "-" if member["donor"] == member["member"] else str(member["donor"])
+        measured = [f"{member['loss']:.4f}", f"{member['standard_error']:.4f}"]
+        table.append([str(member["member"]), *measured, *values, f"{rate:.3g}", parent, member["reason"]])
+    return table
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    # Numbers to the right; the last column is a phrase.
+    return [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip()
+        for row in table
+    ]
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

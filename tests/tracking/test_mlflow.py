@@ -1,0 +1,165 @@
+"""Events in a real MLflow store, queried through its client."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from clantune_scale.config import ClanConfig
+from clantune_scale.errors import ClanError
+from clantune_scale.tracking.events import EventLog
+from clantune_scale.tracking.mlflow import MlflowRecorder, upload
+from tests.tracking import sample_run
+
+CONFIG = ClanConfig(population_size=2, genes=["lr", "dropout"])
+
+
+class Recording:
+    """Events into the file alone, as a run leaves them that MLflow did not get."""
+
+    def __init__(self, run_dir):
+        run_dir.mkdir()
+        self.log = EventLog(run_dir / "events.jsonl")
+
+    def emit(self, kind, step, **fields):
+        self.log.append(kind, step, fields)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One database for the module: its creation takes seconds."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uri(store):
+    return f"sqlite:///{store / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def client(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@pytest.fixture(scope="module")
+def uploaded(store, uri, client):
+    """A finished run and its two children."""
+    recording = Recording(store / "finished")
+    sample_run.emit_all(recording, CONFIG, rounds=2)
+    picture = store / "finished" / "genes.png"
+    picture.write_bytes(b"\x89PNG")
+    artifacts = {"genes": picture, "champion": store / "finished" / "champion.safetensors"}
+    recording.emit("run_end", 20, status="FINISHED", champion=0, champion_loss=2.0, artifacts=artifacts)
+    parent = client.get_run(upload(store / "finished", uri=uri))
+    return parent, children_of(client, parent)
+
+
+def children_of(client, parent):
+    found = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", order_by=["start_time ASC"]
+    )
+    return sorted(found, key=lambda run: run.data.tags["clantune.member"])
+
+
+def history(client, run, key):
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
+
+
+def test_parent_has_config_and_versions(uploaded, client):
+    parent, _ = uploaded
+    assert parent.info.run_name == "sample" and parent.info.status == "FINISHED"
+    assert parent.data.params["config.population_size"] == "2" and parent.data.params["batch.member_batch"] == "16"
+    assert parent.data.params["gene.lr.scale"] == "log" and parent.data.params["topology.dp"] == "2"
+    assert parent.data.tags["version.torch"] == "2.13.0" and parent.data.tags["clantune.champion"] == "0"
+    assert client.get_experiment(parent.info.experiment_id).name == "clantune"
+
+
+def test_parent_has_the_clans_metrics(uploaded, client):
+    parent, _ = uploaded
+    assert history(client, parent, "seconds/evaluation") == [(10, 0.25), (20, 0.25)]
+    assert history(client, parent, "consensus/lr") == [(10, 1.0), (20, 1.0)]
+    assert history(client, parent, "train/loss") == [(10, 4.0), (20, 3.0)]
+    assert history(client, parent, "fitness/best") == [(10, 3.0), (20, 2.0)]
+
+
+def test_each_member_is_a_child_with_genes_fitness_and_lineage(uploaded, client):
+    _, children = uploaded
+    assert [child.info.run_name for child in children] == ["sample/member-0", "sample/member-1"]
+    assert {child.info.status for child in children} == {"FINISHED"}
+    assert history(client, children[1], "fitness/loss") == [(10, 3.1), (20, 2.1)]
+    assert history(client, children[1], "gene/dropout") == [(10, 0.1), (20, 0.1)]
+    assert history(client, children[1], "step_size/lr") == [(10, 0.1), (20, 0.1)]
+    assert history(client, children[1], "lineage/donor") == [(10, 0.0), (20, 0.0)]
+    assert history(client, children[1], "learning_rate") == [(10, 2e-3), (20, 2e-3)]
+    assert children[1].data.tags["clantune.donor"] == "0" and children[1].data.tags["clantune.ranks"] == "[2, 3]"
+
+
+def test_pictures_are_uploaded_and_weights_are_not(uploaded, client):
+    parent, _ = uploaded
+    assert [artifact.path for artifact in client.list_artifacts(parent.info.run_id)] == ["genes.png"]
+    assert parent.data.tags["clantune.artifact.champion"].endswith("champion.safetensors")
+
+
+def test_times_are_those_of_the_events(uploaded):
+    parent, _ = uploaded
+    assert 0 <= parent.info.end_time - parent.info.start_time < 60_000
+
+
+def test_a_second_upload_makes_fresh_runs_and_leaves_the_first(uploaded, store, uri, client):
+    parent, _ = uploaded
+    again = client.get_run(upload(store / "finished", uri=uri))
+    assert again.info.run_id != parent.info.run_id
+    assert again.data.metrics == parent.data.metrics and len(children_of(client, again)) == 2
+    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == 2
+
+
+def test_a_run_without_an_end_was_killed(store, uri, client):
+    sample_run.emit_all(Recording(store / "died"), CONFIG, rounds=1)
+    parent = client.get_run(upload(store / "died", uri=uri))
+    assert {run.info.status for run in (parent, *children_of(client, parent))} == {"KILLED"}
+
+
+def test_a_diverged_member_is_nan_not_a_huge_number(store, uri, client):
+    recording = Recording(store / "diverged")
+    recording.emit("run_start", 0, **sample_run.start(CONFIG))
+    fields = sample_run.round_end(CONFIG, 0)
+    fields["members"][1]["loss"] = math.inf
+    recording.emit("round_end", 10, **fields)
+    parent = client.get_run(upload(store / "diverged", uri=uri))
+    assert math.isnan(children_of(client, parent)[1].data.metrics["fitness/loss"])
+    assert parent.data.metrics["fitness/best"] == 3.0
+
+
+def test_the_environments_run_id_changes_nothing(uploaded, store, uri, client, monkeypatch):
+    parent, _ = uploaded
+    monkeypatch.setenv("MLFLOW_RUN_ID", parent.info.run_id)
+    assert upload(store / "finished", uri=uri) != parent.info.run_id
+
+
+def test_a_stored_uri_without_its_credentials_is_refused(store, tmp_path):
+    tracking = {"tracking_uri": "http://me:secret@host"}
+    config = ClanConfig(population_size=2, tracking=tracking)
+    sample_run.emit_all(Recording(tmp_path / "run"), config, rounds=1)
+    with pytest.raises(ClanError, match=r"http://\*\*\*@host had credentials.*--tracking-uri"):
+        upload(tmp_path / "run")
+
+
+def test_an_event_before_the_start_is_an_error(store, uri):
+    recorder = MlflowRecorder(uri, experiment="clantune", run_dir=store / "none")
+    with pytest.raises(ClanError, match="'step' came before run_start"):
+        recorder.record({"kind": "step", "step": 1, "time_s": 0.0, "loss": 1.0, "step_s": 1.0, "samples": 1})
+
+
+def test_command_line(store, uri, client):
+    sample_run.emit_all(Recording(store / "spooled"), CONFIG, rounds=1)
+    command = [sys.executable, "-m", "clantune_scale.tracking.mlflow", str(store / "spooled"), "--tracking-uri", uri]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    run_id = done.stdout.split()[-1]
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert "Traceback" not in done.stderr and "RuntimeWarning" not in done.stderr
