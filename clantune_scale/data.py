@@ -1,0 +1,214 @@
+"""Who sees which samples: disjoint over the clan while it cooperates, the same for all members while they compete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from clantune_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one optimizer step reads.
+
+    Attributes:
+        is_common: whether all members read the same samples.
+        num_micro_batches: micro-batches that this rank reads; equal on all ranks unless ``is_common``.
+        clan_micro_batches: micro-batches per rank by which the clan moves on if ``is_common``, the most
+            that any member reads; equal on all ranks, because members' own numbers may differ then.
+    """
+
+    is_common: bool
+    num_micro_batches: int
+    clan_micro_batches: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of one rank's stream: a step, the clan's cursor at its start, micro-batches done in it."""
+
+    step: int = 0
+    cursor: int = 0
+    micro: int = 0
+
+
+class ClanBatchSampler(Sampler[list[int]]):
+    """One rank's micro-batches, as lists of sample indices, without end and without communication.
+
+    The clan reads one global order: epoch ``e`` is a permutation seeded by (seed, e), and position ``c``
+    lies in epoch ``c // num_samples``. A cursor counts the positions that the clan is past.
+
+    - Cooperating, micro-batch j of rank (member m, dp rank d) starts ``((j P + m) dp + d) mb`` after the
+      cursor, and the step moves it by ``num_micro_batches P dp mb``. That is how plain data parallelism
+      lays out its rank ``m dp + d``: a clan of equal genomes sees what a plain run sees.
+    - Competing, it starts ``(j dp + d) mb`` after the cursor, whatever the member, and the step moves the
+      cursor by ``clan_micro_batches dp mb``.
+
+    It is ``Stateful``: its state says what training *consumed*, which :meth:`consume` counts, and not what
+    workers have prefetched. A state saved inside a step is that of the step's start, because gradients
+    that are half accumulated are not saved either. Where ``plan`` is a pure function of the step (no
+    accumulation gene moves), ``{"step": n}`` alone is a complete state.
+
+    Args:
+        num_samples: length of the dataset.
+        seed: of the global order.
+        micro_batch_size: samples per micro-batch and rank.
+        dp_size: data-parallel ranks in a member.
+        dp_rank: this rank's place among them.
+        member: this rank's member.
+        population_size: number of members.
+        plan: step to what it reads; asked ahead of training as far as workers prefetch.
+        shuffle: whether epochs are permuted, at 8 bytes per sample; if not, every epoch is in the
+            dataset's order.
+
+    Raises:
+        ConfigError: if the dataset cannot give every rank one micro-batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        dp_size: int,
+        dp_rank: int,
+        member: int,
+        population_size: int,
+        plan: Callable[[int], StepPlan],
+        shuffle: bool = True,
+    ) -> None:
+        clan_batch = population_size * dp_size * micro_batch_size
+        if num_samples < clan_batch:
+            raise ConfigError(
+                f"the dataset has {num_samples} samples, fewer than one micro-batch of every rank takes: "
+                f"population_size({population_size}) x dp({dp_size}) x micro_batch({micro_batch_size}) = {clan_batch}. "
+                f"Give it more data, or lower train_micro_batch_size_per_gpu."
+            )
+        self._num_samples, self._seed, self._shuffle = num_samples, seed, shuffle
+        self._micro_batch_size, self._dp_size, self._dp_rank = micro_batch_size, dp_size, dp_rank
+        self._member, self._population_size = member, population_size
+        self._plan = plan
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.place = Place()
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Micro-batches of this rank in one pass of the cooperating clan over the data, whole ones only."""
+        return self._num_samples // (self._population_size * self._dp_size * self._micro_batch_size)
+
+    @property
+    def worker_seed(self) -> int:
+        """A seed for prefetching workers, equal for the same rank of every member."""
+        return int(np.random.SeedSequence((self._seed % 2**64, self._dp_rank)).generate_state(1)[0])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Micro-batches from the consumed place on."""
+        place = self.place
+        while True:
+            yield self._indices(self._start(place))
+            place = self._after(place)
+
+    def consume(self) -> None:
+        """Counts one micro-batch as handed to training."""
+        self.place = self._after(self.place)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.place.step, "cursor": self.place.cursor}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a saved place; without its ``"cursor"``, to where the plans of all steps before lead."""
+        step = state["step"]
+        cursor = state["cursor"] if "cursor" in state else sum(self._advance(self._plan(s)) for s in range(step))
+        self.place = Place(step, cursor)
+
+    def _start(self, place: Place) -> int:
+        """The global position at which this rank's micro-batch begins."""
+        block = place.micro
+        if not self._plan(place.step).is_common:
+            block = block * self._population_size + self._member
+        return place.cursor + (block * self._dp_size + self._dp_rank) * self._micro_batch_size
+
+    def _after(self, place: Place) -> Place:
+        plan = self._plan(place.step)
+        if place.micro + 1 < plan.num_micro_batches:
+            return Place(place.step, place.cursor, place.micro + 1)
+        return Place(place.step + 1, place.cursor + self._advance(plan))
+
+    def _advance(self, plan: StepPlan) -> int:
+        """Positions that a step takes from the global order."""
+        blocks = plan.clan_micro_batches if plan.is_common else plan.num_micro_batches * self._population_size
+        return blocks * self._dp_size * self._micro_batch_size
+
+    def _indices(self, start: int) -> list[int]:
+        positions = range(start, start + self._micro_batch_size)
+        return [int(self._epoch(p // self._num_samples)[p % self._num_samples]) for p in positions]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """[num_samples] int64, the order of an epoch; the last one asked for is kept."""
+        if self._order[0] != epoch:
+            order = np.arange(self._num_samples)
+            if self._shuffle:
+                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed % 2**64, epoch))))
+                generator.shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+class ClanDataLoader:
+    """A torch ``DataLoader`` over a :class:`ClanBatchSampler` that knows what training consumed.
+
+    One ``iter()`` yields the micro-batches of one epoch of cooperative training and the next goes on from
+    there, so that loops over epochs and endless ones read the same stream. What workers prefetched is
+    kept in between. Phase changes need nothing: plans are known ahead. When a decision of the clan
+    changes what coming steps read (an accumulation gene moved), call :meth:`replan`.
+
+    Args:
+        dataset: with ``__len__`` and ``__getitem__``.
+        sampler: this rank's.
+        num_workers: prefetching processes, as in ``DataLoader``.
+        **options: passed on to ``DataLoader`` (``collate_fn``, ``pin_memory`` and so on).
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], sampler: ClanBatchSampler, *, num_workers: int = 0, **options: Any
+    ) -> None:
+        self.dataset, self.batch_sampler = dataset, sampler
+        # Workers that persist make replan() cheap: they drop what they fetched and start over. A generator of
+        # its own keeps the loader from drawing its workers' seeds out of the stream that dropout reads, and
+        # gives competing members, whose samples are common, common augmentations too.
+        generator = torch.Generator().manual_seed(sampler.worker_seed)
+        options = {"persistent_workers": num_workers > 0, "generator": generator, **options}
+        self._loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, **options)
+        self._stream: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        """Micro-batches of one epoch of cooperative training."""
+        return self.batch_sampler.micro_batches_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(len(self)):
+            if self._stream is None:
+                self._stream = iter(self._loader)
+            batch = next(self._stream)
+            # Counted before it is handed out: whoever saves while working on it has consumed it.
+            self.batch_sampler.consume()
+            yield batch
+
+    def replan(self) -> None:
+        """Drops what was prefetched; the next micro-batch is drawn by the present plans."""
+        self._stream = None
+
+    def state_dict(self) -> dict[str, int]:
+        return self.batch_sampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on from a saved place, inside a running loop too."""
+        self.batch_sampler.load_state_dict(state)
+        self.replan()
