@@ -1,0 +1,46 @@
+"""Clan Training: a population of model replicas that tunes its own schedules while it pretrains."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from clantune_scale.config import ClanConfig
+from clantune_scale.errors import (
+    ClanError,
+    ConfigError,
+    DivergenceError,
+    EvaluationError,
+    NoEffectWarning,
+    TopologyError,
+    TransferError,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClanConfig",
+    "ClanError",
+    "ClanSchedule",
+    "ConfigError",
+    "DivergenceError",
+    "EvaluationError",
+    "NoEffectWarning",
+    "TopologyError",
+    "TransferError",
+    "initialize",
+    "join",
+]
+
+
+# Imported when first used: DeepSpeed alone takes seconds, and who validates a config need not wait for it.
+_LAZY = {
+    "ClanSchedule": "clantune_scale.core.schedule",
+    "initialize": "clantune_scale.backends.deepspeed.initialize",
+    "join": "clantune_scale.world",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -83,6 +83,7 @@ def join(
     pp: int = 1,
     tp: int = 1,
     timeout_s: float = 300.0,
+    port: int | None = None,
     environ: MutableMapping[str, str] = os.environ,
 ) -> ClanWorld:
     """Joins the clan and makes this process's member its world. Call it before any process group exists.
@@ -93,6 +94,8 @@ def join(
         population_size: number of members.
         pp, tp: a member's pipeline and tensor (times context) degrees; data parallelism takes the rest.
         timeout_s: how long to wait for ranks that have not arrived.
+        port: where rank 0 serves the clan's store; ``MASTER_PORT`` where None, which is free until the first
+            process group exists.
         environ: where ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` are read and rewritten.
 
     Raises:
@@ -114,10 +117,10 @@ def join(
             f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
             f"`deepspeed --module clantune_scale.run`."
         )
-    rank, world_size, address, port = _launch_variables(environ)
+    rank, world_size, address, master_port = _launch_variables(environ)
     topology = Topology.from_world(world_size, population_size=population_size, pp=pp, tp=tp)
     at = topology.coordinates(rank)
-    store = _bootstrap(rank, world_size, address, port, timeout_s, environ)
+    store = _bootstrap(rank, world_size, address, port or master_port, timeout_s, environ)
     member_store = _enter_member(store, topology, at, address, timeout_s, environ)
     column = _open_column(store, topology, at, timeout_s)
     _joined = ClanWorld(topology, at, store, column, timeout_s, member_store)
@@ -229,3 +232,41 @@ def _open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: f
             f"pid) {peers}. Two launches may share {os.environ.get('MASTER_ADDR')}: give each its own master port."
         )
     return column
+
+
+class ClanGroups:
+    """The stand-alone groups that carry tensors between members on one kind of device, made when first asked for.
+
+    All ranks of the clan ask for the same ones in the same order: making one is a collective.
+    """
+
+    def __init__(self, world: ClanWorld, device_type: str) -> None:
+        self._world = world
+        self._device_type = device_type
+        self._groups: dict[str, Any] = {}
+
+    def gradient(self) -> Any:
+        """All (member, data) ranks with this rank's part of the model, ranked member-major."""
+        if "gradient" not in self._groups:
+            self._groups["gradient"] = self._world.gradient_group(self._device_type)
+        return self._groups["gradient"]
+
+    def column(self) -> Any:
+        """This rank's peers, one per member, ranked by member; the control group itself on the CPU."""
+        return self.column_for(self._device_type)
+
+    def column_for(self, device_type: str) -> Any:
+        """The same for tensors on another kind of device (state that is offloaded to the host)."""
+        if device_type == "cpu":
+            return self._world.column.group
+        name = f"column/{self._world.at.member_rank}/{device_type}"
+        if name not in self._groups:
+            self._groups[name] = stand_alone_group(
+                self._world.store,
+                name,
+                self._world.member,
+                self._world.topology.population_size,
+                device_type=device_type,
+                timeout_s=self._world.timeout_s,
+            )
+        return self._groups[name]

@@ -89,7 +89,8 @@ class Snapshot:
     """A copy in host memory of a rank's tensors and optimizer scalars, to go back to.
 
     Step counts of the engine, the schedule and the data order stay where they are when it is restored:
-    time is spent, only what it did to the weights is undone.
+    time is spent, only what it did to the weights is undone. Optimizer state that did not exist yet when it
+    was taken (most optimizers make theirs in the first step) goes back to zero, which is how it begins.
     """
 
     def __init__(self, state: MemberState) -> None:
@@ -103,9 +104,16 @@ class Snapshot:
         Raises:
             ValueError: if the state has other tensors than it had when the copy was taken.
         """
-        if [name for name, _ in self._tensors] != [name for name, _ in state.tensors]:
-            raise ValueError("the engine's state has other tensors than the snapshot that was taken of it")
-        for (_, kept), (_, live) in zip(self._tensors, state.tensors, strict=True):
-            live.copy_(kept)
+        kept = dict(self._tensors)
+        live = dict(state.tensors)
+        unknown = [name for name in live if name not in kept and not name.startswith("optimizer.")]
+        lost = [name for name in kept if name not in live]
+        if unknown or lost:
+            raise ValueError(f"the snapshot does not fit the state: it lacks {unknown[:3]} and has {lost[:3]} too many")
+        for name, tensor in live.items():
+            if name in kept:
+                tensor.copy_(kept[name])
+            else:
+                tensor.zero_()
         state.load_scalars(self._scalars)
         state.refresh()

@@ -86,9 +86,11 @@ class Strategy(ABC):
     Attributes:
         facts: what the run is.
         guards: whether the runtime keeps a copy of the last good state for ``Decision.restore``.
+        averages: whether any of its rounds measures fitness on averaged weights.
     """
 
     guards: bool = False
+    averages: bool = False
 
     def __init__(self, facts: RunFacts) -> None:
         self.facts = facts

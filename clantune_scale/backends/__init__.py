@@ -1,0 +1,1 @@
+"""The only files that import an engine, each behind the protocol of ``base``."""

@@ -1,0 +1,92 @@
+"""What the clan asks of an engine. One class per engine implements it; nothing else names an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from clantune_scale.transfer import MemberState
+
+
+class GradientGroups(Protocol):
+    """The stand-alone groups over which gradients cross members, made when first asked for."""
+
+    def gradient(self) -> Any:
+        """All (member, data) ranks that hold this rank's part of the model."""
+
+    def column(self) -> Any:
+        """This rank's peers, one in each member."""
+
+
+class Backend(Protocol):
+    """One member's engine, seen from the clan.
+
+    Attributes:
+        module: the user's module.
+        device: where its parameters live.
+        dp_rank, dp_size: this rank's place in the member's data parallelism.
+        micro_batch_size: samples per rank and backward pass.
+        num_steps: optimizer steps done.
+        clip: gradient-norm threshold, 0 where clipping is off; writable.
+        accumulation: micro-batches per optimizer step; writable between steps.
+        has_schedule: whether a learning-rate schedule is attached.
+    """
+
+    module: torch.nn.Module
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int
+    clip: float
+    accumulation: int
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def has_schedule(self) -> bool: ...
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The live groups of the optimizer that applies the update, by reference."""
+
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's live fp32 weights: what the optimizer updates."""
+
+    def refresh(self) -> None:
+        """Brings the weights that the model computes with up to date with the masters (member collective)."""
+
+    def state(self) -> MemberState:
+        """This rank's live training state."""
+
+    def share_gradients(self, is_sharing: Callable[[], bool], groups: GradientGroups, population_size: int) -> None:
+        """Averages gradients over all members in every step in which ``is_sharing()``."""
+
+    def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Enters ``context()`` just around the optimizer's own update: after clipping, before the scheduler."""
+
+    def after_step(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` after each optimizer step, when the engine is done with it."""
+
+    def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
+        """Shows each training forward's arguments and each loss that goes backward."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode without gradients; on exit the mode is what it was."""
+
+    def forward(self, batch: Any) -> Any:
+        """The engine's forward on one batch as the data loader gives it."""
+
+    def loss_scale(self) -> Mapping[str, Any] | None:
+        """The state of the dynamic loss scale, ``"cur_scale"`` among it, or None without one."""
+
+    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
+        """Takes over such a state."""
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """The member's whole weights and buffers on its first rank, None on others (member collective)."""
+
+    def detach(self) -> None:
+        """Takes every hook off the engine again."""

@@ -1,0 +1,222 @@
+"""One member's DeepSpeed engine behind the clan's protocol: hooks on the engine, no wrapper around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import deepspeed
+import torch
+
+from clantune_scale.backends.base import GradientGroups
+from clantune_scale.backends.deepspeed import shards, sharing
+from clantune_scale.backends.deepspeed.sharing import replace_method
+from clantune_scale.errors import ConfigError
+from clantune_scale.transfer import MemberState
+
+
+class DeepSpeedBackend:
+    """A ``DeepSpeedEngine`` that sees the member as its world.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned.
+
+    Raises:
+        ConfigError: for a DeepSpeed setting that a clan cannot run under.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._undo: list[Callable[[], None]] = []
+        _refuse_unsupported(engine)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    @property
+    def dp_rank(self) -> int:
+        return torch.distributed.get_rank(self.engine.data_parallel_group)
+
+    @property
+    def dp_size(self) -> int:
+        return self.engine.dp_world_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.engine.train_micro_batch_size_per_gpu()
+
+    @property
+    def num_steps(self) -> int:
+        return self.engine.global_steps
+
+    @property
+    def has_schedule(self) -> bool:
+        return self.engine.lr_scheduler is not None
+
+    @property
+    def clip(self) -> float:
+        return float(self.engine.gradient_clipping())
+
+    @clip.setter
+    def clip(self, value: float) -> None:
+        # ZeRO 0 in fp32 reads the config, every wrapper its own copy.
+        self.engine._config.gradient_clipping = value
+        if hasattr(self.engine.optimizer, "clip_grad"):
+            self.engine.optimizer.clip_grad = value
+
+    @property
+    def accumulation(self) -> int:
+        return self.engine.gradient_accumulation_steps()
+
+    @accumulation.setter
+    def accumulation(self, value: int) -> None:
+        self.engine.set_train_batch_size(value * self.micro_batch_size * self.dp_size)
+        # The boundary is micro_steps modulo the accumulation: without the reset it would shift.
+        self.engine.micro_steps = 0
+        if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
+            self.engine.optimizer.gradient_accumulation_steps = value
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.engine.basic_optimizer.param_groups
+
+    def masters(self) -> list[torch.Tensor]:
+        return shards.masters(self.engine)
+
+    def refresh(self) -> None:
+        shards.refresh(self.engine)
+
+    def state(self) -> MemberState:
+        return shards.member_state(self.engine)
+
+    def share_gradients(self, is_sharing: Callable[[], bool], groups: GradientGroups, population_size: int) -> None:
+        self._undo += sharing.share(self.engine, is_sharing, groups, population_size)
+
+    def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        optimizer = self.engine.optimizer
+        step = optimizer.step
+
+        # torch's schedulers mark the step they have seen with an attribute, and warn where it is missing.
+        @wraps(step)
+        def step_in_context(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return step(*args, **kwargs)
+
+        self._undo.append(replace_method(optimizer, "step", step_in_context))
+
+    def after_step(self, callback: Callable[[], None]) -> None:
+        engine = self.engine
+        step = engine.step
+
+        def step_then_call(*args: Any, **kwargs: Any) -> Any:
+            before = engine.global_steps
+            result = step(*args, **kwargs)
+            if engine.global_steps > before:
+                callback()
+            return result
+
+        self._undo.append(replace_method(engine, "step", step_then_call))
+
+    def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
+        engine = self.engine
+
+        def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
+            if engine.module.training:
+                on_batch(args, kwargs)
+
+        handle = engine.register_forward_pre_hook(before_forward, with_kwargs=True)
+        backward = engine.backward
+
+        def backward_watched(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            on_loss(loss)
+            return backward(loss, *args, **kwargs)
+
+        self._undo += [handle.remove, replace_method(engine, "backward", backward_watched)]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        was_training = self.module.training
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.train(was_training)
+
+    def forward(self, batch: Any) -> Any:
+        """The module on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
+        batch = _to_device(batch, self.device)
+        if isinstance(batch, Mapping):
+            return self.engine(**batch)
+        return self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch)
+
+    def loss_scale(self) -> Mapping[str, Any] | None:
+        return shards.loss_scale(self.engine)
+
+    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
+        shards.set_loss_scale(self.engine, state)
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        wanted = set(self.module.state_dict().keys())
+        weights: dict[str, torch.Tensor] = {}
+        is_first = torch.distributed.get_rank() == 0
+        for name, parameter in self.module.named_parameters():
+            is_partitioned = hasattr(parameter, "ds_id")
+            gathered = deepspeed.zero.GatheredParameters([parameter]) if is_partitioned else nullcontext()
+            with gathered:
+                if is_first:
+                    weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        if not is_first:
+            return None
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in wanted}
+        return weights | {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
+
+    def detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in nested lists, tuples and mappings, moved to ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return type(value)(_to_device(item, device) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _refuse_unsupported(engine: Any) -> None:
+    """Settings under which state or gradients lie where this backend does not look."""
+    shards.optimizer_kind(engine)
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        raise ConfigError(
+            "fp16 with ZeRO stage 0 does not scale its loss in DeepSpeed 0.19 and trains on wrong gradients. "
+            "Set zero_optimization.stage to 1 or more, or use bf16."
+        )
+    if engine.has_moe_layers:
+        raise ConfigError(
+            "the model has mixture-of-experts layers, whose expert gradients the clan does not average yet. "
+            "Train it without the clantune block."
+        )
+    nvme = [part for part in ("offload_param", "offload_optimizer") if _offloads_to_nvme(engine, part)]
+    if nvme:
+        raise ConfigError(
+            f"zero_optimization.{nvme[0]}.device is nvme, and a member's state must be in memory to be cloned. "
+            f"Set it to cpu or none."
+        )
+    if not engine.managed_gradient_accumulation():
+        raise ConfigError(
+            "managed_gradient_accumulation is false, so that only the caller knows where a step ends, and the clan "
+            "plans its phases in steps. Leave it at its default, true."
+        )
+
+
+def _offloads_to_nvme(engine: Any, part: str) -> bool:
+    settings = getattr(engine.zero_offload_param() if part == "offload_param" else engine.zero_offload_optimizer(), "device", None)
+    return settings is not None and str(getattr(settings, "value", settings)) == "nvme"

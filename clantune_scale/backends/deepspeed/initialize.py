@@ -1,0 +1,156 @@
+"""``deepspeed.initialize``, with a clan attached where the config asks for one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import deepspeed
+from torch.utils.data import Dataset
+
+from clantune_scale import world
+from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
+from clantune_scale.batch import split_batch
+from clantune_scale.clan import Clan
+from clantune_scale.config import ClanConfig
+from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.errors import ConfigError
+from clantune_scale.evaluation import Evaluate, ValidationWindow
+from clantune_scale.expression import Setter
+
+
+def initialize(
+    args: Any = None,
+    model: Any = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Dataset | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list], Any] | None = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+    *,
+    eval_data: Dataset | None = None,
+    evaluate: Evaluate | None = None,
+    gene_setters: Mapping[str, Setter] | None = None,
+    num_workers: int = 0,
+) -> tuple[Any, Any, Any, Any]:
+    """Takes what ``deepspeed.initialize`` takes and returns the same four things.
+
+    The engine is DeepSpeed's own. With a ``"clantune"`` block in its config, ``engine.clan`` is the clan that
+    is attached to it; without one, or with ``"enabled": false``, this is ``deepspeed.initialize``.
+
+    Args:
+        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it.
+        evaluate: ``(engine, batch) -> loss``, in place of the model's own output.
+        gene_setters: by target name, a function that puts a gene's value into effect.
+        num_workers: worker processes of the loader that is made from ``training_data``.
+        args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port, mpu,
+            dist_init_required, collate_fn, config, mesh_param, config_params: as DeepSpeed documents them.
+
+    Returns:
+        engine, optimizer, training data loader (one that follows the clan's phases), scheduler.
+
+    Raises:
+        ConfigError: if the block or the batch cannot be used, or there is nothing to evaluate on.
+        TopologyError: if the launcher's ranks do not form the clan.
+    """
+    passed = dict(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        mesh_param=mesh_param,
+    )
+    given = config if config is not None else config_params
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
+    if given is None:
+        raise ConfigError("there is no DeepSpeed config. Pass config=..., or --deepspeed_config FILE to the script.")
+    ds_config, block = extract(load_ds_config(given))
+    if block is None or not block.enabled:
+        passed["args"] = _without_config(args)
+        return deepspeed.initialize(**passed, training_data=training_data, config=ds_config)
+    return _initialize_clan(
+        passed, ds_config, block, training_data, eval_data, evaluate, gene_setters or {}, num_workers
+    )
+
+
+def _initialize_clan(
+    passed: dict[str, Any],
+    ds_config: dict[str, Any],
+    block: ClanConfig,
+    training_data: Dataset | None,
+    eval_data: Dataset | None,
+    evaluate: Evaluate | None,
+    gene_setters: Mapping[str, Setter],
+    num_workers: int,
+) -> tuple[Any, Any, Any, Any]:
+    if passed["mpu"] is not None or isinstance(passed["model"], deepspeed.PipelineModule):
+        raise ConfigError(
+            "the model is pipeline- or tensor-parallel, and members are data-parallel groups in this version. "
+            "Pass a plain module without mpu, or leave out the clantune block."
+        )
+    if eval_data is None:
+        raise ConfigError(
+            "a clan compares its members on common examples and there are none. Pass eval_data=... to initialize(), "
+            "a map-style dataset apart from the training and test data."
+        )
+    joined = world.join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
+    member_config, batch = split_batch(
+        ds_config, population_size=block.population_size, dp_size=joined.topology.dp
+    )
+    # DeepSpeed compiles its shared-memory collectives for the CPU at the first start, and needs a compiler for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    passed["args"] = _without_config(passed["args"])
+    engine, optimizer, _, scheduler = deepspeed.initialize(**passed, config=member_config)
+    backend = DeepSpeedBackend(engine)
+    window = ValidationWindow(
+        eval_data,
+        num_samples=block.fitness.num_samples,
+        batch_size=block.fitness.batch_size or backend.micro_batch_size,
+        dp_rank=backend.dp_rank,
+        dp_size=backend.dp_size,
+        collate_fn=passed["collate_fn"],
+    )
+    engine.clan = Clan(
+        world=joined,
+        backend=backend,
+        config=block,
+        batch=batch,
+        window=window,
+        evaluate=evaluate,
+        setters=gene_setters,
+        total_steps=block.total_steps or _scheduled_steps(ds_config),
+    )
+    loader = None
+    if training_data is not None:
+        loader = engine.clan.loader(
+            training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
+        )
+        engine.training_dataloader = loader
+    return engine, optimizer, loader, scheduler
+
+
+def _without_config(args: Any) -> Any:
+    """DeepSpeed refuses a config file in ``args`` beside ``config=``; it has been read."""
+    if getattr(args, "deepspeed_config", None) is None:
+        return args
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args
+
+
+def _scheduled_steps(ds_config: Mapping[str, Any]) -> int | None:
+    """The run's length, where a DeepSpeed scheduler that ends says it."""
+    parameters = ds_config.get("scheduler", {}).get("params", {})
+    return parameters.get("total_num_steps")

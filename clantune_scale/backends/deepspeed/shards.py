@@ -1,0 +1,174 @@
+"""Where each DeepSpeed optimizer keeps what training continues from, and how its 16-bit weights follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from clantune_scale.errors import ConfigError
+from clantune_scale.transfer import MemberState
+
+_LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_MASTERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
+    "DeepSpeedZeroOptimizer": lambda optimizer: list(optimizer.single_partition_of_fp32_groups),
+    "DeepSpeedZeroOptimizer_Stage3": lambda optimizer: list(optimizer.fp32_partitioned_groups_flat),
+    "BF16_Optimizer": lambda optimizer: list(optimizer.fp32_groups_flat_partition),
+    "FP16_Optimizer": lambda optimizer: list(optimizer.fp32_groups_flat),
+    "FP16_UnfusedOptimizer": lambda optimizer: [master for group in optimizer.fp32_groups for master in group],
+}
+
+
+def optimizer_kind(engine: Any) -> str:
+    """The name of DeepSpeed's wrapper, or "plain" where the user's optimizer steps on the parameters.
+
+    Raises:
+        ConfigError: for a wrapper whose state this version cannot find.
+    """
+    if engine.optimizer is engine.basic_optimizer:
+        return "plain"
+    kind = type(engine.optimizer).__name__
+    if kind not in _MASTERS:
+        raise ConfigError(
+            f"DeepSpeed wraps the optimizer in {kind}, whose state the clan cannot move. "
+            f"Use one of {', '.join(_MASTERS)} (ZeRO 0 to 3 in fp32, bf16 or fp16)."
+        )
+    return kind
+
+
+def masters(engine: Any) -> list[torch.Tensor]:
+    """This rank's live fp32 weights, which are also the keys of the inner optimizer's state."""
+    kind = optimizer_kind(engine)
+    if kind == "plain":
+        groups = engine.basic_optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    return _MASTERS[kind](engine.optimizer)
+
+
+@torch.no_grad()
+def refresh(engine: Any) -> None:
+    """Writes the masters into the weights that the model computes with (a collective of the member)."""
+    kind, optimizer = optimizer_kind(engine), engine.optimizer
+    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        optimizer.update_lp_params()
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        # A parameter that is still gathered would keep the old weights, and without an error.
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+    elif kind == "FP16_Optimizer":
+        for half, full in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+            half.copy_(full)
+    elif kind == "FP16_UnfusedOptimizer":
+        for halves, fulls in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            torch._foreach_copy_([half.data for half in halves], list(fulls))
+
+
+def member_state(engine: Any) -> MemberState:
+    """This rank's training state: masters, moments, frozen parameters, buffers; step counts, loss scale, schedule."""
+    return MemberState(
+        tensors=list(_tensors(engine)),
+        scalars={"optimizer": _optimizer_scalars(engine), "schedule": _schedule_scalars(engine)},
+        load_scalars=lambda scalars: _load_scalars(engine, scalars),
+        refresh=lambda: refresh(engine),
+    )
+
+
+def _is_scalar(value: torch.Tensor) -> bool:
+    """Step counts: torch keeps them in one-element tensors, on the host even where the weights are not."""
+    return value.numel() == 1 and value.dim() == 0
+
+
+def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    state = engine.basic_optimizer.state
+    for index, master in enumerate(masters(engine)):
+        yield f"master.{index}", master.data
+        moments = state.get(master, {})
+        for name in sorted(moments):
+            if torch.is_tensor(moments[name]) and not _is_scalar(moments[name]):
+                yield f"optimizer.{index}.{name}", moments[name]
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            yield f"frozen.{name}", parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+    for name, buffer in engine.module.named_buffers():
+        yield f"buffer.{name}", buffer.data
+
+
+def _optimizer_scalars(engine: Any) -> dict[str, Any]:
+    inner = engine.basic_optimizer
+    counts = [_counts(inner.state.get(master, {})) for master in masters(engine)]
+    group_steps = [group.get("step") for group in inner.param_groups]
+    return {"counts": counts, "group_steps": group_steps, "loss_scale": loss_scale(engine)}
+
+
+def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in one master's optimizer state, one-element tensors as numbers."""
+    return {
+        name: value.item() if torch.is_tensor(value) else value
+        for name, value in entries.items()
+        if isinstance(value, bool | int | float) or (torch.is_tensor(value) and _is_scalar(value))
+    }
+
+
+def _schedule_scalars(engine: Any) -> dict[str, Any] | None:
+    """The scheduler's state where JSON holds it; a schedule that it does not hold advances alike everywhere."""
+    scheduler = engine.lr_scheduler
+    if scheduler is None or not hasattr(scheduler, "state_dict"):
+        return None
+    plain = {
+        name: value
+        for name, value in scheduler.state_dict().items()
+        if isinstance(value, bool | int | float | str | type(None))
+    }
+    rates = [{key: group[key] for key in ("lr",) if key in group} for group in engine.basic_optimizer.param_groups]
+    return {"scheduler": plain, "rates": rates}
+
+
+def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
+    inner = engine.basic_optimizer
+    optimizer_scalars = scalars["optimizer"]
+    for master, counts in zip(masters(engine), optimizer_scalars["counts"], strict=True):
+        entries = inner.state.get(master, {})
+        for name in _counts(entries):
+            # What the other side does not have yet (it has not stepped) begins at zero.
+            if torch.is_tensor(entries[name]):
+                entries[name].fill_(counts.get(name, 0))
+            else:
+                entries[name] = counts.get(name, 0)
+    for group, step in zip(inner.param_groups, optimizer_scalars["group_steps"], strict=True):
+        if step is not None:
+            group["step"] = step
+    if optimizer_scalars["loss_scale"] is not None:
+        set_loss_scale(engine, optimizer_scalars["loss_scale"])
+    schedule = scalars.get("schedule")
+    if schedule is not None:
+        engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **schedule["scheduler"]})
+        for group, rates in zip(inner.param_groups, schedule["rates"], strict=True):
+            group.update(rates)
+
+
+def _scaler(engine: Any) -> Any | None:
+    """The object that holds the loss scale; its name differs between DeepSpeed's optimizers."""
+    if not engine.fp16_enabled():
+        return None
+    holders = (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
+    return next((holder for holder in holders if hasattr(holder, "cur_scale")), None)
+
+
+def loss_scale(engine: Any) -> dict[str, float] | None:
+    """The dynamic loss scale's state, or None where nothing is scaled."""
+    holder = _scaler(engine)
+    if holder is None:
+        return None
+    return {name: getattr(holder, name) for name in _LOSS_SCALE_FIELDS if hasattr(holder, name)}
+
+
+def set_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
+    """Takes over such a state."""
+    holder = _scaler(engine)
+    for name, value in state.items():
+        setattr(holder, name, value)

@@ -1,0 +1,317 @@
+"""The clan on one rank: hooks on a member's engine that turn its steps into rounds.
+
+Every rank of every member runs this. Ranks meet at a round's end alone: they gather the losses, decide alike
+(a decision is a pure function of what was gathered), copy state down their columns, and go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from clantune_scale.averaging import AveragedWeights
+from clantune_scale.backends.base import Backend
+from clantune_scale.batch import BatchPlan
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.consensus import consensus
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Genome
+from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPlan
+from clantune_scale.core.strategies import Decision, Population, RunFacts, build
+from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.errors import DivergenceError
+from clantune_scale.evaluation import Evaluate, ValidationWindow
+from clantune_scale.expression import Expression, Setter, bind_genes
+from clantune_scale.phases import PhaseManager
+from clantune_scale.record import Recorder
+from clantune_scale.selfcheck import check_parameters, check_world
+from clantune_scale.transfer import MemberState, Snapshot, transfer
+from clantune_scale.watch import BatchWatch, LossMeter
+from clantune_scale.world import ClanGroups, ClanWorld
+
+
+@dataclass
+class Clock:
+    """Seconds spent since the round began, by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self, what: str) -> None:
+        """Books the time since the last call under ``what``."""
+        now = time.perf_counter()
+        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._since
+        self._since = now
+
+    def empty(self) -> dict[str, float]:
+        """What was booked; starts over."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class Clan:
+    """A member's place in the clan, attached to its engine.
+
+    Args:
+        world: from :func:`clantune_scale.join`.
+        backend: the member's engine.
+        config: the ``clantune`` block.
+        batch: how the clan's batch is divided.
+        window: the validation window that selection sees.
+        evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
+        setters: by target, for genes that the user registers.
+        total_steps: optimizer steps of the whole run, or None.
+
+    Attributes:
+        population: the genomes in effect and the strategy's memory.
+        fitness: of the last evaluation.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: ClanWorld,
+        backend: Backend,
+        config: ClanConfig,
+        batch: BatchPlan,
+        window: ValidationWindow,
+        evaluate: Evaluate | None = None,
+        setters: Mapping[str, Setter] | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        self.world, self.backend, self.config, self.batch = world, backend, config, batch
+        self._window, self._evaluate = window, evaluate
+        check_world(world, backend.device)
+        check_parameters(world, backend)
+        self.genes = bind_genes(config.genes, backend, setters or {})
+        facts = RunFacts(
+            population_size=config.population_size,
+            genes=self.genes,
+            seed=config.seed,
+            round_length_steps=config.round_length,
+            duty_cycle=config.duty_cycle,
+            total_steps=total_steps,
+            has_schedule=backend.has_schedule,
+        )
+        self.strategy = build(config.strategy.name, facts, config.strategy.options)
+        self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
+        self.groups = ClanGroups(world, backend.device.type)
+        self._expression = Expression(self.genes, backend, setters or {})
+        self._averages: AveragedWeights | None = None
+        self._aside: Snapshot | None = None
+        self._kept: Snapshot | None = None
+        self._loader: ClanDataLoader | None = None
+        self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Clock()
+        self.recorder = Recorder.open(self, facts)
+        self._hook()
+        self._start()
+
+    @property
+    def member(self) -> int:
+        return self.world.member
+
+    @property
+    def genome(self) -> Genome:
+        """This member's."""
+        return self.population.genomes[self.member]
+
+    def _hook(self) -> None:
+        """Hooks the engine: gradients, the optimizer's update, the step's end, what is seen."""
+        backend = self.backend
+        backend.share_gradients(lambda: self.phases.is_sharing, self.groups, self.config.population_size)
+        backend.around_update(lambda: self._expression.during_update(self.lr_factor))
+        backend.after_step(self._after_step)
+        backend.watch(self._batches.on_batch, self._losses.add)
+
+    def _start(self) -> None:
+        """All members take member 0's state, are measured once, and get their first genomes."""
+        if self.strategy.averages:
+            self._averages = AveragedWeights(self.backend.masters, self.backend.refresh)
+        transfer(self.state(), [0] * self.config.population_size, self.world.column, self.groups.column_for)
+        if self._averages is not None:
+            self._averages.restart()
+        self.fitness = self._measure(averages=False)
+        self.population = self.strategy.init(self.fitness)
+        if self.strategy.guards:
+            self._kept = Snapshot(self.state())
+        self.recorder.start(self)
+        self._begin_phase()
+
+    @property
+    def lr_factor(self) -> float:
+        """The strategy's factor on all learning rates in the step that comes."""
+        return self.strategy.lr_factor(self.phases.position.step)
+
+    def state(self) -> MemberState:
+        """This rank's live training state, its averaged weights included."""
+        state = self.backend.state()
+        if self._averages is not None:
+            state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(self._averages.tensors)]
+        return state
+
+    def _after_step(self) -> None:
+        done = self.phases.advance()
+        if self._averages is not None and done.plan.averages:
+            self._averages.update(done.step + 1, done.plan.averaging_window_steps)
+        self.recorder.step(self, done, self._losses)
+        if not done.ends_phase:
+            return
+        self._clock.lap(done.phase.kind.value)
+        if done.ends_round:
+            self._end_round(done.plan)
+        self._begin_phase()
+
+    def _end_round(self, plan: RoundPlan) -> None:
+        """The meeting point: evaluate, go back where nothing is kept, decide, transfer, record."""
+        measured = self.population
+        self.fitness = self._measure(averages=plan.averages)
+        self._clock.lap("evaluation")
+        if self._aside is not None:
+            self._aside.restore(self.state())
+            self._aside = None
+        decision = self._decide(plan)
+        if decision.restore and self._kept is not None:
+            self._kept.restore(self.state())
+        transfer(self.state(), decision.donors, self.world.column, self.groups.column_for)
+        if self.strategy.guards and plan.evolves and not decision.restore:
+            self._kept = Snapshot(self.state())
+        self.population = decision.population
+        self._clock.lap("transfer")
+        self.recorder.round_end(self, plan, measured, decision, self._batches.compare(), self._clock.empty())
+        self._follow_accumulation()
+
+    def _begin_phase(self) -> None:
+        """Expresses what the phase that comes lets members express."""
+        position = self.phases.position
+        phase = position.phase
+        if position.starts_round and position.plan.averages and not self._averaged_before(position):
+            self._averages.restart()
+        if not phase.keeps and self._aside is None:
+            self._aside = Snapshot(self.state())
+        self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
+        if phase.kind is PhaseKind.COOPERATIVE:
+            self._agree_on_loss_scale()
+        self._batches.begin(phase.kind)
+        self.recorder.phase_start(self, position)
+
+    def values(self, kind: PhaseKind) -> list[dict[str, float]]:
+        """What each member expresses in such a phase, by member and gene name."""
+        shared = consensus(self.population.genomes, self.genes)
+        common = {g.name: shared[g.name] for g in self.genes if g.kind == "specialized"}
+        common = common if kind is PhaseKind.COOPERATIVE else {}
+        return [dict(genome.values) | common for genome in self.population.genomes]
+
+    def _averaged_before(self, position: Position) -> bool:
+        index = position.plan.index
+        return index == 0 or self.phases.clock.round(index - 1).averages
+
+    def _measure(self, *, averages: bool) -> Fitness:
+        """The clan's losses on the common window, of averaged weights or of those that train."""
+        swapped = self._averages.in_place_of_weights() if averages and self._averages is not None else nullcontext()
+        with self.phases.suspended(), swapped:
+            losses = self._window.losses(self.backend, self._evaluate)
+        return Fitness.from_losses(self.world.column.gather(losses))
+
+    def _decide(self, plan: RoundPlan) -> Decision:
+        """The strategy's decision; every rank makes its own, and all must be equal.
+
+        Raises:
+            DivergenceError: if a peer decided otherwise.
+        """
+        if plan.evolves:
+            decision = self.strategy.evolve(self.population, plan, self.fitness)
+        else:
+            decision = Decision(self.population, tuple(range(self.config.population_size)))
+        digest = hashlib.blake2b(json.dumps(asdict(decision), sort_keys=True, default=dict).encode()).hexdigest()[:16]
+        said = self.world.column.gather_json(digest)
+        if len(set(said)) > 1:
+            raise DivergenceError(
+                f"round {plan.index}: members decided differently ({said}, by member) on the same losses. "
+                f"Run the same versions of this package, numpy and scipy on every host."
+            )
+        return decision
+
+    def _agree_on_loss_scale(self) -> None:
+        """While gradients are averaged they must carry one scale: the clan takes the smallest."""
+        mine = self.backend.loss_scale()
+        if mine is None:
+            return
+        everyone = self.world.column.gather_json(dict(mine))
+        self.backend.set_loss_scale(min(everyone, key=lambda state: state["cur_scale"]))
+
+    def step_plan(self, step: int) -> StepPlan:
+        """What the data sampler must know of a step, as far as it is decided today."""
+        phase = self.phases.clock.at(step).phase
+        counts = [self._expression.accumulation(values) * phase.batch_factor for values in self.values(phase.kind)]
+        return StepPlan(
+            is_common=phase.kind is PhaseKind.COMPETITIVE,
+            num_micro_batches=counts[self.member],
+            clan_micro_batches=max(counts),
+        )
+
+    def sampler(self, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
+        """A batch sampler that follows the phases, for a loader of your own (``DataLoader(batch_sampler=...)``).
+
+        Args:
+            num_samples: length of the dataset.
+            shuffle: whether each epoch has an order of its own, drawn from the clan's seed.
+        """
+        return ClanBatchSampler(
+            num_samples,
+            seed=self.config.seed,
+            micro_batch_size=self.backend.micro_batch_size,
+            dp_size=self.backend.dp_size,
+            dp_rank=self.backend.dp_rank,
+            member=self.member,
+            population_size=self.config.population_size,
+            plan=self.step_plan,
+            shuffle=shuffle,
+        )
+
+    def loader(self, dataset: Dataset, **kwargs: Any) -> ClanDataLoader:
+        """A data loader over ``dataset`` that follows the phases; ``kwargs`` go to torch's ``DataLoader``."""
+        self._loader = ClanDataLoader(dataset, self.sampler(len(dataset)), **kwargs)
+        return self._loader
+
+    def _follow_accumulation(self) -> None:
+        if self._loader is not None and any(gene.target == "accumulation" for gene in self.genes):
+            self._loader.replan()
+
+    def evaluate(self, dataset: Dataset, *, num_samples: int | None = None, collate_fn: Callable | None = None) -> list[float]:
+        """Mean loss of each member's present weights on a dataset of your own; all ranks of the clan call it.
+
+        Selection never sees it: give it a test split.
+        """
+        window = ValidationWindow(
+            dataset,
+            num_samples=num_samples or len(dataset),
+            batch_size=self.config.fitness.batch_size or self.backend.micro_batch_size,
+            dp_rank=self.backend.dp_rank,
+            dp_size=self.backend.dp_size,
+            collate_fn=collate_fn,
+        )
+        with self.phases.suspended():
+            losses = window.losses(self.backend, self._evaluate)
+        return Fitness.from_losses(self.world.column.gather(losses)).mean.tolist()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, each member's model computes with its averaged weights, where the strategy keeps them."""
+        context: AbstractContextManager = (
+            nullcontext() if self._averages is None else self._averages.in_place_of_weights()
+        )
+        with context:
+            yield
+
+    def detach(self) -> None:
+        """Takes every hook off the engine and puts back what expression changed between steps."""
+        self.backend.detach()
+        self._expression.restore()

@@ -1,0 +1,302 @@
+"""The method in one process, slow and obvious: the twin that every distributed clan is compared with.
+
+It keeps one copy of the module and one optimizer per member and does, one member after another, what
+the ranks of a clan do at once. Nothing here is sharded, hooked, bucketed or sent; read it to learn what a
+clan is, and use it to train one on a single device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clantune_scale.core.consensus import consensus
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.lineage import Lineage, RoundRecord
+from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, RoundPlan
+from clantune_scale.core.strategies.base import Decision, Population, Strategy
+from clantune_scale.data import StepPlan
+
+#: target -> (key in a parameter group, place in its tuple or None)
+GROUP_KEYS: dict[str, tuple[str, int | None]] = {
+    "lr": ("lr", None),
+    "weight_decay": ("weight_decay", None),
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "eps": ("eps", None),
+    "momentum": ("momentum", None),
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A member's training state, copied: weights and buffers, the optimizer's state, the averaged weights."""
+
+    module: dict[str, Any]
+    optimizer: dict[int, Any]
+    average: list[torch.Tensor]
+
+
+class Member:
+    """A module, its optimizer and the average of its weights.
+
+    Args:
+        module: its own copy.
+        optimizer: over the module's parameters.
+        scheduler: the user's, stepped after every step; or None.
+        clip: largest global norm of the gradient; 0 for no clipping.
+    """
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, clip: float) -> None:
+        self.module, self.optimizer, self.scheduler, self.clip = module, optimizer, scheduler, clip
+        self.parameters = list(module.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    def save(self) -> Saved:
+        state = (self.module.state_dict(), self.optimizer.state_dict()["state"], self.average)
+        return Saved(*copy.deepcopy(state))
+
+    def load(self, saved: Saved) -> None:
+        """Takes a saved state; hyperparameters and the schedule go on, because they belong to the step."""
+        saved = copy.deepcopy(saved)
+        self.module.load_state_dict(saved.module)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
+        self.average = saved.average
+
+    @torch.no_grad()
+    def update_average(self, num_steps: int, window_steps: int) -> None:
+        """Takes in the weights after a step; early on, the window is 0.9 of the steps done."""
+        weight = 1.0 / max(1.0, min(0.9 * num_steps, window_steps))
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            average.lerp_(parameter, weight)
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchanges weights and averaged weights; a second call undoes the first."""
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            held = average.clone()
+            average.copy_(parameter)
+            parameter.copy_(held)
+
+
+class ReferenceClan:
+    """A clan on plain tensors.
+
+    Args:
+        module: the initial weights; copied for each member.
+        strategy: with the run's facts, its genes among them.
+        optimizer: parameters to an optimizer; called for each member.
+        loss_fn: (module, batch) to a scalar loss, the mean over the batch.
+        batch: (step, member, micro-batch, plan) to a micro-batch. One that a member's dp ranks would
+            have read between them makes the member's gradient the same as theirs.
+        eval_batches: the common validation window.
+        scheduler: optimizer to a learning-rate scheduler that is stepped after every step.
+        num_micro_batches: of a member in a step, before any gene or ``batch_factor``.
+        clip: largest global norm of the gradient that is applied; 0 for no clipping.
+        setters: by target, (module, value) for genes that the user registers.
+
+    Attributes:
+        num_steps: optimizer steps done.
+        population: the genomes in effect and the strategy's memory.
+        lineage: the rounds so far.
+        decisions: one per round, None where nothing evolved.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        strategy: Strategy,
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+        loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor],
+        batch: Callable[[int, int, int, StepPlan], Any],
+        eval_batches: Sequence[Any],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        num_micro_batches: int = 1,
+        clip: float = 0.0,
+        setters: Mapping[str, Callable[[torch.nn.Module, float], None]] | None = None,
+    ) -> None:
+        self.strategy, self.genes = strategy, strategy.facts.genes
+        self._loss_fn, self._batch, self._eval_batches = loss_fn, batch, eval_batches
+        self._num_micro_batches, self._clip, self._setters = num_micro_batches, clip, dict(setters or {})
+        self.members = []
+        for _ in range(strategy.facts.population_size):
+            own = copy.deepcopy(module)
+            own_optimizer = optimizer(own.parameters())
+            self.members.append(Member(own, own_optimizer, scheduler and scheduler(own_optimizer), clip))
+        self.clock = RoundClock(strategy.plan)
+        self.num_steps = 0
+        self.lineage, self.decisions = Lineage(), list[Decision | None]()
+        self.population: Population = strategy.init(self.evaluate())
+        self._values: list[dict[str, float]] = []
+        self._before_phase: list[Saved] | None = None
+        self._last_good = self._save()
+
+    def run(self, num_steps: int) -> None:
+        """Trains on for ``num_steps`` optimizer steps."""
+        for _ in range(num_steps):
+            self.step()
+
+    def step(self) -> None:
+        """One optimizer step of every member, and the round's end where it falls."""
+        position = self.clock.at(self.num_steps)
+        if position.starts_phase:
+            self._begin_phase(position)
+        for index, member in enumerate(self.members):
+            self._backward(index, member, position.phase)
+        if position.phase.kind is PhaseKind.COOPERATIVE:
+            self._share_gradients()
+        for index, member in enumerate(self.members):
+            self._update(index, member)
+        self.num_steps += 1
+        if position.plan.averages:
+            for member in self.members:
+                member.update_average(self.num_steps, position.plan.averaging_window_steps)
+        if position.ends_round:
+            self._end_round(position.plan)
+
+    def evaluate(self, *, averaged: bool = False) -> Fitness:
+        """The clan's losses on the common window, of averaged weights or of those that train."""
+        return Fitness.from_losses([self._losses(member, averaged) for member in self.members])
+
+    def _begin_phase(self, position: Position) -> None:
+        phase, plan = position.phase, position.plan
+        if position.starts_round and plan.averages and plan.index and not self.clock.round(plan.index - 1).averages:
+            for member in self.members:  # an average that stood still for a round begins anew
+                member.average = [p.detach().clone() for p in member.parameters]
+        if not phase.keeps and self._before_phase is None:
+            self._before_phase = self._save()
+        self._values = self._expressed_values(phase.kind)
+        for member, values in zip(self.members, self._values, strict=True):
+            self._express_between_steps(member, values)
+
+    def _expressed_values(self, kind: PhaseKind) -> list[dict[str, float]]:
+        """By member and gene: its own value, but the clan's for specialized genes while it cooperates."""
+        shared = {}
+        if kind is PhaseKind.COOPERATIVE:
+            shared = consensus(self.population.genomes, [gene for gene in self.genes if gene.kind == "specialized"])
+        return [dict(genome.values) | shared for genome in self.population.genomes]
+
+    def _backward(self, index: int, member: Member, phase: Phase) -> None:
+        """The member's gradient: the mean over its micro-batches."""
+        counts = [self._micro_batches(values) * phase.batch_factor for values in self._values]
+        plan = StepPlan(phase.kind is PhaseKind.COMPETITIVE, counts[index], max(counts))
+        member.optimizer.zero_grad()
+        for micro in range(plan.num_micro_batches):
+            loss = self._loss_fn(member.module, self._batch(self.num_steps, index, micro, plan))
+            (loss / plan.num_micro_batches).backward()
+
+    @torch.no_grad()
+    def _share_gradients(self) -> None:
+        """Every member gets the mean of all members' gradients."""
+        for same in zip(*(member.parameters for member in self.members), strict=True):
+            if same[0].grad is not None:
+                mean = torch.stack([p.grad for p in same]).mean(dim=0)
+                for parameter in same:
+                    parameter.grad.copy_(mean)
+
+    def _update(self, index: int, member: Member) -> None:
+        """Clips, applies the member's own optimizer genes for the update alone, steps the user's schedule."""
+        if member.clip > 0:
+            torch.nn.utils.clip_grad_norm_(member.parameters, member.clip)
+        with self._optimizer_genes(member, self._values[index]):
+            member.optimizer.step()
+        if member.scheduler is not None:
+            member.scheduler.step()
+
+    def _end_round(self, plan: RoundPlan) -> None:
+        """Evaluate, go back where nothing is kept, decide, restore or transfer, record."""
+        fitness = self.evaluate(averaged=plan.averages)
+        if self._before_phase is not None:
+            self._load(self._before_phase)
+            self._before_phase = None
+        decision = self.strategy.evolve(self.population, plan, fitness) if plan.evolves else None
+        self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
+        self.decisions.append(decision)
+        if decision is None:
+            return
+        if decision.restore:
+            self._load(self._last_good)
+        for member, donor in enumerate(decision.donors):
+            if donor != member:
+                self.members[member].load(self.members[donor].save())
+        if not decision.restore:
+            self._last_good = self._save()
+        self.population = decision.population
+
+    def _save(self) -> list[Saved]:
+        return [member.save() for member in self.members]
+
+    def _load(self, saved: Sequence[Saved]) -> None:
+        for member, state in zip(self.members, saved, strict=True):
+            member.load(state)
+
+    @torch.no_grad()
+    def _losses(self, member: Member, averaged: bool) -> list[float]:
+        """One loss per batch of the common window, in evaluation mode; the member is left as it was."""
+        was_training = member.module.training
+        member.module.eval()
+        if averaged:
+            member.swap_average()
+        losses = [float(self._loss_fn(member.module, batch)) for batch in self._eval_batches]
+        if averaged:
+            member.swap_average()
+        member.module.train(was_training)
+        return losses
+
+    @contextmanager
+    def _optimizer_genes(self, member: Member, values: Mapping[str, float]) -> Iterator[None]:
+        """Inside, the optimizer's groups hold the genes; outside, what the user's schedule says."""
+        groups = member.optimizer.param_groups
+        scheduled = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        for index, group in enumerate(groups):
+            for gene in self.genes:
+                is_chosen = gene.groups is None or str(group.get("name", index)) in gene.groups
+                if gene.target in GROUP_KEYS and is_chosen:
+                    _write(group, gene, values[gene.name])
+            group["lr"] *= self.strategy.lr_factor(self.num_steps)
+        try:
+            yield
+        finally:
+            for group, before in zip(groups, scheduled, strict=True):
+                group.update(before)
+
+    def _express_between_steps(self, member: Member, values: Mapping[str, float]) -> None:
+        """Genes that no schedule touches: clip threshold, dropout rates, the user's."""
+        for gene in self.genes:
+            value = gene.expressed(values[gene.name])
+            if gene.target in self._setters:
+                self._setters[gene.target](member.module, value)
+            elif gene.target == "clip":
+                member.clip = value * self._clip if gene.relative else value
+            elif gene.target == "dropout":
+                for part in member.module.modules():
+                    if isinstance(part, torch.nn.modules.dropout._DropoutNd):
+                        part.p = value
+
+    def _micro_batches(self, values: Mapping[str, float]) -> int:
+        for gene in self.genes:
+            if gene.target == "accumulation":
+                base = self._num_micro_batches if gene.relative else 1
+                return round(gene.expressed(values[gene.name] * base))
+        return self._num_micro_batches
+
+
+def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
+    """Writes a gene into a parameter group, times what is there if it is relative."""
+    key, place = GROUP_KEYS[gene.target]
+    if key not in group:
+        return
+    if place is None:
+        group[key] = group[key] * value if gene.relative else value
+    else:
+        pair = list(group[key])
+        pair[place] = pair[place] * value if gene.relative else value
+        group[key] = tuple(pair)

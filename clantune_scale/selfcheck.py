@@ -1,0 +1,58 @@
+"""The start-up self-check: cheap, always run, and before the first step is taken."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+
+from clantune_scale.backends.base import Backend
+from clantune_scale.errors import DivergenceError
+from clantune_scale.world import ClanWorld
+
+
+def check_world(world: ClanWorld, device: torch.device) -> None:
+    """The default process group holds this member's ranks and nobody else's.
+
+    Raises:
+        DivergenceError: if a sum of member numbers over the member's world says otherwise.
+    """
+    size = dist.get_world_size()
+    total = torch.tensor([float(world.member)], device=device)
+    dist.all_reduce(total)
+    if size != world.topology.member_size or total.item() != world.member * size:
+        raise DivergenceError(
+            f"member {world.member} should be a world of {world.topology.member_size} ranks, and its process group "
+            f"has {size} with members that sum to {total.item():g} in place of {world.member * size}. "
+            f"Let nothing initialize torch.distributed before clantune_scale.initialize() or join()."
+        )
+
+
+def parameter_layout(module: torch.nn.Module) -> list[list]:
+    """[name, shape, dtype, trains] of every parameter, whole shapes also where ZeRO 3 holds a part."""
+    return [
+        [name, list(getattr(parameter, "ds_shape", parameter.shape)), str(parameter.dtype), parameter.requires_grad]
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def check_parameters(world: ClanWorld, backend: Backend) -> None:
+    """Names, shapes, dtypes and what trains are equal down the column.
+
+    Raises:
+        DivergenceError: with the first parameter that differs.
+    """
+    layout = parameter_layout(backend.module)
+    digest = hashlib.blake2b(repr(layout).encode(), digest_size=16).hexdigest()
+    digests = world.column.gather_json(digest)
+    if digests.count(digests[0]) == len(digests):
+        return
+    layouts = world.column.gather_json(layout)
+    other = next(member for member, d in enumerate(digests) if d != digests[0])
+    differing = [(a, b) for a, b in zip(layouts[0], layouts[other], strict=False) if a != b]
+    first = differing[0] if differing else (f"{len(layouts[0])} parameters", f"{len(layouts[other])} parameters")
+    raise DivergenceError(
+        f"member {other} has {first[1]} where member 0 has {first[0]}. Build the same model on every rank: "
+        f"a clan averages gradients parameter by parameter."
+    )

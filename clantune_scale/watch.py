@@ -1,0 +1,112 @@
+"""Watches what training sees: a running mean of the loss, and whether members see the data that their phase asks for."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.groups import Column
+from clantune_scale.transfer.state import bytes_digest
+
+
+class LossMeter:
+    """Mean training loss and time per step since it was last read, without waiting for the device in between."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+        self._count = 0
+        self._since = time.perf_counter()
+
+    def add(self, loss: Any) -> None:
+        """Takes in one micro-batch's loss."""
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            value = loss.detach().float().reshape(())
+            self._total = value if self._total is None else self._total + value
+            self._count += 1
+
+    def read(self, num_steps: int) -> tuple[float, float]:
+        """(mean loss, seconds per step) since the last reading; nan where no loss went by."""
+        now = time.perf_counter()
+        mean = float(self._total) / self._count if self._total is not None else float("nan")
+        seconds = (now - self._since) / max(1, num_steps)
+        self._total, self._count, self._since = None, 0, now
+        return mean, seconds
+
+
+class BatchWatch:
+    """Compares digests of each phase's first batch down the column, at the round's meeting point.
+
+    Members should see different data while they cooperate and the same while they compete. A loader that
+    does not follow the phases would cost the clan its batch, or make fitness a matter of luck, in silence.
+
+    Args:
+        column: this rank's control column.
+    """
+
+    def __init__(self, column: Column) -> None:
+        self._column = column
+        self._pending: PhaseKind | None = None
+        self._seen: list[list[Any]] = []
+        self._has_warned: set[str] = set()
+
+    def begin(self, kind: PhaseKind) -> None:
+        """A phase begins: its first batch is the next one."""
+        self._pending = kind
+
+    def on_batch(self, args: tuple, kwargs: dict) -> None:
+        """Sees the arguments of a training forward pass."""
+        if self._pending is None:
+            return
+        digests = [bytes_digest(_as_bytes(t)) for t in _tensors((args, kwargs)) if t.numel()]
+        self._seen.append([self._pending.value, digests])
+        self._pending = None
+
+    def compare(self) -> list[str]:
+        """What is wrong with the data of the phases since the last call, each complaint once in a run.
+
+        All ranks of the clan call it. Warns as well.
+        """
+        by_member = self._column.gather_json(self._seen)
+        self._seen = []
+        if self._column.size == 1:
+            return []
+        complaints = []
+        for phase in zip(*by_member, strict=False):
+            kind = phase[0][0]
+            digests = [repr(digest) for _, digest in phase]
+            if kind == PhaseKind.COOPERATIVE.value and len(set(digests)) < len(digests):
+                same = [member for member, digest in enumerate(digests) if digests.count(digest) > 1]
+                complaints.append(
+                    f"members {same} train on the same batch while they cooperate, so that the clan's batch is "
+                    f"smaller than it looks. Pass training_data to initialize(), or use engine.clan.sampler()."
+                )
+            if kind == PhaseKind.COMPETITIVE.value and len(set(digests)) > 1:
+                complaints.append(
+                    "members train on different data while they compete, so that fitness compares the data as well. "
+                    "Pass training_data to initialize(), or use engine.clan.sampler()."
+                )
+        fresh = [complaint for complaint in dict.fromkeys(complaints) if complaint not in self._has_warned]
+        self._has_warned.update(fresh)
+        for complaint in fresh:
+            warnings.warn(complaint, UserWarning, stacklevel=2)
+        return fresh
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
