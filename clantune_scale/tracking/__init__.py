@@ -96,7 +96,7 @@ class Tracking:
         hint = None
         if config.mlflow:
             uri = uris.resolve(config.tracking_uri, directory=run_dir.parent)
-            uris.limit_patience()
+            uris.set_client_defaults()
             self._mlflow_name = uris.redact(uri)
             hint = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else self._mlflow_name
             self._mlflow = Background(lambda: _mlflow_recorder(uri, config.experiment, run_dir))

@@ -35,7 +35,7 @@ class MlflowRecorder:
     """
 
     def __init__(self, uri: str, *, experiment: str, run_dir: Path) -> None:
-        uris.limit_patience()
+        uris.set_client_defaults()
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)

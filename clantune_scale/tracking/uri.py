@@ -1,4 +1,4 @@
-"""Where MLflow is: the tracking URI of a run, how patient its client may be, and what of it may be shown."""
+"""Where MLflow is: the tracking URI of a run, what its client takes by default, and what of it may be shown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ _SECRET_QUERY = re.compile(
     r"(?i)(?<=[?&])([^=&\s]*(?:token|secret|password|passwd|pwd|key|sig|credential)[^=&\s]*)=[^&\s]*"
 )
 
-# With MLflow's defaults (7 retries, 120 s each) a dead server holds a call for minutes; telemetry is another server.
-_PATIENCE = {
+# With MLflow's own defaults (7 retries, 120 s each) a dead server holds a call for minutes. Its telemetry is one more
+# server to wait for, and its log lines about the database say nothing to who trains.
+_CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 
@@ -37,7 +39,7 @@ def resolve(configured: str | None, *, directory: Path) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve() / 'mlflow.db'}"
 
 
-def limit_patience() -> None:
+def set_client_defaults() -> None:
     """Sets what the user has not set, before MLflow is imported."""
-    for name, value in _PATIENCE.items():
+    for name, value in _CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from clantune_scale.tracking.uri import limit_patience, redact, resolve
+from clantune_scale.tracking.uri import redact, resolve, set_client_defaults
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def test_order_of_uris(tmp_path, monkeypatch):
     assert resolve("http://config", directory=tmp_path) == "http://config"
 
 
-def test_patience_leaves_what_the_user_set(monkeypatch):
+def test_client_defaults_leave_what_the_user_set(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "x")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
-    limit_patience()
+    set_client_defaults()
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "4"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
