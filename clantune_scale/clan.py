@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from clantune_scale import champion
 from clantune_scale.averaging import AveragedWeights
 from clantune_scale.backends.base import Backend
 from clantune_scale.batch import BatchPlan
@@ -31,7 +32,7 @@ from clantune_scale.errors import DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
 from clantune_scale.phases import PhaseManager
-from clantune_scale.record import Recorder
+from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
 from clantune_scale.transfer import MemberState, Snapshot, transfer
 from clantune_scale.watch import BatchWatch, LossMeter
@@ -109,8 +110,9 @@ class Clan:
         self._aside: Snapshot | None = None
         self._kept: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
+        self._summary: Summary | None = None
         self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Clock()
-        self.recorder = Recorder.open(self, facts)
+        self.recorder = Recorder(self)
         self._hook()
         self._start()
 
@@ -138,7 +140,7 @@ class Clan:
         transfer(self.state(), [0] * self.config.population_size, self.world.column, self.groups.column_for)
         if self._averages is not None:
             self._averages.restart()
-        self.fitness = self._measure(averages=False)
+        self.fitness = self.measure(averages=False)
         self.population = self.strategy.init(self.fitness)
         if self.strategy.guards:
             self._kept = Snapshot(self.state())
@@ -172,7 +174,7 @@ class Clan:
     def _end_round(self, plan: RoundPlan) -> None:
         """The meeting point: evaluate, go back where nothing is kept, decide, transfer, record."""
         measured = self.population
-        self.fitness = self._measure(averages=plan.averages)
+        self.fitness = self.measure(averages=plan.averages)
         self._clock.lap("evaluation")
         if self._aside is not None:
             self._aside.restore(self.state())
@@ -213,8 +215,11 @@ class Clan:
         index = position.plan.index
         return index == 0 or self.phases.clock.round(index - 1).averages
 
-    def _measure(self, *, averages: bool) -> Fitness:
-        """The clan's losses on the common window, of averaged weights or of those that train."""
+    def measure(self, *, averages: bool) -> Fitness:
+        """The clan's losses on the common window, of averaged weights or of those that train.
+
+        All ranks of the clan call it.
+        """
         swapped = self._averages.in_place_of_weights() if averages and self._averages is not None else nullcontext()
         with self.phases.suspended(), swapped:
             losses = self._window.losses(self.backend, self._evaluate)
@@ -301,6 +306,30 @@ class Clan:
         with self.phases.suspended():
             losses = window.losses(self.backend, self._evaluate)
         return Fitness.from_losses(self.world.column.gather(losses)).mean.tolist()
+
+    def learning_rate(self, step: int) -> float:
+        """This member's first learning rate with what it expresses now, the user's schedule where it is now."""
+        return self._expression.learning_rate(self.strategy.lr_factor(step))
+
+    @property
+    def keeps_averages(self) -> bool:
+        """Whether averaged weights are up to date: the strategy keeps them and this round measures on them."""
+        return self._averages is not None and self.phases.position.plan.averages
+
+    def finish(self, *, status: str = "FINISHED") -> Summary:
+        """Ends the run: chooses the champion, writes what is to be kept, closes tracking, frees the engine.
+
+        All ranks of the clan call it, once; a second call returns the first one's summary. The engine goes
+        on as plain DeepSpeed inside the member.
+        """
+        if self._summary is None:
+            summary = champion.write(self, champion.choose(self))
+            self.recorder.finish(self, summary, status=status)
+            self.detach()
+            # Nobody leaves while another still reads from the store that rank 0 serves.
+            self.world.column.gather_json(None)
+            self._summary = summary
+        return self._summary
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

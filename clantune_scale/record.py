@@ -1,0 +1,181 @@
+"""What a run leaves behind: its events as it goes; at the end the champion, the schedule and a picture."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clantune_scale.core.consensus import consensus
+from clantune_scale.core.lineage import Lineage, RoundRecord
+from clantune_scale.core.rounds import Position, RoundPlan
+from clantune_scale.core.strategies import Decision, Population
+from clantune_scale.tracking import Tracking, create_run_dir
+from clantune_scale.watch import LossMeter
+
+if TYPE_CHECKING:
+    from clantune_scale.clan import Clan
+
+_VERSIONS = ("clantune-scale", "torch", "deepspeed", "mlflow", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        champion: the fittest member, or None where no loss was finite.
+        champion_loss: its mean loss on the validation window.
+        averaged: whether the champion's averaged weights were better than its last ones, and were kept.
+        run_dir: the run's folder; None on ranks that do not know it.
+        artifacts: by name, files on the host that wrote them (the champion's own for its weights).
+    """
+
+    champion: int | None
+    champion_loss: float
+    averaged: bool = False
+    run_dir: Path | None = None
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Recorder:
+    """Turns what the clan does into events and lineage.
+
+    Every rank keeps the lineage (it is small, and decisions are equal); one rank writes events.
+
+    Args:
+        clan: whose run it is.
+    """
+
+    def __init__(self, clan: Clan) -> None:
+        world = clan.world
+        run_dir = str(create_run_dir(clan.config.tracking)) if world.is_clan_leader else None
+        # The column of first ranks learns the folder: the champion's first rank writes into it.
+        known = world.column.gather_json(run_dir)[0]
+        self.run_dir = Path(known) if known is not None else None
+        self.lineage = Lineage()
+        self.tracking = Tracking.open(
+            clan.config.tracking, run_dir=self.run_dir or Path(), is_writer=world.is_clan_leader
+        )
+        self._steps_since = 0
+
+    def start(self, clan: Clan) -> None:
+        """The run begins."""
+        topology = clan.world.topology
+        self.tracking.emit(
+            "run_start",
+            clan.phases.position.step,
+            run_id=self.run_dir.name if self.run_dir else "",
+            name=self.run_dir.name if self.run_dir else "",
+            population_size=topology.population_size,
+            member_ranks=[topology.member_ranks(member) for member in range(topology.population_size)],
+            topology=asdict(topology),
+            strategy=clan.config.strategy.name,
+            genes=[asdict(gene) for gene in clan.genes],
+            config=clan.config,
+            batch=asdict(clan.batch),
+            versions=_versions(),
+            total_steps=clan.strategy.facts.total_steps,
+            initial_loss=float(clan.fitness.mean[0]),
+            resumed_from=None,
+        )
+
+    def phase_start(self, clan: Clan, position: Position) -> None:
+        """A phase begins."""
+        phase = position.phase
+        self.tracking.emit(
+            "phase_start", position.step, round=position.plan.index, phase=phase.kind.value, num_steps=phase.num_steps
+        )
+
+    def step(self, clan: Clan, done: Position, losses: LossMeter) -> None:
+        """An optimizer step is done; every few of them make a line."""
+        self._steps_since += 1
+        if self._steps_since < clan.config.tracking.print_every_steps and not done.ends_round:
+            return
+        loss, step_s = losses.read(self._steps_since)
+        self._steps_since = 0
+        self.tracking.emit(
+            "step",
+            done.step + 1,
+            round=done.plan.index,
+            phase=done.phase.kind.value,
+            loss=loss,
+            step_s=step_s,
+            samples=(done.step + 1) * clan.batch.clan_batch,
+        )
+
+    def round_end(
+        self,
+        clan: Clan,
+        plan: RoundPlan,
+        measured: Population,
+        decision: Decision,
+        complaints: Sequence[str],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """A round is over: ``measured`` was the population until now, ``decision`` made the next."""
+        self.lineage.append(RoundRecord.of(plan, measured.genomes, clan.fitness, decision if plan.evolves else None))
+        rate = clan.learning_rate(plan.end_step - 1)
+        rates = clan.world.column.gather(np.array([rate])).ravel().tolist()
+        for complaint in complaints:
+            self.tracking.emit("warning", plan.end_step, message=complaint)
+        self.tracking.emit(
+            "round_end",
+            plan.end_step,
+            round=plan.index,
+            start_step=plan.start_step,
+            phases=[asdict(phase) for phase in plan.phases],
+            explores=list(plan.explores),
+            averaged=plan.averages,
+            members=_members(clan, measured, decision),
+            consensus=consensus(measured.genomes, clan.genes),
+            restored=decision.restore,
+            seconds=dict(seconds),
+            lr_factor=clan.strategy.lr_factor(plan.end_step - 1),
+            learning_rates=rates,
+        )
+
+    def finish(self, clan: Clan, summary: Summary, *, status: str) -> None:
+        """The run is over: says where everything is."""
+        self.tracking.emit(
+            "run_end",
+            clan.phases.position.step,
+            status=status,
+            champion=summary.champion,
+            champion_loss=summary.champion_loss,
+            averaged=summary.averaged,
+            artifacts=dict(summary.artifacts),
+        )
+        self.tracking.close(status)
+
+
+def _members(clan: Clan, measured: Population, decision: Decision) -> list[dict[str, Any]]:
+    reasons = decision.reasons or ("",) * len(measured.genomes)
+    return [
+        {
+            "member": member,
+            "loss": float(clan.fitness.mean[member]),
+            "standard_error": float(clan.fitness.standard_error[member]),
+            "genome": asdict(genome),
+            "donor": decision.donors[member],
+            "reason": reasons[member],
+            "next_genome": asdict(decision.population.genomes[member]),
+        }
+        for member, genome in enumerate(measured.genomes)
+    ]
+
+
+def _versions() -> dict[str, str]:
+    """What the run was made with; a package that is not installed (a bare checkout) is left out."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
