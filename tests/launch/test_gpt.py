@@ -47,7 +47,8 @@ def test_it_learns_a_text(model):
         loss = model(window)
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.5
+    # Counting letters alone gives 1.76 nats: it has to use what came before.
+    assert loss.item() < 1.3
 
 
 def test_dropout_is_modules_with_a_probability():
