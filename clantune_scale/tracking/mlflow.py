@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ class MlflowRecorder:
         uris.set_client_defaults()
         from mlflow import MlflowClient
 
+        # "Creating initial MLflow database tables...", in the middle of the user's terminal.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
         self._run_dir = run_dir
         self._experiment_id = self._find_or_create(experiment, uri)

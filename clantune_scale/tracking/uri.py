@@ -11,13 +11,12 @@ _SECRET_QUERY = re.compile(
     r"(?i)(?<=[?&])([^=&\s]*(?:token|secret|password|passwd|pwd|key|sig|credential)[^=&\s]*)=[^&\s]*"
 )
 
-# With MLflow's own defaults (7 retries, 120 s each) a dead server holds a call for minutes. Its telemetry is one more
-# server to wait for, and its log lines about the database say nothing to who trains.
+# With MLflow's own defaults (7 retries, 120 s each) a dead server holds a call for minutes; its telemetry is one more
+# server to wait for.
 _CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 
