@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies import RunFacts, Strategy, build
+from clantune_scale.core.strategies.control import Control
 from clantune_scale.reference import ReferenceClan
 
 LR = Gene("lr", relative=True)
@@ -132,6 +134,20 @@ def test_fitness_is_measured_on_an_average_that_follows_the_weights():
     assert clan.evaluate(averaged=True).mean[1] != clan.evaluate().mean[1]
     torch.nn.utils.vector_to_parameters(average, clan.members[1].parameters)
     assert clan.evaluate().mean[1] == pytest.approx(clan.evaluate(averaged=True).mean[1], rel=1e-12)
+
+
+def test_an_average_that_stood_still_for_a_round_begins_anew():
+    class EverySecond(Control):
+        def plan(self, index: int, start_step: int) -> RoundPlan:
+            return replace(super().plan(index, start_step), averages=index == 1, averaging_window_steps=1000)
+
+    clan = clan_of(EverySecond(strategy_of("control", LR).facts))
+    clan.run(6)
+    start = weights(clan.members[0])
+    clan.run(1)
+    average = torch.cat([tensor.flatten() for tensor in clan.members[0].average])
+    expected = start + (weights(clan.members[0]) - start) / (0.9 * 7)
+    torch.testing.assert_close(average, expected, rtol=0, atol=1e-14)
 
 
 def test_a_round_ends_with_everyone_holding_the_fittest_ones_state():

@@ -31,14 +31,13 @@ class Clan(Strategy):
     """
 
     Options = ClanOptions
-    guards = True
-    averages = True
     averages = True
 
     def __init__(self, facts: RunFacts, options: ClanOptions | None = None) -> None:
         super().__init__(facts)
         self.options = options or ClanOptions()
         self._planner = ClanPlanner(facts, self.options)
+        self.guards = self.averages = self._planner.can_explore
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
         return self._planner.plan(index, start_step)

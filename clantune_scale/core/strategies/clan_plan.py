@@ -66,6 +66,11 @@ class ClanPlanner:
         total = self._facts.total_steps
         return None if total is None else round(self._options.freeze_at * total)
 
+    @property
+    def can_explore(self) -> bool:
+        """Whether any round may let members differ; if not, the run is plain data parallelism."""
+        return self._facts.population_size > 1 and bool(self._optimizer or self._specialized)
+
     def plan(self, index: int, start_step: int) -> RoundPlan:
         freeze = self.freeze_step
         if freeze is not None and start_step >= freeze:
@@ -117,7 +122,7 @@ class ClanPlanner:
         optimizer genes) cannot be compared for what a short competition shows.
         """
         kinds = [kind for kind in (self._optimizer, self._specialized) if kind]
-        if not kinds or self._facts.population_size < 2:
+        if not self.can_explore:
             return []
         turn, which = divmod(index, len(kinds))
         return _rotation(kinds[which], turn, max(1, (self._facts.population_size - 1) // 2))

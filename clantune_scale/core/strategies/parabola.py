@@ -8,11 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clantune_scale.core.strategies.spread import design
-
-#: Largest condition number of a design that is solved. Well spread members give about 10; bunched ones
-#: (reflected at a bound, rounded to the same whole number) pass 1e3 long before double precision ends.
-MAX_CONDITION = 1e3
+from clantune_scale.core.strategies.least_squares import least_squares
+from clantune_scale.core.strategies.spread import regressors
 
 
 @dataclass(frozen=True)
@@ -52,22 +49,21 @@ def fit_moves(offsets: np.ndarray, losses: np.ndarray, max_changes: Sequence[flo
     for gene in set(range(len(moves))) - set(varied.tolist()):
         moves[gene] = Move(0.0, "no decision: members did not differ")
     if len(varied):
-        slopes, curvatures = _coefficients(x[:, varied] / reach[varied], f - f.mean())
-        for gene, slope, curvature in zip(varied, slopes, curvatures, strict=True):
+        slopes, curvatures = _coefficients(x[:, varied] / reach[varied], f)
+        for gene, slope, curvature in zip(varied.tolist(), slopes, curvatures, strict=True):
             moves[gene] = _move(slope, curvature, float(reach[gene]), max_changes[gene])
     return tuple(moves)
 
 
-def _coefficients(u: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes and curvatures [genes] of the best solvable model; nan where it has none."""
+def _coefficients(u: np.ndarray, f: np.ndarray) -> tuple[list[float], list[float]]:
+    """Slopes and curvatures [genes] of the best model that is determined; nan where it has none."""
     num_genes = u.shape[1]
-    unknown = np.full(num_genes, np.nan)
+    unknown = [math.nan] * num_genes
+    y = (f - f[0]).tolist()  # what members share is a's to explain, and would cost the others' last digits
     for quadratic in (True, False):
-        a = design(u, quadratic=quadratic)
-        if a.shape[0] >= a.shape[1] and np.linalg.cond(a) <= MAX_CONDITION:
-            solution = np.linalg.lstsq(a, f, rcond=None)[0]
-            curvatures = solution[1 + num_genes :] if quadratic else unknown
-            return solution[1 : 1 + num_genes], curvatures
+        solution = least_squares(regressors(u, quadratic=quadratic), y)
+        if solution:
+            return solution[1 : 1 + num_genes], solution[1 + num_genes :] if quadratic else unknown
     return unknown, unknown
 
 
@@ -75,6 +71,8 @@ def _move(slope: float, curvature: float, reach: float, max_change: float) -> Mo
     """A move from coefficients in units of ``reach``."""
     if math.isnan(slope):
         return Move(0.0, "no decision: members are too few to tell genes apart")
+    if slope == 0 and not curvature > 0:
+        return Move(0.0, "no decision: level")
     if math.isnan(curvature):
         return Move(-math.copysign(min(reach, max_change), slope), "slope")
     if curvature > 0:
@@ -82,4 +80,4 @@ def _move(slope: float, curvature: float, reach: float, max_change: float) -> Mo
         if abs(minimum) <= max_change:
             return Move(minimum, "minimum")
         return Move(math.copysign(max_change, minimum), "towards a distant minimum")
-    return Move(-math.copysign(max_change, slope) if slope else 0.0, "downhill")
+    return Move(-math.copysign(max_change, slope), "downhill")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 
 from clantune_scale.core import mutation
+from clantune_scale.core.strategies.least_squares import independence
 
 #: Seeded arrangements that are compared where several genes vary at once.
 NUM_CANDIDATES = 16
@@ -23,7 +25,7 @@ def levels(population_size: int) -> np.ndarray:
     quantile = NormalDist().inv_cdf
     z = np.array([quantile((m + 0.5) / population_size) for m in range(population_size)])
     z = (z - z[::-1]) / 2  # symmetric to the last bit
-    return z / np.sqrt(np.mean(z**2)) if population_size > 1 else z
+    return z / math.sqrt(math.fsum(z * z) / population_size) if population_size > 1 else z
 
 
 def spread(population_size: int, names: Sequence[str], *, seed: int, round_: int) -> np.ndarray:
@@ -37,20 +39,18 @@ def spread(population_size: int, names: Sequence[str], *, seed: int, round_: int
         np.stack([z[list(_deal(population_size, name, seed, round_, attempt))] for name in names], axis=1)
         for attempt in range(NUM_CANDIDATES if len(names) > 1 else 1)
     ]
-    return max(candidates, key=_log_determinant)
+    return max(candidates, key=_volume)
 
 
-def design(x: np.ndarray, *, quadratic: bool) -> np.ndarray:
-    """[members, 1 + genes (+ genes)]: the regressors 1, x_g and, if ``quadratic``, x_g^2."""
-    columns = [np.ones((len(x), 1)), x] + ([x**2] if quadratic else [])
-    return np.concatenate(columns, axis=1)
+def regressors(x: np.ndarray, *, quadratic: bool) -> list[list[float]]:
+    """Columns [members] of the model: 1, each x_g and, if ``quadratic``, each x_g^2, for ``x`` [members, genes]."""
+    return [[1.0] * len(x), *x.T.tolist(), *((x * x).T.tolist() if quadratic else [])]
 
 
 def _deal(population_size: int, name: str, seed: int, round_: int, attempt: int) -> tuple[int, ...]:
     return mutation.permutation(seed, round_, mutation.CLAN, f"spread:{name}:{attempt}", count=population_size)
 
 
-def _log_determinant(x: np.ndarray) -> float:
-    a = design(x, quadratic=True)
-    sign, value = np.linalg.slogdet(a.T @ a)
-    return float(value) if sign > 0 else -np.inf
+def _volume(x: np.ndarray) -> float:
+    """Grows with the determinant of the quadratic design, whose columns have one length in all candidates."""
+    return math.prod(independence(regressors(x, quadratic=True)))

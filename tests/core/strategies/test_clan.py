@@ -12,6 +12,7 @@ from clantune_scale.errors import EvaluationError
 from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts, fitness_of
 
 START = fitness_of([4.0] * 4)
+WHOLE = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, step_size=0.01, integer=True)
 
 
 def centre_after(clan, losses_of, index=0, start_step=0):
@@ -70,7 +71,9 @@ def test_the_guard_tolerates_a_quarter_of_the_progress():
     clan = build("clan", FACTS)
     first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
     plan = clan.plan(1, 20)  # progress 2.0 so far: 0.5, and a thousandth of the initial 4.0, may be lost
-    assert not clan.evolve(first.population, plan, fitness_of([2.50, 2.6, 2.6, 2.6])).restore
+    tolerated = clan.evolve(first.population, plan, fitness_of([2.50, 2.6, 2.6, 2.6]))
+    assert not tolerated.restore
+    assert tolerated.population.memory["best_loss"] == {"optimizer": 2.0}  # or ground would be lost bit by bit
     assert clan.evolve(first.population, plan, fitness_of([2.51, 2.6, 2.6, 2.6])).restore
 
 
@@ -112,10 +115,22 @@ def test_after_the_freeze_everyone_carries_the_centre():
 
 
 def test_whole_number_genes_differ_by_at_least_one():
-    gene = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, integer=True)
-    clan = build("clan", facts(genes=(gene,)))
-    expressed = {gene.expressed(genome.values["accumulation"]) for genome in clan.init(START).genomes}
+    clan = build("clan", facts(genes=(WHOLE,)))
+    expressed = {WHOLE.expressed(genome.values["accumulation"]) for genome in clan.init(START).genomes}
     assert len(expressed) >= 3  # a parabola needs three
+
+
+def test_whole_number_genes_are_judged_by_the_value_that_took_effect():
+    clan = build("clan", facts(genes=(WHOLE,)))
+    decision = centre_after(clan, lambda v: 3.0 + (math.log(WHOLE.expressed(v["accumulation"])) - math.log(5)) ** 2)
+    assert math.exp(decision.population.memory["centre"]["accumulation"]) == pytest.approx(5.0)
+
+
+def test_members_are_reflected_at_the_bounds_and_do_not_pile_up_on_them():
+    gene = Gene("lr", bounds=(0.5, 1.0))
+    values = [genome.values["lr"] for genome in build("clan", facts(genes=(gene,))).init(START).genomes]
+    assert 1.0 not in values
+    assert max(values) > 0.95
 
 
 def rounds(clan):

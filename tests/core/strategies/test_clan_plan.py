@@ -69,7 +69,10 @@ def test_without_a_duty_cycle_specialized_genes_stay_still():
 
 def test_nothing_is_explored_without_genes_or_without_company():
     for run in (facts(genes=()), facts(population_size=1)):
-        assert not any(p.explores or p.evolves for p in plans(build("clan", run)))
+        clan = build("clan", run)
+        assert not any(p.explores or p.evolves for p in plans(clan))
+        assert not clan.guards and not clan.averages  # nothing to keep a copy for
+    assert build("clan", FACTS).guards and build("clan", FACTS).averages
 
 
 def test_a_run_of_unknown_length_never_freezes_or_decays():

@@ -62,6 +62,10 @@ def test_equal_losses_and_equal_members_decide_nothing():
     assert (move.change, move.why) == (0.0, "no decision: members did not differ")
 
 
+def test_a_symmetric_hilltop_decides_nothing():
+    assert one([1.0, 2.0, 2.0, 1.0]).why == "no decision: level"
+
+
 def test_noise_leaves_the_minimum_unbiased():
     # Losses with noise of a tenth of their range over the members. The mean of 400 fits has a standard
     # error of about 0.003, so that a bias of 0.015 (a tenth of the spread) is found with power above 0.99.
