@@ -261,7 +261,7 @@ class ReferenceClan:
                 is_chosen = gene.groups is None or str(group.get("name", index)) in gene.groups
                 if gene.target in GROUP_KEYS and is_chosen:
                     _write(group, gene, values[gene.name])
-            group["lr"] *= self.strategy.lr_factor(self.num_steps)
+            group["lr"] = group["lr"] * self.strategy.lr_factor(self.num_steps)  # not in place: it may be a tensor
         try:
             yield
         finally:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def alternating(step: int) -> StepPlan:
 
 
 def sampler(member=0, dp_rank=0, plan=cooperative, **changes) -> ClanBatchSampler:
-    settings = dict(seed=5, micro_batch_size=MICRO, dp_size=DP, population_size=POPULATION)
+    settings = {"seed": 5, "micro_batch_size": MICRO, "dp_size": DP, "population_size": POPULATION}
     return ClanBatchSampler(
         changes.pop("num_samples", N), member=member, dp_rank=dp_rank, plan=plan, **settings | changes
     )
@@ -133,7 +135,7 @@ def test_one_iteration_is_one_epoch_and_the_next_goes_on():
     assert len(loader) == N // (POPULATION * DP * MICRO) == 5
     epochs = [[batch.tolist() for batch in loader] for _ in range(3)]
     assert [len(epoch) for epoch in epochs] == [5, 5, 5]
-    assert sum(epochs, []) == take(15, sampler())
+    assert functools.reduce(operator.iadd, epochs, []) == take(15, sampler())
 
 
 def test_prefetching_workers_follow_phase_changes_and_replans():

@@ -46,12 +46,12 @@ def batch(step: int, member: int, micro: int, plan):
 
 
 def clan_of(strategy: Strategy, module: torch.nn.Module | None = None, **changes) -> ReferenceClan:
-    settings = dict(
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0),
-        loss_fn=squared_error,
-        batch=batch,
-        eval_batches=[samples(900 + i) for i in range(3)],
-    )
+    settings = {
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0),
+        "loss_fn": squared_error,
+        "batch": batch,
+        "eval_batches": [samples(900 + i) for i in range(3)],
+    }
     return ReferenceClan(module or network(), strategy=strategy, **settings | changes)
 
 

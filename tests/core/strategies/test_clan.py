@@ -35,7 +35,7 @@ def test_the_centre_moves_to_the_minimum_and_everyone_takes_the_fittest_ones_sta
     assert decision.population.memory["centre"]["lr"] == pytest.approx(0.3)
     assert len(set(decision.donors)) == 1
     donor = decision.donors[0]
-    assert "fittest; lr +0.300 (minimum)" == decision.reasons[donor]
+    assert decision.reasons[donor] == "fittest; lr +0.300 (minimum)"
     offsets = np.array([math.log(genome.values["lr"]) for genome in decision.population.genomes]) - 0.3
     assert offsets.mean() == pytest.approx(0.0, abs=1e-9)
 
