@@ -121,12 +121,11 @@ class Expression:
         """
         groups = self._backend.param_groups()
         before = [{key: group[key] for key, _ in _GROUP_KEYS.values() if key in group} for group in groups]
-        if lr_factor != 1.0:
-            for group in groups:
-                group["lr"] = group["lr"] * lr_factor
         for gene in self._in_groups:
             for group in _chosen(groups, gene.groups):
                 _write(group, gene, self._values[gene.name])
+        for group in groups:
+            group["lr"] = group["lr"] * lr_factor
         try:
             yield
         finally:

@@ -33,16 +33,18 @@ def _enter(function: Callable, rank: int, world_size: int, port: int, directory:
 
     torch.set_num_threads(1)
     try:
-        outcome = (True, function(*args))
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the test's process must hear of it
-        outcome = (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        outcome = pickle.dumps((True, function(*args)))
+        succeeded = True
+    except BaseException as error:  # whatever it is, the test's process must hear of it
+        outcome = pickle.dumps((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        succeeded = False
     path = Path(directory) / f"rank{rank}"
-    path.with_suffix(".part").write_bytes(pickle.dumps(outcome))
+    path.with_suffix(".part").write_bytes(outcome)
     path.with_suffix(".part").rename(path)
     # A rank that is done stays until all are: leaving early would look like a dead peer to the others.
     deadline = time.monotonic() + 60
     while len(list(Path(directory).glob("rank?"))) + len(list(Path(directory).glob("rank??"))) < world_size:
-        if time.monotonic() > deadline or not outcome[0]:
+        if time.monotonic() > deadline or not succeeded:
             break
         time.sleep(0.01)
     os._exit(0)
