@@ -28,7 +28,7 @@ class StrategyConfig(Block):
     """How fitness becomes the next population."""
 
     name: str = "clan"
-    """Strategy: `clan` (the best form known), `classic` (mutate, truncate, clone) or `control` (no change)."""
+    """`clan` (the best form known), `classic` (mutate, truncate, clone), `control` (no change), or `module:Class`."""
 
     options: dict[str, Any] = {}
     """Options of that strategy, by name."""
@@ -124,7 +124,7 @@ class JoinConfig(Block):
     """Seconds to wait for every rank of every member to arrive."""
 
     port: Annotated[int, Strict(), Field(ge=1, le=65535)] | None = None
-    """TCP port on the first host where ranks meet; null takes one that the launcher's `MASTER_PORT` implies."""
+    """TCP port on rank 0's host where ranks meet; null takes the launcher's `MASTER_PORT`."""
 
 
 class ClanConfig(Block):
