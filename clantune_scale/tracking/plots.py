@@ -1,4 +1,4 @@
-"""A picture of a run: fitness and genes of every member over the steps."""
+"""A picture of a run: fitness, learning rate and genes of every member over the steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def plot_genes(events: Sequence[Event], path: Path) -> Path:
-    """Draws fitness above one panel per gene, competitive phases shaded, and writes a PNG.
+    """Draws fitness, the learning rate and one panel per gene, competitive phases shaded, and writes a PNG.
 
     Args:
         events: as :func:`read_events` gives them, with at least one ``round_end``.
@@ -36,11 +36,15 @@ def plot_genes(events: Sequence[Event], path: Path) -> Path:
     if not rounds:
         raise ClanError(f"there is no finished round to draw into {path}. Let the run finish one.")
     genes = next(event["genes"] for event in events if event["kind"] == "run_start")
-    figure = Figure(figsize=(9, 2.2 * (1 + len(genes)) + 0.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.2 * (2 + len(genes)) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1 + len(genes), 1, sharex=True, squeeze=False)[:, 0]
-    _draw_fitness(panels[0], rounds)
-    for axes, gene in zip(panels[1:], genes, strict=True):
+    panels = figure.subplots(2 + len(genes), 1, sharex=True)
+    members = range(len(rounds[0]["members"]))
+    _draw_ends(panels[0], rounds, {m: [event["members"][m]["loss"] for event in rounds] for m in members})
+    panels[0].set_ylabel("validation loss")
+    _draw_ends(panels[1], rounds, {m: [event["learning_rates"][m] for event in rounds] for m in members})
+    panels[1].set(ylabel="learning rate", yscale="log")
+    for axes, gene in zip(panels[2:], genes, strict=True):
         _draw_gene(axes, rounds, gene)
     for axes in panels:
         _shade_competition(axes, rounds)
@@ -51,27 +55,31 @@ def plot_genes(events: Sequence[Event], path: Path) -> Path:
     return path
 
 
-def _draw_fitness(axes: Axes, rounds: Sequence[Event]) -> None:
+def _draw_ends(axes: Axes, rounds: Sequence[Event], values: dict[int, list[float]]) -> None:
+    """What was read at each round's end, by member."""
     steps = [event["step"] for event in rounds]
-    for member in range(len(rounds[0]["members"])):
-        losses = [event["members"][member]["loss"] for event in rounds]
-        axes.plot(steps, losses, marker=".", label=f"member {member}", **_look(member))
-    axes.set_ylabel("validation loss")
+    for member, ends in values.items():
+        axes.plot(steps, ends, marker=".", label=f"member {member}", **_look(member))
 
 
 def _draw_gene(axes: Axes, rounds: Sequence[Event], gene: dict[str, Any]) -> None:
     name = gene["name"]
-    # A value holds for its whole round: two points each.
-    steps = [step for event in rounds for step in (event["start_step"], event["step"])]
     for member in range(len(rounds[0]["members"])):
-        values = [event["members"][member]["genome"]["values"][name] for event in rounds for _ in range(2)]
-        axes.plot(steps, values, **_look(member))
+        values = [event["members"][member]["genome"]["values"][name] for event in rounds]
+        axes.plot(*_held(rounds, values), **_look(member))
     consensus = [event["consensus"].get(name) for event in rounds]
     if all(value is not None for value in consensus):
-        axes.plot([event["step"] for event in rounds], consensus, color="black", linewidth=1, label="consensus")
+        axes.plot(*_held(rounds, consensus), color="black", linewidth=1, label="the clan's")
+        axes.legend(fontsize="small")
     if gene["scale"] == "log":
         axes.set_yscale("log")
     axes.set_ylabel(f"{name} (factor)" if gene["relative"] else name)
+
+
+def _held(rounds: Sequence[Event], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Points of a line for values that hold for a whole round each."""
+    steps = [step for event in rounds for step in (event["start_step"], event["step"])]
+    return steps, [value for value in values for _ in range(2)]
 
 
 def _shade_competition(axes: Axes, rounds: Sequence[Event]) -> None:

@@ -77,13 +77,17 @@ class Terminal:
 
 def _round_table(event: Event) -> list[list[str]]:
     genes = list(event["members"][0]["genome"]["values"])
-    table = [["member", "loss", "± se", *genes, "rate", "parent", "reason"]]
+    header = ["member", "loss", "± se", *genes, "rate", "parent", "reason"]
+    rows = []
     for member, rate in zip(event["members"], event["learning_rates"], strict=True):
         values = [f"{member['genome']['values'][gene]:.4g}" for gene in genes]
         parent = "-" if member["donor"] == member["member"] else str(member["donor"])
         measured = [f"{member['loss']:.4f}", f"{member['standard_error']:.4f}"]
-        table.append([str(member["member"]), *measured, *values, f"{rate:.3g}", parent, member["reason"]])
-    return table
+        rows.append([str(member["member"]), *measured, *values, f"{rate:.3g}", parent, member["reason"]])
+    # Members that do not differ (after the genes freeze, or without genes) need one row.
+    if all(row[1:] == rows[0][1:] for row in rows):
+        rows = [["all", *rows[0][1:]]]
+    return [header, *rows]
 
 
 def _aligned(table: list[list[str]]) -> list[str]:

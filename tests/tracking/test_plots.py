@@ -30,9 +30,12 @@ def test_members_genes_and_competition_are_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     plots.plot_genes(list(events(3)), tmp_path / "genes.png")
-    fitness, lr, dropout = drawn[0].axes
+    fitness, rate, lr, dropout = drawn[0].axes
     assert [line.get_label() for line in fitness.lines] == ["member 0", "member 1"]
     assert list(fitness.lines[1].get_ydata()) == pytest.approx([3.1, 2.1, 1.1])
+    assert list(rate.lines[1].get_ydata()) == [2e-3] * 3
+    # Both members' genes and the clan's, each value from its round's start to its end.
+    assert [list(line.get_xdata()) for line in lr.lines] == [[0, 10, 10, 20, 20, 30]] * 3
     assert (lr.get_ylabel(), lr.get_yscale()) == ("lr (factor)", "log")
     assert (dropout.get_ylabel(), dropout.get_yscale()) == ("dropout", "linear")
     # One shaded span per round and panel: steps 8 to 10, 18 to 20, 28 to 30.

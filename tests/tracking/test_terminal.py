@@ -46,6 +46,14 @@ def test_a_round_is_one_aligned_table(shown):
     assert {row.index("best" if "best" in row else "clone") for row in rows} == {header.index("reason")}
 
 
+def test_members_that_do_not_differ_are_one_row(shown):
+    fields = sample_run.round_end(CONFIG, 0)
+    fields["members"][1] = fields["members"][0] | {"member": 1, "donor": 1}
+    fields["learning_rates"] = [1e-3, 1e-3]
+    _, _, *rows = shown("round_end", 10, **fields)
+    assert [row.split()[:2] for row in rows] == [["all", "3.0000"]]
+
+
 def test_a_member_that_diverged_is_shown(shown):
     fields = sample_run.round_end(CONFIG, 0)
     fields["members"][1] |= {"loss": float("inf"), "standard_error": float("nan")}
