@@ -40,18 +40,29 @@ def bind_genes(
 ) -> tuple[Gene, ...]:
     """The genes of a config, each with its start read from the engine where it has no other.
 
-    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name.
+    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name; a setter
+    that no gene calls gets one too.
 
     Raises:
         ConfigError: if a gene cannot be built (see :func:`clantune_scale.genes.build_gene`).
     """
     genes = []
+    for target in setters.keys() - {target_of(name, config) for name, config in configs.items()}:
+        warnings.warn(
+            f"gene_setters[{target!r}] has no effect: no gene sets it. Add {target!r} to clantune.genes.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     for name, config in configs.items():
         target = target_of(name, config)
         reason = _why_without_effect(target, config, backend, setters)
         if reason:
             warnings.warn(f"gene {name!r} has no effect: {reason}. It is left out.", NoEffectWarning, stacklevel=2)
             continue
+        missing = _missing_groups(target, config, backend)
+        if missing:
+            text = f"gene {name!r} has no effect on {', '.join(missing)}: no parameter group is called so."
+            warnings.warn(text, NoEffectWarning, stacklevel=2)
         genes.append(build_gene(name, config, found=_found(target, config.groups, backend)))
     return tuple(genes)
 
@@ -62,13 +73,13 @@ class Expression:
     Args:
         genes: the genome's genes.
         backend: the member's engine.
-        setters: by target, for genes that the user registered.
+        setters: by target, for genes that the user registered; a setter goes before what the package does.
     """
 
     def __init__(self, genes: Sequence[Gene], backend: Backend, setters: Mapping[str, Setter]) -> None:
         self._backend = backend
-        self._in_groups = [gene for gene in genes if gene.target in _GROUP_KEYS]
-        self._between_steps = [gene for gene in genes if gene.target not in _GROUP_KEYS]
+        self._in_groups = [gene for gene in genes if gene.target in _GROUP_KEYS and gene.target not in setters]
+        self._between_steps = [gene for gene in genes if gene not in self._in_groups]
         self._setters = dict(setters)
         self._found = {gene.name: _found(gene.target, gene.groups, backend) for gene in self._between_steps}
         self._clip, self._accumulation = backend.clip, backend.accumulation
@@ -84,8 +95,7 @@ class Expression:
         """
         self._values = dict(values)
         for gene in self._between_steps:
-            if gene.target != "accumulation":
-                self._set(gene.target, self._in_effect(gene, values[gene.name]))
+            self._set(gene, values[gene.name])
         wanted = self.accumulation(values) * batch_factor
         if self._backend.accumulation != wanted:
             self._backend.accumulation = wanted
@@ -117,38 +127,56 @@ class Expression:
             lr_factor: on every group's learning rate, beside any gene.
 
         Raises:
-            ClanError: if a group does not hold what was written (another hook wrote after this one).
+            ClanError: if a group no longer holds after the update what was written before it.
         """
         groups = self._backend.param_groups()
         before = [{key: group[key] for key, _ in _GROUP_KEYS.values() if key in group} for group in groups]
-        for gene in self._in_groups:
-            for group in _chosen(groups, gene.groups):
-                _write(group, gene, self._values[gene.name])
-        for group in groups:
-            group["lr"] = group["lr"] * lr_factor
         try:
+            for gene in self._in_groups:
+                for group in _chosen(groups, gene.groups):
+                    _write(group, gene, self._values[gene.name])
+            for group in groups:
+                group["lr"] = group["lr"] * lr_factor
+            written = [{key: group[key] for key in scheduled} for group, scheduled in zip(groups, before, strict=True)]
             yield
+            self._read_back(groups, written)
         finally:
             for group, scheduled in zip(groups, before, strict=True):
                 group.update(scheduled)
+
+    def _read_back(self, groups: Sequence[dict[str, Any]], written: Sequence[dict[str, Any]]) -> None:
+        """The update was made with what was written: nothing wrote over it in between."""
+        for group, expected in zip(groups, written, strict=True):
+            for gene in self._in_groups:
+                key, place = _GROUP_KEYS[gene.target]
+                if key not in expected or not any(group is chosen for chosen in _chosen(groups, gene.groups)):
+                    continue
+                wanted, held = (float(g[key] if place is None else g[key][place]) for g in (expected, group))
+                if not math.isclose(held, wanted, rel_tol=1e-6):
+                    raise ClanError(
+                        f"gene {gene.name!r} wrote {wanted:g} to the optimizer's {key} and read back {held:g} after "
+                        f"the update. Something else writes {key} inside the optimizer's step: remove it, or leave "
+                        f"the gene out."
+                    )
 
     def learning_rate(self, lr_factor: float = 1.0) -> float:
         """The first group's learning rate as the next update will use it."""
         with self.during_update(lr_factor):
             return float(self._backend.param_groups()[0]["lr"])
 
-    def _set(self, target: str, value: float) -> None:
-        if target in self._setters:
-            self._setters[target](value)
-        elif target == "clip":
-            self._backend.clip = value
-        elif target == "dropout":
-            for module, _ in self._dropouts:
-                module.p = value
+    def _set(self, gene: Gene, value: float) -> None:
+        if gene.target in self._setters:
+            self._setters[gene.target](self._in_effect(gene, value))
+        elif gene.target == "clip":
+            self._backend.clip = self._in_effect(gene, value)
+        elif gene.target == "dropout":
+            for module, rate in self._dropouts:
+                # A relative gene keeps the user's proportions between modules; torch refuses rates above 1.
+                module.p = min(rate * value, 1.0) if gene.relative else value
 
 
 def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
-    """Writes one gene into one group and reads it back."""
+    """Writes one gene into one group that has a place for it."""
     key, place = _GROUP_KEYS[gene.target]
     if key not in group:
         return
@@ -158,12 +186,6 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
         group[key] = torch.full_like(group[key], float(wanted))
     else:
         group[key] = wanted if place is None else tuple(wanted if i == place else v for i, v in enumerate(group[key]))
-    held = float(group[key] if place is None else group[key][place])
-    if not math.isclose(held, float(wanted), rel_tol=1e-6):
-        raise ClanError(
-            f"gene {gene.name!r} wrote {float(wanted):g} to the optimizer's {key} and read back {held:g}. "
-            f"Something else writes {key} inside the optimizer's step: remove it, or leave the gene out."
-        )
 
 
 def _chosen(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
@@ -176,7 +198,9 @@ def _chosen(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str]
 def _dropouts(module: torch.nn.Module) -> list[torch.nn.Module]:
     """Every module whose rate ``p`` drops something."""
     return [
-        part for part in module.modules() if isinstance(getattr(part, "p", None), float) and "Drop" in type(part).__name__
+        part
+        for part in module.modules()
+        if isinstance(getattr(part, "p", None), int | float) and "Drop" in type(part).__name__
     ]
 
 
@@ -197,6 +221,16 @@ def _found(target: str, names: Sequence[str] | None, backend: Backend) -> float 
     return None
 
 
+def _group_names(backend: Backend) -> list[str]:
+    return [str(group.get("name", index)) for index, group in enumerate(backend.param_groups())]
+
+
+def _missing_groups(target: str, config: GeneConfig, backend: Backend) -> list[str]:
+    """The names in a gene's ``groups`` that no parameter group has."""
+    names = _group_names(backend)
+    return [name for name in config.groups or [] if target in _GROUP_KEYS and name not in names]
+
+
 def _why_without_effect(
     target: str, config: GeneConfig, backend: Backend, setters: Mapping[str, Setter]
 ) -> str | None:
@@ -205,11 +239,11 @@ def _why_without_effect(
         return None
     if target in _GROUP_KEYS:
         groups = backend.param_groups()
-        names = [str(group.get("name", index)) for index, group in enumerate(groups)]
         chosen = _chosen(groups, config.groups)
         key, place = _GROUP_KEYS[target]
         if not chosen:
-            return f"no parameter group is called {' or '.join(config.groups or [])}; there are {', '.join(names)}"
+            there_are = ", ".join(_group_names(backend))
+            return f"no parameter group is called {' or '.join(config.groups or [])}; there are {there_are}"
         if not any(key in group for group in chosen):
             return f"the optimizer has no {key}; its groups hold {', '.join(k for k in chosen[0] if k != 'params')}"
         is_relative = config.mode == "relative" or (config.mode is None and target in ("lr", "weight_decay"))
@@ -218,9 +252,11 @@ def _why_without_effect(
         return None
     if target == "dropout" and not _dropouts(backend.module):
         return "the model has no dropout module with a rate p"
+    if target == "clip" and backend.clip <= 0 and (config.initial is None or config.mode == "relative"):
+        return "gradient_clipping is off; set it, or give the gene an initial threshold and no relative mode"
+    if target == "dropout" and config.mode == "relative" and not _found(target, None, backend):
+        return "it multiplies dropout rates that are 0; set a rate, or the gene's mode to absolute"
     if target in ("clip", "accumulation", "dropout"):
-        if target == "clip" and backend.clip <= 0 and config.initial is None:
-            return "gradient_clipping is off; set it, or give the gene an initial threshold"
         return None
     if None not in (config.kind, config.scale, config.bounds, config.initial):
         return f"no setter is registered for {target!r}; pass gene_setters={{{target!r}: ...}} to initialize()"
