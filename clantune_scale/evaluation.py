@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -49,7 +52,7 @@ class ValidationWindow:
         collate_fn: joins samples to a batch; torch's default where None.
 
     Raises:
-        ConfigError: if the dataset has fewer examples than the member has data-parallel ranks.
+        ConfigError: if the dataset has no length, or fewer examples than the member has data-parallel ranks.
     """
 
     def __init__(
@@ -62,18 +65,24 @@ class ValidationWindow:
         dp_size: int,
         collate_fn: Callable[[list], Any] | None = None,
     ) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise ConfigError(
+                f"eval_data is a {type(dataset).__name__} without a length, and every member must see the same "
+                f"examples of it. Pass a map-style dataset, with __len__ and __getitem__."
+            )
         available = min(num_samples, len(dataset))
         if available < dp_size:
             raise ConfigError(
-                f"eval_data has {len(dataset)} examples, of which {available} are used, and a member has {dp_size} "
-                f"data-parallel ranks that each evaluate some. Give at least {dp_size} examples."
+                f"eval_data has {len(dataset)} examples and the window takes {num_samples} at most, which leaves "
+                f"{available} for the {dp_size} data-parallel ranks of a member. "
+                f"Give at least {dp_size} examples, and clantune.fitness.num_samples the same."
             )
         # Every rank runs the same number of forward passes: under ZeRO 3 each one is a collective.
         size = min(batch_size, available // dp_size)
         self.num_batches = available // (size * dp_size) * dp_size
         indices = np.linspace(0, len(dataset) - 1, self.num_batches * size).round().astype(int)
         batches = indices.reshape(self.num_batches, size)
-        self._mine = [batches[b].tolist() for b in range(dp_rank, self.num_batches, dp_size)]
+        self._mine = {b: batches[b].tolist() for b in range(dp_rank, self.num_batches, dp_size)}
         self._dataset = dataset
         self._collate = collate_fn or default_collate
         self._dp_size = dp_size
@@ -81,26 +90,51 @@ class ValidationWindow:
     def losses(self, backend: Backend, evaluate: Evaluate | None = None) -> np.ndarray:
         """[batches] float64: this member's mean loss on each batch; the same on all its ranks.
 
-        A member collective. What ``evaluate(engine, batch)`` returns takes the place of the model's loss.
+        A member collective. What ``evaluate(engine, batch)`` returns takes the place of the model's loss. What
+        is drawn at random meanwhile is the same for every member and in every round.
         """
         values = []
         with backend.evaluating():
-            for indices in self._mine:
-                batch = self._collate([self._dataset[index] for index in indices])
-                output = backend.forward(batch) if evaluate is None else evaluate(backend.engine, batch)
-                values.append(loss_of(output if isinstance(output, torch.Tensor) else _as_loss(output)).float())
-        return _gathered(torch.stack([value.reshape(()) for value in values]), self._dp_size)
+            for number, indices in self._mine.items():
+                with _own_randomness(number, backend.device):
+                    values.append(self._loss(backend, evaluate, indices))
+        return _gathered(torch.stack(values), self._dp_size)
+
+    def _loss(self, backend: Backend, evaluate: Evaluate | None, indices: list[int]) -> torch.Tensor:
+        """[] float64: one batch's loss."""
+        batch = self._collate([self._dataset[index] for index in indices])
+        output = backend.forward(batch) if evaluate is None else evaluate(backend.engine, batch)
+        return loss_of(_as_tensor(output)).detach().to(backend.device, torch.float64).reshape(())
 
 
-def _as_loss(output: Any) -> Any:
-    """A Python number that the user's ``evaluate`` returned, as a tensor; anything else as it is."""
-    return torch.tensor(float(output)) if isinstance(output, int | float) else output
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch, numpy and Python draw from ``seed``; outside, training's streams are where they were.
+
+    A model or dataset that draws when it is evaluated (a diffusion step, an augmentation) would otherwise make
+    fitness a matter of luck, and training depend on when it was measured.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    is_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if is_cpu else [device], device_type="cuda" if is_cpu else device.type):
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _as_tensor(output: Any) -> Any:
+    """A plain number that the user's ``evaluate`` returned, as a tensor; anything else as it is."""
+    return torch.tensor(float(output), dtype=torch.float64) if isinstance(output, Real) else output
 
 
 def _gathered(mine: torch.Tensor, dp_size: int) -> np.ndarray:
-    """[batches] in the window's order, from each rank's [batches / dp_size]; rank r holds batches r, r + dp_size, ..."""
-    mine = mine.double()
-    if dist.get_world_size() == 1:
+    """[batches] in the window's order, from each rank's [batches / dp_size]: rank r holds r, r + dp_size, ..."""
+    if dp_size == 1:
         return mine.cpu().numpy()
     parts = [torch.empty_like(mine) for _ in range(dp_size)]
     dist.all_gather(parts, mine)

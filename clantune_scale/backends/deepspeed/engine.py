@@ -141,13 +141,15 @@ class DeepSpeedBackend:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        was_training = self.module.training
+        # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
+        modes = [(part, part.training) for part in self.module.modules()]
         self.engine.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.engine.train(was_training)
+            for part, was_training in modes:
+                part.training = was_training
 
     def forward(self, batch: Any) -> Any:
         """The module on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
@@ -218,5 +220,6 @@ def _refuse_unsupported(engine: Any) -> None:
 
 
 def _offloads_to_nvme(engine: Any, part: str) -> bool:
-    settings = getattr(engine.zero_offload_param() if part == "offload_param" else engine.zero_offload_optimizer(), "device", None)
-    return settings is not None and str(getattr(settings, "value", settings)) == "nvme"
+    settings = engine.zero_offload_param() if part == "offload_param" else engine.zero_offload_optimizer()
+    device = getattr(settings, "device", None)
+    return str(getattr(device, "value", device)) == "nvme"
