@@ -28,7 +28,7 @@ from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies import Decision, Population, RunFacts, build
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
-from clantune_scale.errors import DivergenceError
+from clantune_scale.errors import ConfigError, DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
 from clantune_scale.phases import PhaseManager
@@ -183,7 +183,7 @@ class Clan:
         if decision.restore and self._kept is not None:
             self._kept.restore(self.state())
         transfer(self.state(), decision.donors, self.world.column, self.groups.column_for)
-        if self.strategy.guards and plan.evolves and not decision.restore:
+        if self.strategy.guards and not decision.restore:
             self._kept = Snapshot(self.state())
         self.population = decision.population
         self._clock.lap("transfer")
@@ -282,7 +282,16 @@ class Clan:
         )
 
     def loader(self, dataset: Dataset, **kwargs: Any) -> ClanDataLoader:
-        """A data loader over ``dataset`` that follows the phases; ``kwargs`` go to torch's ``DataLoader``."""
+        """A data loader over ``dataset`` that follows the phases; ``kwargs`` go to torch's ``DataLoader``.
+
+        Raises:
+            ConfigError: if the dataset is not map-style: without an index there is no common window.
+        """
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise ConfigError(
+                f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
+                f"must read the same samples again. Pass a map-style dataset, or make your own loader."
+            )
         self._loader = ClanDataLoader(dataset, self.sampler(len(dataset)), **kwargs)
         return self._loader
 

@@ -82,7 +82,7 @@ class FitnessConfig(Block):
     """What members are compared by: the mean loss on a common validation window."""
 
     num_samples: Count = 256
-    """Samples in the window, the same for every member; the first ones of `eval_data`."""
+    """Samples in the window, the same for every member; spread evenly over `eval_data`."""
 
     batch_size: Count | None = None
     """Samples per forward pass on one rank; null takes the training micro-batch."""

@@ -127,14 +127,6 @@ def join(
     return _joined
 
 
-def leave(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Forgets the clan, so that a process may join another (tests do)."""
-    global _joined
-    _joined = None
-    for name in _LAUNCH_VARIABLES:
-        environ.pop(name, None)
-
-
 def _launch_variables(environ: MutableMapping[str, str]) -> tuple[int, int, str, int]:
     missing = [name for name in _LAUNCH_VARIABLES if name not in environ]
     if missing:

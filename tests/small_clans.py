@@ -53,7 +53,7 @@ def train(engine: Any, loader: Any, num_steps: int) -> list[float]:
             loss = engine(*inputs)
             engine.backward(loss)
             engine.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             if engine.global_steps >= num_steps:
                 break
     return losses

@@ -80,7 +80,7 @@ def train_step(engine: Any, step: int, flat_rank: int) -> float:
         loss = engine(*batch(step, micro, flat_rank))
         engine.backward(loss)
         engine.step()
-        total += float(loss)
+        total += loss.item()
     return total
 
 

@@ -19,6 +19,9 @@ from clantune_scale.errors import ConfigError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Setter
 
+# Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
+_initialize_engine = deepspeed.initialize
+
 
 def initialize(
     args: Any = None,
@@ -79,7 +82,7 @@ def initialize(
     ds_config, block = extract(load_ds_config(given))
     if block is None or not block.enabled:
         passed["args"] = _without_config(args)
-        return deepspeed.initialize(**passed, training_data=training_data, config=ds_config)
+        return _initialize_engine(**passed, training_data=training_data, config=ds_config)
     return _initialize_clan(
         passed, ds_config, block, training_data, eval_data, evaluate, gene_setters or {}, num_workers
     )
@@ -112,7 +115,7 @@ def _initialize_clan(
     # DeepSpeed compiles its shared-memory collectives for the CPU at the first start, and needs a compiler for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     passed["args"] = _without_config(passed["args"])
-    engine, optimizer, _, scheduler = deepspeed.initialize(**passed, config=member_config)
+    engine, optimizer, _, scheduler = _initialize_engine(**passed, config=member_config)
     backend = DeepSpeedBackend(engine)
     window = ValidationWindow(
         eval_data,

@@ -1,0 +1,116 @@
+"""Runs an unmodified DeepSpeed script as a clan: ``deepspeed --module clantune_scale.run train.py ...``.
+
+It joins the clan before the script starts, so that the script may call ``deepspeed.init_distributed()`` first,
+puts :func:`clantune_scale.initialize` in the place of ``deepspeed.initialize``, and ends the run when the
+script does. The script's ``--deepspeed_config`` must hold the ``"clantune"`` block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+
+from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.errors import ConfigError
+
+HOLDOUT = 0.05
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the script that ``argv`` names (the process's own arguments where None).
+
+    Raises:
+        ConfigError: if the script's arguments name no DeepSpeed config, or it has no clan to join.
+    """
+    options = _parse(argv)
+    _, block = extract(load_ds_config(_config_path(options.arguments)))
+    if block is not None and block.enabled:
+        from clantune_scale.world import join
+
+        join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
+    # The launcher's --local_rank comes before the script's own arguments.
+    local_rank = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
+    sys.argv = [options.script, *local_rank, *options.arguments]
+    sys.path.insert(0, str(Path(options.script).resolve().parent))
+    import deepspeed
+
+    engines: list[Any] = []
+    initialize = deepspeed.initialize
+    deepspeed.initialize = _replacement(options.eval_data, engines)
+    try:
+        runpy.run_path(options.script, run_name="__main__")
+    finally:
+        deepspeed.initialize = initialize
+    for engine in engines:
+        if hasattr(engine, "clan"):
+            engine.clan.finish()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="clantune_scale.run", description=__doc__)
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher, passed on")
+    parser.add_argument(
+        "--eval_data",
+        default=None,
+        help=f"module:callable that returns the dataset on which members are compared; where left out, "
+        f"{HOLDOUT:.0%} of the training data is held out",
+    )
+    parser.add_argument("script", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    return parser.parse_args(argv)
+
+
+def _config_path(arguments: Sequence[str]) -> str:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--deepspeed_config")
+    found, _ = finder.parse_known_args(list(arguments))
+    if found.deepspeed_config is None:
+        raise ConfigError(
+            f"the script's arguments {list(arguments)} name no DeepSpeed config. Pass --deepspeed_config FILE to it; a "
+            f"script that passes config=... calls clantune_scale.initialize() itself."
+        )
+    return found.deepspeed_config
+
+
+def _replacement(eval_data: str | None, engines: list[Any]) -> Callable[..., Any]:
+    """``clantune_scale.initialize`` with a validation set found for it; keeps the engines that it makes."""
+    from clantune_scale.backends.deepspeed.initialize import initialize
+
+    @wraps(initialize)
+    def initialize_with_validation(*args: Any, training_data: Dataset | None = None, **kwargs: Any) -> Any:
+        validation = _load(eval_data) if eval_data else None
+        if validation is None and training_data is not None:
+            training_data, validation = hold_out(training_data)
+        result = initialize(*args, training_data=training_data, eval_data=validation, **kwargs)
+        engines.append(result[0])
+        return result
+
+    return initialize_with_validation
+
+
+def hold_out(dataset: Dataset, share: float = HOLDOUT) -> tuple[Subset, Subset]:
+    """Splits a map-style dataset: every 1/share-th example goes to validation, the rest to training."""
+    stride = round(1 / share)
+    indices = np.arange(len(dataset))
+    held = indices % stride == stride - 1
+    return Subset(dataset, indices[~held].tolist()), Subset(dataset, indices[held].tolist())
+
+
+def _load(name: str) -> Dataset:
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"--eval_data {name!r} is not module:callable. Write it as package.module:function.")
+    return getattr(importlib.import_module(module_name), attribute)()
+
+
+if __name__ == "__main__":
+    main()
