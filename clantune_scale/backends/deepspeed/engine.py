@@ -201,6 +201,11 @@ def _refuse_unsupported(engine: Any) -> None:
             "fp16 with ZeRO stage 0 does not scale its loss in DeepSpeed 0.19 and trains on wrong gradients. "
             "Set zero_optimization.stage to 1 or more, or use bf16."
         )
+    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+        raise ConfigError(
+            "torch_autocast with float16 scales the loss by a scaler of each member's own, and gradients of different "
+            "scales cannot be averaged. Set torch_autocast.dtype to bfloat16, or use the fp16 block."
+        )
     if engine.has_moe_layers:
         raise ConfigError(
             "the model has mixture-of-experts layers, whose expert gradients the clan does not average yet. "
