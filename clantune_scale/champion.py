@@ -46,6 +46,8 @@ def write(clan: Clan, summary: Summary) -> Summary:
             tensors = clan.backend.full_weights() if clan.member == summary.champion else None
         if tensors is not None and weights is not None:
             save_file(tensors, weights, metadata={"format": "pt", "averaged": str(summary.averaged).lower()})
+            # safetensors writes through a private temporary file: readable as the run's other files are.
+            weights.chmod(0o644)
         # The meeting makes sure that the file is there before anyone is told of it.
         clan.world.column.gather_json(None)
         artifacts["champion"] = str(weights)

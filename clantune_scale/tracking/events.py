@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -60,28 +60,48 @@ class EventLog:
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All events of a run, oldest first.
+    """All events of a run, oldest first; :func:`iter_events` as a list."""
+    return list(iter_events(path))
 
-    A last line that is cut off (the machine died while writing it) is left out.
+
+def iter_events(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The events of a run, oldest first, one at a time: a long run of many members has gigabytes of them as objects.
+
+    A last line that is cut off (it is being written, or the machine died while it was) is left out.
 
     Raises:
         ClanError: if another line is no event, or the schema is newer than this package.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    events = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            event = _unspell(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ClanError(f"line {number} of {path} is not an event: {error}. Remove it or use a copy.") from error
-        if event["schema"] > SCHEMA:
-            raise ClanError(f"{path} has events of schema {event['schema']}, this package reads {SCHEMA}. Upgrade it.")
-        events.append(event)
-    return events
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                event = parse_event(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ClanError(f"line {number} of {path} is not an event: {error}. Remove it or use a copy.") from error
+            if event is None:
+                continue
+            if event["schema"] > SCHEMA:
+                raise ClanError(
+                    f"{path} has events of schema {event['schema']}, this package reads {SCHEMA}. Upgrade it."
+                )
+            yield event
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of the file; None for an empty line.
+
+    Raises:
+        ValueError: if the line is no JSON object, or not one with a schema and a kind.
+    """
+    if not line.strip():
+        return None
+    event = json.loads(line)
+    if not (isinstance(event, dict) and isinstance(event.get("schema"), int) and "kind" in event):
+        raise ValueError("there is no object with a schema and a kind")
+    # Most lines have no such word, and looking into every value takes longer than parsing does.
+    return _unspell(event) if any(word.encode() in line for word in _NON_FINITE) else event
 
 
 def to_plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -114,6 +115,8 @@ def _initialize_clan(
     )
     # DeepSpeed compiles its shared-memory collectives for the CPU at the first start, and needs a compiler for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls names that torch 2.13 deprecates: nothing that a user of either could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     passed["args"] = _without_config(passed["args"])
     engine, optimizer, _, scheduler = _initialize_engine(**passed, config=member_config)
     backend = DeepSpeedBackend(engine)
