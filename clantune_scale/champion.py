@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -57,7 +58,9 @@ def write(clan: Clan, summary: Summary) -> Summary:
         )
         artifacts["schedule"] = str(run_dir / "schedule.json")
         artifacts["genes"] = str(run_dir / "genes.png")
+        artifacts["lineage"] = str(run_dir / "lineage.json")
         if clan.world.is_clan_leader:
+            (run_dir / "lineage.json").write_text(json.dumps(clan.recorder.lineage.to_json()))
             (run_dir / "schedule.json").write_text(schedule.to_json())
             _draw(clan)
     return replace(summary, artifacts=artifacts)

@@ -31,7 +31,9 @@ from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError, DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
+from clantune_scale.figures import Figures, drift_of, gather_figures
 from clantune_scale.phases import PhaseManager
+from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
 from clantune_scale.transfer import MemberState, Snapshot, transfer
@@ -112,6 +114,7 @@ class Clan:
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Clock()
+        self._probe = GradientProbe()
         self.recorder = Recorder(self)
         self._hook()
         self._start()
@@ -121,6 +124,11 @@ class Clan:
         return self.world.member
 
     @property
+    def tokens_per_sample(self) -> int | None:
+        """Token ids in a sample, or None where samples hold none."""
+        return self._window.tokens_per_sample
+
+    @property
     def genome(self) -> Genome:
         """This member's."""
         return self.population.genomes[self.member]
@@ -128,7 +136,8 @@ class Clan:
     def _hook(self) -> None:
         """Hooks the engine: gradients, the optimizer's update, the step's end, what is seen."""
         backend = self.backend
-        backend.share_gradients(lambda: self.phases.is_sharing, self.groups, self.config.population_size)
+        size = self.config.population_size
+        backend.share_gradients(lambda: self.phases.is_sharing, self.groups, size, self._probe)
         backend.around_update(lambda: self._expression.during_update(self.lr_factor))
         backend.after_step(self._after_step)
         backend.watch(self._batches.on_batch, self._losses.add)
@@ -165,6 +174,7 @@ class Clan:
             self._averages.update(done.step + 1, done.plan.averaging_window_steps)
         self.recorder.step(self, done, self._losses)
         if not done.ends_phase:
+            self._probe.is_active = self.phases.position.ends_phase
             return
         self._clock.lap(done.phase.kind.value)
         if done.ends_round:
@@ -176,6 +186,7 @@ class Clan:
         measured = self.population
         self.fitness = self.measure(averages=plan.averages)
         self._clock.lap("evaluation")
+        figures = self._gather_figures(plan)
         if self._aside is not None:
             self._aside.restore(self.state())
             self._aside = None
@@ -187,7 +198,7 @@ class Clan:
             self._kept = Snapshot(self.state())
         self.population = decision.population
         self._clock.lap("transfer")
-        self.recorder.round_end(self, plan, measured, decision, self._batches.compare(), self._clock.empty())
+        self.recorder.round_end(self, plan, measured, decision, figures, self._clock.empty(), self._batches.compare())
         self._follow_accumulation()
 
     def _begin_phase(self) -> None:
@@ -202,6 +213,7 @@ class Clan:
         if phase.kind is PhaseKind.COOPERATIVE:
             self._agree_on_loss_scale()
         self._batches.begin(phase.kind)
+        self._probe.is_active = position.ends_phase
         self.recorder.phase_start(self, position)
 
     def values(self, kind: PhaseKind) -> list[dict[str, float]]:
@@ -315,6 +327,20 @@ class Clan:
         with self.phases.suspended():
             losses = window.losses(self.backend, self._evaluate)
         return Fitness.from_losses(self.world.column.gather(losses)).mean.tolist()
+
+    def _gather_figures(self, plan: RoundPlan) -> Figures:
+        """How members fared in the round, and how far apart they are before anyone is copied."""
+        masters = self.backend.masters()
+        return gather_figures(
+            self.world.column,
+            self.backend.device,
+            learning_rate=self.learning_rate(plan.end_step - 1),
+            gradient_norm=self._probe.norm,
+            drift=drift_of(masters, self.world.column, self.groups.column_for(masters[0].device.type)),
+            alignment=self._probe.read_alignment(self.backend.device),
+            strikes=self._losses.read_strikes(),
+            evaluation_s=self._window.seconds,
+        )
 
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now, the user's schedule where it is now."""

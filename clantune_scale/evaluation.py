@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from clantune_scale.backends.base import Backend
 from clantune_scale.errors import ConfigError, EvaluationError
+from clantune_scale.watch import tensors_in
 
 Evaluate = Callable[[Any, Any], Any]
 
@@ -51,6 +53,10 @@ class ValidationWindow:
         dp_rank, dp_size: this rank's place in the member's data parallelism.
         collate_fn: joins samples to a batch; torch's default where None.
 
+    Attributes:
+        num_batches: in the window, over all ranks of the member.
+        seconds: this rank's time for its share of the last evaluation.
+
     Raises:
         ConfigError: if the dataset has no length, or fewer examples than the member has data-parallel ranks.
     """
@@ -86,6 +92,15 @@ class ValidationWindow:
         self._dataset = dataset
         self._collate = collate_fn or default_collate
         self._dp_size = dp_size
+        self.seconds = 0.0
+
+    @property
+    def tokens_per_sample(self) -> int | None:
+        """Elements of a sample's first tensor of whole numbers (token ids), or None where it has none."""
+        sample = self._collate([self._dataset[0]])
+        ids = (t for t in tensors_in(sample) if not t.is_floating_point() and t.dim() > 1)
+        first = next(ids, None)
+        return None if first is None else first.shape[1:].numel()
 
     def losses(self, backend: Backend, evaluate: Evaluate | None = None) -> np.ndarray:
         """[batches] float64: this member's mean loss on each batch; the same on all its ranks.
@@ -94,10 +109,15 @@ class ValidationWindow:
         is drawn at random meanwhile is the same for every member and in every round.
         """
         values = []
+        start = time.perf_counter()
         with backend.evaluating():
             for number, indices in self._mine.items():
                 with _own_randomness(number, backend.device):
                     values.append(self._loss(backend, evaluate, indices))
+        if backend.device.type == "cuda":
+            torch.cuda.synchronize(backend.device)
+        # Before the ranks wait for each other: a slow host shows here as nowhere else.
+        self.seconds = time.perf_counter() - start
         return _gathered(torch.stack(values), self._dp_size)
 
     def _loss(self, backend: Backend, evaluate: Evaluate | None, indices: list[int]) -> torch.Tensor:

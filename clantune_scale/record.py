@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,13 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.lineage import Lineage, RoundRecord
-from clantune_scale.core.rounds import Position, RoundPlan
+from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
+from clantune_scale.figures import Figures
 from clantune_scale.tracking import Tracking, create_run_dir
+from clantune_scale.tracking.events import SCHEMA, to_plain
 from clantune_scale.watch import LossMeter
 
 if TYPE_CHECKING:
@@ -63,27 +67,34 @@ class Recorder:
             clan.config.tracking, run_dir=self.run_dir or Path(), is_writer=world.is_clan_leader
         )
         self._steps_since = 0
+        self._samples = 0
 
     def start(self, clan: Clan) -> None:
         """The run begins."""
         topology = clan.world.topology
-        self.tracking.emit(
-            "run_start",
-            clan.phases.position.step,
-            run_id=self.run_dir.name if self.run_dir else "",
-            name=self.run_dir.name if self.run_dir else "",
-            population_size=topology.population_size,
-            member_ranks=[topology.member_ranks(member) for member in range(topology.population_size)],
-            topology=asdict(topology),
-            strategy=clan.config.strategy.name,
-            genes=[asdict(gene) for gene in clan.genes],
-            config=clan.config,
-            batch=asdict(clan.batch),
-            versions=_versions(),
-            total_steps=clan.strategy.facts.total_steps,
-            initial_loss=float(clan.fitness.mean[0]),
-            resumed_from=None,
-        )
+        name = self.run_dir.name if self.run_dir else ""
+        facts = {
+            "run_id": name,
+            "name": name,
+            "population_size": topology.population_size,
+            "member_ranks": [topology.member_ranks(member) for member in range(topology.population_size)],
+            "topology": asdict(topology),
+            "strategy": clan.config.strategy.name,
+            "genes": [asdict(gene) for gene in clan.genes],
+            "start_genome": {gene.name: gene.initial for gene in clan.genes},
+            "config": clan.config,
+            "batch": asdict(clan.batch),
+            "versions": _versions(),
+            "hardware": _hardware(clan.backend.device),
+            "total_steps": clan.strategy.facts.total_steps,
+            "tokens_per_sample": clan.tokens_per_sample,
+            "initial_loss": float(clan.fitness.mean[0]),
+            "resumed_from": None,
+        }
+        self.tracking.emit("run_start", clan.phases.position.step, **facts)
+        if clan.world.is_clan_leader and self.run_dir is not None:
+            manifest = {"schema": SCHEMA, "kind": "run", **to_plain(facts)}
+            (self.run_dir / "run.json").write_text(json.dumps(manifest, indent=1))
 
     def phase_start(self, clan: Clan, position: Position) -> None:
         """A phase begins."""
@@ -115,13 +126,13 @@ class Recorder:
         plan: RoundPlan,
         measured: Population,
         decision: Decision,
-        complaints: Sequence[str],
+        figures: Figures,
         seconds: Mapping[str, float],
+        complaints: Sequence[str],
     ) -> None:
         """A round is over: ``measured`` was the population until now, ``decision`` made the next."""
+        self._samples += sum(_samples_of(clan, phase) for phase in plan.phases)
         self.lineage.append(RoundRecord.of(plan, measured.genomes, clan.fitness, decision if plan.evolves else None))
-        rate = clan.learning_rate(plan.end_step - 1)
-        rates = clan.world.column.gather(np.array([rate])).ravel().tolist()
         for complaint in complaints:
             self.tracking.emit("warning", plan.end_step, message=complaint)
         self.tracking.emit(
@@ -132,12 +143,16 @@ class Recorder:
             phases=[asdict(phase) for phase in plan.phases],
             explores=list(plan.explores),
             averaged=plan.averages,
-            members=_members(clan, measured, decision),
+            members=_members(clan, measured, decision, figures),
             consensus=consensus(measured.genomes, clan.genes),
             restored=decision.restore,
             seconds=dict(seconds),
             lr_factor=clan.strategy.lr_factor(plan.end_step - 1),
-            learning_rates=rates,
+            learning_rates=figures.learning_rate.tolist(),
+            straggler=figures.straggler,
+            throughput=_throughput(clan, plan, seconds),
+            samples=self._samples,
+            tokens=self._samples * clan.tokens_per_sample if clan.tokens_per_sample else None,
         )
 
     def finish(self, clan: Clan, summary: Summary, *, status: str) -> None:
@@ -154,7 +169,29 @@ class Recorder:
         self.tracking.close(status)
 
 
-def _members(clan: Clan, measured: Population, decision: Decision) -> list[dict[str, Any]]:
+def _samples_of(clan: Clan, phase: Phase) -> int:
+    """Samples that all members together train on in a phase, at the accumulation that they start with."""
+    return phase.num_steps * clan.batch.clan_batch * phase.batch_factor
+
+
+def _throughput(clan: Clan, plan: RoundPlan, seconds: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    """Steps, seconds, samples and tokens per second of the whole clan, by kind of phase."""
+    table: dict[str, dict[str, float | None]] = {}
+    for kind in dict.fromkeys(phase.kind for phase in plan.phases):
+        phases = [phase for phase in plan.phases if phase.kind is kind]
+        spent = max(seconds.get(kind.value, 0.0), 1e-9)
+        samples_per_s = sum(_samples_of(clan, phase) for phase in phases) / spent
+        tokens = clan.tokens_per_sample
+        table[kind.value] = {
+            "steps": sum(phase.num_steps for phase in phases),
+            "seconds": spent,
+            "samples_per_s": samples_per_s,
+            "tokens_per_s": samples_per_s * tokens if tokens else None,
+        }
+    return table
+
+
+def _members(clan: Clan, measured: Population, decision: Decision, figures: Figures) -> list[dict[str, Any]]:
     reasons = decision.reasons or ("",) * len(measured.genomes)
     return [
         {
@@ -165,9 +202,16 @@ def _members(clan: Clan, measured: Population, decision: Decision) -> list[dict[
             "donor": decision.donors[member],
             "reason": reasons[member],
             "next_genome": asdict(decision.population.genomes[member]),
+            **figures.of(member),
         }
         for member, genome in enumerate(measured.genomes)
     ]
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    """The first rank's machine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"host": platform.node(), "device": name, "num_cpus": os.cpu_count()}
 
 
 def _versions() -> dict[str, str]:

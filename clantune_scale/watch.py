@@ -19,6 +19,7 @@ class LossMeter:
 
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
+        self._not_finite: torch.Tensor | None = None
         self._count = 0
         self._since = time.perf_counter()
 
@@ -27,7 +28,14 @@ class LossMeter:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             value = loss.detach().float().reshape(())
             self._total = value if self._total is None else self._total + value
+            strike = (~value.isfinite()).long()
+            self._not_finite = strike if self._not_finite is None else self._not_finite + strike
             self._count += 1
+
+    def read_strikes(self) -> int:
+        """Micro-batches since the last call whose loss was not finite."""
+        strikes, self._not_finite = self._not_finite, None
+        return 0 if strikes is None else int(strikes)
 
     def read(self, num_steps: int) -> tuple[float, float]:
         """(mean loss, seconds per step) since the last reading; nan where no loss went by."""
@@ -62,7 +70,7 @@ class BatchWatch:
         """Sees the arguments of a training forward pass."""
         if self._pending is None:
             return
-        digests = [bytes_digest(_as_bytes(t)) for t in _tensors((args, kwargs)) if t.numel()]
+        digests = [bytes_digest(_as_bytes(t)) for t in tensors_in((args, kwargs)) if t.numel()]
         self._seen.append([self._pending.value, digests])
         self._pending = None
 
@@ -97,15 +105,16 @@ class BatchWatch:
         return fresh
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested mappings, lists and tuples, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from clantune_scale.probe import GradientProbe
 from clantune_scale.transfer import MemberState
 
 
@@ -61,8 +62,14 @@ class Backend(Protocol):
     def state(self) -> MemberState:
         """This rank's live training state."""
 
-    def share_gradients(self, is_sharing: Callable[[], bool], groups: GradientGroups, population_size: int) -> None:
-        """Averages gradients over all members in every step in which ``is_sharing()``."""
+    def share_gradients(
+        self,
+        is_sharing: Callable[[], bool],
+        groups: GradientGroups,
+        population_size: int,
+        probe: GradientProbe | None = None,
+    ) -> None:
+        """Averages gradients over all members in every step in which ``is_sharing()``; shows them to ``probe``."""
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Enters ``context()`` just around the optimizer's own update: after clipping, before the scheduler."""

@@ -14,6 +14,7 @@ from clantune_scale.backends.base import GradientGroups
 from clantune_scale.backends.deepspeed import shards, sharing
 from clantune_scale.backends.deepspeed.sharing import replace_method
 from clantune_scale.errors import ConfigError
+from clantune_scale.probe import GradientProbe
 from clantune_scale.transfer import MemberState
 
 
@@ -95,8 +96,34 @@ class DeepSpeedBackend:
     def state(self) -> MemberState:
         return shards.member_state(self.engine)
 
-    def share_gradients(self, is_sharing: Callable[[], bool], groups: GradientGroups, population_size: int) -> None:
-        self._undo += sharing.share(self.engine, is_sharing, groups, population_size)
+    def share_gradients(
+        self,
+        is_sharing: Callable[[], bool],
+        groups: GradientGroups,
+        population_size: int,
+        probe: GradientProbe | None = None,
+    ) -> None:
+        probe = probe or GradientProbe()
+        self._undo += sharing.share(self.engine, sharing.Sharing(is_sharing, groups, population_size, probe))
+        self._undo.append(self._show_norm(probe))
+
+    def _show_norm(self, probe: GradientProbe) -> Callable[[], None]:
+        """The norm of the step that is looked at, before clipping."""
+        engine = self.engine
+        take_step = engine._take_model_step
+        is_plain = shards.optimizer_kind(engine) == "plain"
+
+        def take_step_and_show(*args: Any, **kwargs: Any) -> Any:
+            if probe.is_active and is_plain:
+                gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+                probe.norm = float(torch.nn.utils.get_total_norm(gradients))
+            result = take_step(*args, **kwargs)
+            if probe.is_active and not is_plain:
+                norm = engine.get_global_grad_norm()
+                probe.norm = None if norm is None else float(norm)
+            return result
+
+        return replace_method(engine, "_take_model_step", take_step_and_show)
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         optimizer = self.engine.optimizer

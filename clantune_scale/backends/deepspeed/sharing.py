@@ -12,6 +12,7 @@ The methods that are replaced are private ones of DeepSpeed 0.19 (there is no pu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from clantune_scale.backends.base import GradientGroups
 from clantune_scale.errors import ConfigError
-
-IsSharing = Callable[[], bool]
+from clantune_scale.probe import GradientProbe
 
 
 def replace_method(target: Any, name: str, method: Callable) -> Callable[[], None]:
@@ -39,7 +39,24 @@ def replace_method(target: Any, name: str, method: Callable) -> Callable[[], Non
     return restore
 
 
-def share(engine: Any, is_sharing: IsSharing, groups: GradientGroups, population_size: int) -> list[Callable[[], None]]:
+@dataclass(frozen=True)
+class Sharing:
+    """What every hook reads.
+
+    Attributes:
+        is_sharing: whether the step that runs is a cooperative one.
+        groups: the stand-alone groups that cross members.
+        population_size: number of members.
+        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
+    """
+
+    is_sharing: Callable[[], bool]
+    groups: GradientGroups
+    population_size: int
+    probe: GradientProbe
+
+
+def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:
     """Hooks ``engine``'s gradient reduction; returns what takes the hooks off again.
 
     Raises:
@@ -47,78 +64,95 @@ def share(engine: Any, is_sharing: IsSharing, groups: GradientGroups, population
     """
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        return [_share_partitions(engine.optimizer, is_sharing, groups, population_size)]
+        return [_share_partitions(engine.optimizer, sharing)]
     if type(engine.optimizer).__name__ == "DeepSpeedZeroOptimizer":
         if not engine.optimizer.use_multi_rank_bucket_allreduce:
             raise ConfigError(
                 "zero_optimization.use_multi_rank_bucket_allreduce is false, and then each rank reduces only what it "
                 "owns, which the clan cannot average. Leave it at its default, true."
             )
-        return _share_zero_buckets(engine.optimizer, is_sharing, groups, population_size)
-    return [_share_engine_buckets(engine, is_sharing, groups)]
+        return [_share_zero_buckets(engine.optimizer, sharing), _share_contiguous(engine.optimizer, sharing)]
+    return [_share_engine_buckets(engine, sharing)]
 
 
-def _share_engine_buckets(engine: Any, is_sharing: IsSharing, groups: GradientGroups) -> Callable[[], None]:
+def _share_engine_buckets(engine: Any, sharing: Sharing) -> Callable[[], None]:
     """ZeRO 0 and ``BF16_Optimizer``: the engine's own bucketed all-reduce."""
-    reduce_in_member = engine.allreduce_bucket
+    reduce = engine.allreduce_bucket
 
     def allreduce_bucket(bucket: list, dp_group: Any, dp_world_size: float | None = None) -> torch.Tensor:
-        if not is_sharing():
-            return reduce_in_member(bucket, dp_group, dp_world_size)
-        clan = groups.gradient()
-        return reduce_in_member(bucket, clan, clan.size())
+        if not sharing.is_sharing():
+            return reduce(bucket, dp_group, dp_world_size)
+        clan = sharing.groups.gradient()
+        if not sharing.probe.is_active:
+            return reduce(bucket, clan, clan.size())
+        own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
+        mean = reduce(bucket, clan, clan.size())
+        sharing.probe.compare(own, mean)
+        return mean
 
     return replace_method(engine, "allreduce_bucket", allreduce_bucket)
 
 
-def _share_zero_buckets(
-    optimizer: Any, is_sharing: IsSharing, groups: GradientGroups, population_size: int
-) -> list[Callable[[], None]]:
-    """ZeRO 1 and 2: the optimizer's bucketed all-reduce, and the contiguous one without ``reduce_scatter``."""
-    reduce_in_member = optimizer.allreduce_bucket
-    reduce_contiguous = optimizer.gradient_reduction_w_predivide
+def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
+    """ZeRO 1 and 2: the optimizer's bucketed all-reduce."""
+    reduce = optimizer.allreduce_bucket
 
     def allreduce_bucket(bucket, communication_data_type, rank=None, log=None, divide=True, process_group=None):
-        if not is_sharing():
-            return reduce_in_member(
-                bucket, communication_data_type, rank=rank, log=log, divide=divide, process_group=process_group
-            )
+        options = {"rank": rank, "log": log, "divide": divide}
+        if not sharing.is_sharing():
+            return reduce(bucket, communication_data_type, process_group=process_group, **options)
+        own = None
+        if sharing.probe.is_active:
+            copies = [gradient.clone() for gradient in bucket]
+            own = reduce(copies, communication_data_type, process_group=process_group, **options)
         if not divide:
             # The caller divided by the member's degree; the rest is divided before the sum, so that
             # sixteen-bit sums over the clan overflow no sooner than those over the member.
-            torch._foreach_div_(list(bucket), population_size)
-        return reduce_in_member(
-            bucket, communication_data_type, rank=rank, log=log, divide=divide, process_group=groups.gradient()
-        )
+            torch._foreach_div_(list(bucket), sharing.population_size)
+        mean = reduce(bucket, communication_data_type, process_group=sharing.groups.gradient(), **options)
+        if own is not None:
+            sharing.probe.compare(own, mean)
+        return mean
+
+    return replace_method(optimizer, "allreduce_bucket", allreduce_bucket)
+
+
+def _share_contiguous(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
+    """ZeRO 1 and 2 without ``reduce_scatter``: one all-reduce of the contiguous bucket."""
+    reduce = optimizer.gradient_reduction_w_predivide
 
     def gradient_reduction_w_predivide(tensor: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
-        if not is_sharing():
-            return reduce_contiguous(tensor, communication_data_type)
+        if not sharing.is_sharing():
+            return reduce(tensor, communication_data_type)
+        own = reduce(tensor.clone(), communication_data_type) if sharing.probe.is_active else None
         in_member = optimizer.dp_process_group
-        optimizer.dp_process_group = groups.gradient()
+        optimizer.dp_process_group = sharing.groups.gradient()
         try:
-            return reduce_contiguous(tensor, communication_data_type)
+            mean = reduce(tensor, communication_data_type)
         finally:
             optimizer.dp_process_group = in_member
+        if own is not None:
+            sharing.probe.compare(own, mean)
+        return mean
 
-    return [
-        replace_method(optimizer, "allreduce_bucket", allreduce_bucket),
-        replace_method(optimizer, "gradient_reduction_w_predivide", gradient_reduction_w_predivide),
-    ]
+    return replace_method(optimizer, "gradient_reduction_w_predivide", gradient_reduction_w_predivide)
 
 
-def _share_partitions(
-    optimizer: Any, is_sharing: IsSharing, groups: GradientGroups, population_size: int
-) -> Callable[[], None]:
+def _share_partitions(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
     """ZeRO 3: the scattered shards, before they are added to the accumulated gradient."""
     take_partitions = optimizer.partition_grads
 
     @torch.no_grad()
     def partition_grads(params_to_release: list, grad_partitions: list[torch.Tensor]) -> Any:
-        if is_sharing() and grad_partitions:
-            flat = _flatten_dense_tensors(grad_partitions).div_(population_size)
-            dist.all_reduce(flat, group=groups.column())
-            grad_partitions = list(_unflatten_dense_tensors(flat, grad_partitions))
+        if sharing.is_sharing() and grad_partitions:
+            own = _flatten_dense_tensors(grad_partitions)
+            # In place where nobody looks at the member's own: it is a buffer of DeepSpeed's that is spent here.
+            divide = own.div if sharing.probe.is_active else own.div_
+            mean = divide(sharing.population_size)
+            dist.all_reduce(mean, group=sharing.groups.column())
+            if sharing.probe.is_active:
+                sharing.probe.compare(own, mean)
+            grad_partitions = list(_unflatten_dense_tensors(mean, grad_partitions))
         return take_partitions(params_to_release, grad_partitions)
 
     return replace_method(optimizer, "partition_grads", partition_grads)

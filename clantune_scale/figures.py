@@ -1,0 +1,117 @@
+"""What members tell each other at a round's end beside their losses: how they fared and how far apart they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._utils import _flatten_dense_tensors
+
+from clantune_scale.groups import Column
+
+_BUCKET_ELEMENTS = 1 << 23
+# A host is called a straggler from here on: below, it is noise.
+_STRAGGLER = 1.5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One round's, each [members] float64; nan where a member has none.
+
+    Attributes:
+        learning_rate: of the first parameter group in the round's last step.
+        gradient_norm: before clipping, in the round's last step.
+        drift: ``||theta_i - mean theta|| / ||mean theta||`` over the clan, before any transfer.
+        alignment: cosine of the member's own gradient with the clan's, in the last cooperative step.
+        strikes: micro-batches of the member whose loss was not finite.
+        evaluation_s: the member's slowest rank's seconds for its share of the window.
+    """
+
+    learning_rate: np.ndarray
+    gradient_norm: np.ndarray
+    drift: np.ndarray
+    alignment: np.ndarray
+    strikes: np.ndarray
+    evaluation_s: np.ndarray
+
+    def of(self, member: int) -> dict[str, Any]:
+        """One member's as plain data, None where there is none."""
+        named = {"gradient_norm": self.gradient_norm, "drift": self.drift, "alignment": self.alignment}
+        plain: dict[str, Any] = {name: _or_none(values[member]) for name, values in named.items()}
+        return plain | {"strikes": int(self.strikes[member])}
+
+    @property
+    def straggler(self) -> dict[str, float] | None:
+        """The slowest member, its seconds and the median's, where it took half as long again as the median."""
+        slowest = int(np.argmax(self.evaluation_s))
+        median = float(np.median(self.evaluation_s))
+        if self.evaluation_s.size < 3 or self.evaluation_s[slowest] < _STRAGGLER * median:
+            return None
+        return {"member": slowest, "seconds": float(self.evaluation_s[slowest]), "median_s": median}
+
+
+def gather_figures(
+    column: Column,
+    device: torch.device,
+    *,
+    learning_rate: float,
+    gradient_norm: float | None,
+    drift: float,
+    alignment: float | None,
+    strikes: int,
+    evaluation_s: float,
+) -> Figures:
+    """Every member's figures on every rank; all ranks of the clan call it with their own."""
+    local = torch.tensor([float(strikes), evaluation_s], dtype=torch.float64, device=device)
+    total, slowest = local[:1].clone(), local[1:].clone()
+    dist.all_reduce(total)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    given = [learning_rate, gradient_norm, drift, alignment, float(total), float(slowest)]
+    table = column.gather(np.array([math.nan if value is None else value for value in given]))
+    return Figures(*table.T)
+
+
+@torch.no_grad()
+def drift_of(masters: Sequence[torch.Tensor], column: Column, group: Any) -> float:
+    """How far this member's weights are from the clan's mean weights, relative to the mean's norm.
+
+    One all-reduce of the fp32 weights down the column, in buckets, and two sums over the member. Ranks that hold
+    the same weights count them as often above as below the line.
+
+    Args:
+        masters: this rank's fp32 weights.
+        column: its control column.
+        group: the column's group on the weights' device.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=masters[0].device)
+    for bucket in _buckets(masters):
+        own = _flatten_dense_tensors(bucket).float()
+        mean = own / column.size
+        if column.size > 1:
+            dist.all_reduce(mean, group=group)
+        sums += torch.stack([(own - mean).double().square().sum(), mean.double().square().sum()])
+    dist.all_reduce(sums)
+    distance, norm = sums.tolist()
+    return math.sqrt(distance / norm) if norm > 0 else math.nan
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Neighbouring tensors together up to a size; one that is larger stands alone."""
+    buckets: list[list[torch.Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if tensor.numel() > room or not buckets:
+            buckets.append([])
+            room = _BUCKET_ELEMENTS
+        buckets[-1].append(tensor.detach().contiguous())
+        room -= tensor.numel()
+    return buckets
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
