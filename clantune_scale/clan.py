@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from clantune_scale import champion
@@ -26,38 +24,20 @@ from clantune_scale.core.consensus import consensus
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPlan
-from clantune_scale.core.strategies import Decision, Population, RunFacts, build
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
-from clantune_scale.errors import ConfigError, DivergenceError
+from clantune_scale.core.strategies import Decision, RunFacts, build
+from clantune_scale.data import ClanBatchSampler, ClanDataLoader
+from clantune_scale.errors import DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
+from clantune_scale.feed import make_loader, make_sampler
 from clantune_scale.figures import Figures, drift_of, gather_figures
 from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
 from clantune_scale.transfer import MemberState, Snapshot, transfer
-from clantune_scale.watch import BatchWatch, LossMeter
+from clantune_scale.watch import BatchWatch, LossMeter, Stopwatch
 from clantune_scale.world import ClanGroups, ClanWorld
-
-
-@dataclass
-class Clock:
-    """Seconds spent since the round began, by what they were spent on."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
-
-    def lap(self, what: str) -> None:
-        """Books the time since the last call under ``what``."""
-        now = time.perf_counter()
-        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._since
-        self._since = now
-
-    def empty(self) -> dict[str, float]:
-        """What was booked; starts over."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 class Clan:
@@ -113,7 +93,7 @@ class Clan:
         self._kept: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
-        self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Clock()
+        self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Stopwatch()
         self._probe = GradientProbe()
         self.recorder = Recorder(self)
         self._hook()
@@ -264,16 +244,6 @@ class Clan:
         everyone = self.world.column.gather_json(dict(mine))
         self.backend.set_loss_scale(min(everyone, key=lambda state: state["cur_scale"]))
 
-    def step_plan(self, step: int) -> StepPlan:
-        """What the data sampler must know of a step, as far as it is decided today."""
-        phase = self.phases.clock.at(step).phase
-        counts = [self._expression.accumulation(values) * phase.batch_factor for values in self.values(phase.kind)]
-        return StepPlan(
-            is_common=phase.kind is PhaseKind.COMPETITIVE,
-            num_micro_batches=counts[self.member],
-            clan_micro_batches=max(counts),
-        )
-
     def sampler(self, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
         """A batch sampler that follows the phases, for a loader of your own (``DataLoader(batch_sampler=...)``).
 
@@ -281,37 +251,28 @@ class Clan:
             num_samples: length of the dataset.
             shuffle: whether each epoch has an order of its own, drawn from the clan's seed.
         """
-        return ClanBatchSampler(
-            num_samples,
-            seed=self.config.seed,
-            micro_batch_size=self.backend.micro_batch_size,
-            dp_size=self.backend.dp_size,
-            dp_rank=self.backend.dp_rank,
-            member=self.member,
-            population_size=self.config.population_size,
-            plan=self.step_plan,
-            shuffle=shuffle,
-        )
+        return make_sampler(self, num_samples, shuffle=shuffle)
 
-    def loader(self, dataset: Dataset, **kwargs: Any) -> ClanDataLoader:
-        """A data loader over ``dataset`` that follows the phases; ``kwargs`` go to torch's ``DataLoader``.
+    def loader(self, dataset: Dataset, **options: Any) -> ClanDataLoader:
+        """A data loader over ``dataset`` that follows the phases; ``options`` go to torch's ``DataLoader``.
 
         Raises:
             ConfigError: if the dataset is not map-style: without an index there is no common window.
         """
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise ConfigError(
-                f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
-                f"must read the same samples again. Pass a map-style dataset, or make your own loader."
-            )
-        self._loader = ClanDataLoader(dataset, self.sampler(len(dataset)), **kwargs)
+        self._loader = make_loader(self, dataset, **options)
         return self._loader
+
+    def accumulation(self, kind: PhaseKind) -> list[int]:
+        """[members] micro-batches per step in such a phase, as far as it is decided today."""
+        return [self._expression.accumulation(values) for values in self.values(kind)]
 
     def _follow_accumulation(self) -> None:
         if self._loader is not None and any(gene.target == "accumulation" for gene in self.genes):
             self._loader.replan()
 
-    def evaluate(self, dataset: Dataset, *, num_samples: int | None = None, collate_fn: Callable | None = None) -> list[float]:
+    def evaluate(
+        self, dataset: Dataset, *, num_samples: int | None = None, collate_fn: Callable | None = None
+    ) -> list[float]:
         """Mean loss of each member's present weights on a dataset of your own; all ranks of the clan call it.
 
         Selection never sees it: give it a test split.

@@ -1,10 +1,11 @@
-"""Watches what training sees: a running mean of the loss, and whether members see the data that their phase asks for."""
+"""Watches what training sees: the mean of its loss, its time, and whether members see the data that a phase asks for."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ class LossMeter:
         seconds = (now - self._since) / max(1, num_steps)
         self._total, self._count, self._since = None, 0, now
         return mean, seconds
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent since the round began, by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self, what: str) -> None:
+        """Books the time since the last call under ``what``."""
+        now = time.perf_counter()
+        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._since
+        self._since = now
+
+    def empty(self) -> dict[str, float]:
+        """What was booked; starts over."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
 
 class BatchWatch:

@@ -146,7 +146,12 @@ def _bootstrap(
     timeout = timedelta(seconds=timeout_s)
     try:
         tcp_store = TCPStore(
-            address, port, world_size, is_master=rank == 0 and not is_agent_store, timeout=timeout, wait_for_workers=False
+            address,
+            port,
+            world_size,
+            is_master=rank == 0 and not is_agent_store,
+            timeout=timeout,
+            wait_for_workers=False,
         )
     except dist.DistError as error:
         raise TopologyError(
@@ -196,9 +201,7 @@ def _enter_member(
     host, port = store.get(key).decode().split()
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
         environ.pop(name, None)
-    environ.update(
-        RANK=str(at.member_rank), WORLD_SIZE=str(topology.member_size), MASTER_ADDR=host, MASTER_PORT=port
-    )
+    environ.update(RANK=str(at.member_rank), WORLD_SIZE=str(topology.member_size), MASTER_ADDR=host, MASTER_PORT=port)
     return member_store
 
 
@@ -212,9 +215,7 @@ def _own_address(towards: str) -> str:
 def _open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> Column:
     """The control group of this rank's column, with every peer's identity checked."""
     name = f"column/{at.member_rank}"
-    group = stand_alone_group(
-        store, name, at.member, topology.population_size, device_type="cpu", timeout_s=timeout_s
-    )
+    group = stand_alone_group(store, name, at.member, topology.population_size, device_type="cpu", timeout_s=timeout_s)
     column = Column(group, at.member, topology.population_size)
     peers = column.gather_json([at.member, at.member_rank, socket.gethostname(), os.getpid()])
     expected = [[member, at.member_rank] for member in range(topology.population_size)]

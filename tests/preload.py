@@ -8,9 +8,9 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import deepspeed  # noqa: E402, F401
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
-import deepspeed.runtime.zero.stage3  # noqa: E402, F401
-import scipy.stats  # noqa: E402, F401
-import torch._inductor.compile_fx  # noqa: E402, F401
-import torch.onnx  # noqa: E402, F401
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer
+import deepspeed.runtime.zero.stage3  # noqa: F401
+import scipy.stats  # noqa: F401
+import torch._inductor.compile_fx
+import torch.onnx  # noqa: F401

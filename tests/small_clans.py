@@ -22,7 +22,9 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
     matrix = torch.randn(16, 8, generator=generator)
     inputs = torch.randn(NUM_TRAIN + NUM_VALID, 16, generator=generator)
     targets = inputs @ matrix + 0.1 * torch.randn(NUM_TRAIN + NUM_VALID, 8, generator=generator)
-    return TensorDataset(inputs[:NUM_TRAIN], targets[:NUM_TRAIN]), TensorDataset(inputs[NUM_TRAIN:], targets[NUM_TRAIN:])
+    return TensorDataset(inputs[:NUM_TRAIN], targets[:NUM_TRAIN]), TensorDataset(
+        inputs[NUM_TRAIN:], targets[NUM_TRAIN:]
+    )
 
 
 def clan_config(directory: Path | str, config: dict | None = None, **block: Any) -> dict:
@@ -59,9 +61,9 @@ def train(engine: Any, loader: Any, num_steps: int) -> list[float]:
     return losses
 
 
-def flat_run(config: dict, num_steps: int, *, seed: int = 0) -> tuple[torch.Tensor, list[float]]:
-    """Plain DeepSpeed on all ranks, its data in the clan's order."""
-    engine = plain_engine(config)
+def flat_run(config: dict, num_steps: int, *, seed: int = 0, **options: Any) -> tuple[torch.Tensor, list[float]]:
+    """Plain DeepSpeed on all ranks, its data in the clan's order; ``options`` go to ``deepspeed.initialize``."""
+    engine = plain_engine(config, **options)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     accumulation = engine.gradient_accumulation_steps()
     sampler = ClanBatchSampler(

@@ -79,18 +79,26 @@ def _distributed(rank, config, num_steps):
 
 
 CASES = {
-    "clan": dict(genes={"lr": {"step_size": 0.3}, "beta1": {}}, population_size=4, total_steps=40),
-    "clan, rolled back competition": dict(
-        genes={"lr": {"step_size": 0.3}, "accumulation": {"bounds": [1, 3]}}, population_size=4, duty_cycle=0.4
-    ),
-    "classic": dict(
-        genes=["lr", "weight_decay", "clip", "accumulation"], population_size=4, strategy="classic", duty_cycle=0.2
-    ),
-    "two ranks a member": dict(genes={"lr": {"step_size": 0.3}}, population_size=2, duty_cycle=0.2),
+    "clan": {"genes": {"lr": {"step_size": 0.3}, "beta1": {}}, "population_size": 4, "total_steps": 40},
+    "clan, rolled back competition": {
+        "genes": {"lr": {"step_size": 0.3}, "accumulation": {"bounds": [1, 3]}}, "population_size": 4, "duty_cycle": 0.4
+    },
+    "classic": {
+        "genes": ["lr", "weight_decay", "clip", "accumulation"],
+        "population_size": 4,
+        "strategy": "classic",
+        "duty_cycle": 0.2,
+    },
+    "two ranks a member": {"genes": {"lr": {"step_size": 0.3}}, "population_size": 2, "duty_cycle": 0.2},
 }
 
 
-STAGES = {"clan": (0, 3), "clan, rolled back competition": (1, 2), "classic": (0, 2), "two ranks a member": (0, 1, 2, 3)}
+STAGES = {
+    "clan": (0, 3),
+    "clan, rolled back competition": (1, 2),
+    "classic": (0, 2),
+    "two ranks a member": (0, 1, 2, 3),
+}
 
 
 @pytest.mark.parametrize(("case", "stage"), [(case, stage) for case, stages in STAGES.items() for stage in stages])

@@ -34,7 +34,15 @@ clan.column.gather_json(None)
 def test_a_clan_forms_under_torchrun(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     root = Path(clantune_scale.__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "4",
+        "--master_port",
+        str(free_port()),
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(tmp_path)],
         capture_output=True,

@@ -69,7 +69,7 @@ class Gene:
                 f"gene {self.name!r} varies on a log scale and has the lower bound {low}. "
                 f"Raise it above 0, or set scale to 'linear'."
             )
-        if self.scale == "logit" and not (0 < low and high < 1):
+        if self.scale == "logit" and not (low > 0 and high < 1):
             raise ConfigError(
                 f"gene {self.name!r} varies on a logit scale and has bounds [{low}, {high}]. "
                 f"Keep both strictly between 0 and 1, or set scale to 'linear'."

@@ -67,7 +67,9 @@ def transfer(
     chain = chain_of(column.member, donors)
     _agree(state, donors, column)
     digests = _pass_along(state, chain, column.member, group_for, bucket_bytes) if len(chain) > 1 else []
-    sent = column.gather_json({"digests": digests, "scalars": state.scalars if donors[column.member] == column.member else None})
+    sent = column.gather_json(
+        {"digests": digests, "scalars": state.scalars if donors[column.member] == column.member else None}
+    )
     for member, donor in enumerate(donors):
         wrong = [i for i, d in enumerate(sent[donor]["digests"]) if sent[member]["digests"][i : i + 1] != [d]]
         if member != donor and wrong:
@@ -91,7 +93,9 @@ def _agree(state: MemberState, donors: Sequence[int], column: Column) -> None:
     said = column.gather_json({"donors": list(donors), "layout": digest})
     plans = [entry["donors"] for entry in said]
     if plans.count(plans[0]) != len(plans):
-        raise DivergenceError(f"members ask for different transfers: {plans}, by member. This is a bug: please report it.")
+        raise DivergenceError(
+            f"members ask for different transfers: {plans}, by member. This is a bug: please report it."
+        )
     layouts = [entry["layout"] for entry in said]
     if layouts.count(layouts[0]) == len(layouts):
         return

@@ -50,7 +50,9 @@ class MemberState:
         for name, tensor in self.tensors:
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} of shape {list(tensor.shape)} has strides {tensor.stride()}: not contiguous")
-            flat = tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+            flat = (
+                tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+            )
             while flat.numel():
                 head, flat = flat[:room], flat[room:]
                 if bucket and bucket[0].device != head.device:

@@ -60,12 +60,12 @@ def ds_config(stage: int, *, dtype: str = "fp32", accumulation: int = 1, clip: f
 SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
 
 
-def plain_engine(config: dict) -> Any:
+def plain_engine(config: dict, **options: Any) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = Net()
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **options)[0]
 
 
 def member_engine(config: dict, population_size: int) -> tuple[world.ClanWorld, DeepSpeedBackend]:
@@ -90,7 +90,11 @@ def flat_weights(engine: Any) -> torch.Tensor:
 
     parts = []
     for parameter in engine.module.parameters():
-        full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+        full = (
+            safe_get_full_fp32_param(parameter)
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+            else None
+        )
         parts.append((parameter if full is None else full).detach().float().reshape(-1).clone())
     return torch.cat(parts)
 

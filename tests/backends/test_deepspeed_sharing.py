@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from clantune_scale.world import ClanGroups
-from tests.backends.small_runs import SGD, ds_config, flat_weights, in_member_worlds, member_engine, plain_engine, train_step
+from tests.backends.small_runs import (
+    SGD,
+    ds_config,
+    flat_weights,
+    in_member_worlds,
+    member_engine,
+    plain_engine,
+    train_step,
+)
 from tests.ranks import run_ranks
 
 STEPS = 4
@@ -59,7 +67,9 @@ def test_sharing_without_reduce_scatter_takes_the_contiguous_path():
 
 
 def test_sharing_with_bf16_weights_and_fp32_accumulation():
-    config = ds_config(1, dtype="bf16", accumulation=2, clip=0.5, optimizer=SGD, data_types={"grad_accum_dtype": "fp32"})
+    config = ds_config(
+        1, dtype="bf16", accumulation=2, clip=0.5, optimizer=SGD, data_types={"grad_accum_dtype": "fp32"}
+    )
     flat = run_ranks(4, in_member_worlds, _flat, config)
     clan = run_ranks(4, in_member_worlds, _clan, config, 2, True)
     assert (clan[0][0] - flat[0][0]).abs().max() < 1e-3

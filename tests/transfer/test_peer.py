@@ -88,7 +88,9 @@ def _run_alone(function, *args):
 
 def _corrupt_on_arrival(rank):
     clan = world.join(2, timeout_s=30)
-    state = MemberState([("a", torch.full((100,), float(clan.member)))], {"optimizer": {}}, lambda s: None, lambda: None)
+    state = MemberState(
+        [("a", torch.full((100,), float(clan.member)))], {"optimizer": {}}, lambda s: None, lambda: None
+    )
     groups = ClanGroups(clan, "cpu")
 
     class Flipping:
@@ -112,7 +114,9 @@ def _corrupt_on_arrival(rank):
 
 
 def test_one_flipped_bit_on_the_way_is_found():
-    with pytest.raises(RankError, match=r"TransferError: member 1 received other bytes than member 0 sent: buckets \[0\]"):
+    with pytest.raises(
+        RankError, match=r"TransferError: member 1 received other bytes than member 0 sent: buckets \[0\]"
+    ):
         run_ranks(2, _run_alone, _corrupt_on_arrival)
 
 
@@ -152,7 +156,7 @@ def test_pieces_cover_every_byte_once_and_alias_live_memory():
 
 
 def _roll_back(rank, config):
-    clan, backend = member_engine(config, 1)
+    _, backend = member_engine(config, 1)
     engine = backend.engine
     fresh = Snapshot(backend.state())
     _train(engine, range(2), rank)

@@ -64,18 +64,18 @@ def initialize(
         ConfigError: if the block or the batch cannot be used, or there is nothing to evaluate on.
         TopologyError: if the launcher's ranks do not form the clan.
     """
-    passed = dict(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        lr_scheduler=lr_scheduler,
-        distributed_port=distributed_port,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        mesh_param=mesh_param,
-    )
+    passed = {
+        "args": args,
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "mesh_param": mesh_param,
+    }
     given = config if config is not None else config_params
     given = given if given is not None else getattr(args, "deepspeed_config", None)
     if given is None:
@@ -109,10 +109,13 @@ def _initialize_clan(
             "a clan compares its members on common examples and there are none. Pass eval_data=... to initialize(), "
             "a map-style dataset apart from the training and test data."
         )
+    if training_data is not None and not hasattr(training_data, "__len__"):
+        raise ConfigError(
+            f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
+            f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
+        )
     joined = world.join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
-    member_config, batch = split_batch(
-        ds_config, population_size=block.population_size, dp_size=joined.topology.dp
-    )
+    member_config, batch = split_batch(ds_config, population_size=block.population_size, dp_size=joined.topology.dp)
     # DeepSpeed compiles its shared-memory collectives for the CPU at the first start, and needs a compiler for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates: nothing that a user of either could change.

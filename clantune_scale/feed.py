@@ -1,0 +1,54 @@
+"""Samplers and loaders that follow a clan's phases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clantune_scale.clan import Clan
+
+
+def step_plan(clan: Clan, step: int) -> StepPlan:
+    """What a step reads, as far as it is decided today: loaders that prefetch ask ahead of training."""
+    phase = clan.phases.clock.at(step).phase
+    counts = [count * phase.batch_factor for count in clan.accumulation(phase.kind)]
+    return StepPlan(
+        is_common=phase.kind is PhaseKind.COMPETITIVE,
+        num_micro_batches=counts[clan.member],
+        clan_micro_batches=max(counts),
+    )
+
+
+def make_sampler(clan: Clan, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
+    """This rank's batch sampler over a dataset of ``num_samples``."""
+    return ClanBatchSampler(
+        num_samples,
+        seed=clan.config.seed,
+        micro_batch_size=clan.backend.micro_batch_size,
+        dp_size=clan.backend.dp_size,
+        dp_rank=clan.backend.dp_rank,
+        member=clan.member,
+        population_size=clan.config.population_size,
+        plan=lambda step: step_plan(clan, step),
+        shuffle=shuffle,
+    )
+
+
+def make_loader(clan: Clan, dataset: Dataset, **options: Any) -> ClanDataLoader:
+    """This rank's loader over a map-style dataset; ``options`` go to torch's ``DataLoader``.
+
+    Raises:
+        ConfigError: if the dataset has no length or no index, so that samples cannot be read again.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ConfigError(
+            f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
+            f"must read the same samples again. Pass a map-style dataset, or make your own loader."
+        )
+    return ClanDataLoader(dataset, make_sampler(clan, len(dataset)), **options)
