@@ -24,8 +24,8 @@ from clantune_scale.genes import build_gene, target_of
 
 Setter = Callable[[float], None]
 
-# target -> (key in a parameter group, place in its tuple or None)
-_GROUP_KEYS: dict[str, tuple[str, int | None]] = {
+#: target -> (key in a parameter group, place in its tuple or None)
+GROUP_KEYS: dict[str, tuple[str, int | None]] = {
     "lr": ("lr", None),
     "weight_decay": ("weight_decay", None),
     "beta1": ("betas", 0),
@@ -35,9 +35,7 @@ _GROUP_KEYS: dict[str, tuple[str, int | None]] = {
 }
 
 
-def bind_genes(
-    configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]
-) -> tuple[Gene, ...]:
+def bind_genes(configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]) -> tuple[Gene, ...]:
     """The genes of a config, each with its start read from the engine where it has no other.
 
     A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name; a setter
@@ -78,7 +76,7 @@ class Expression:
 
     def __init__(self, genes: Sequence[Gene], backend: Backend, setters: Mapping[str, Setter]) -> None:
         self._backend = backend
-        self._in_groups = [gene for gene in genes if gene.target in _GROUP_KEYS and gene.target not in setters]
+        self._in_groups = [gene for gene in genes if gene.target in GROUP_KEYS and gene.target not in setters]
         self._between_steps = [gene for gene in genes if gene not in self._in_groups]
         self._setters = dict(setters)
         self._found = {gene.name: _found(gene.target, gene.groups, backend) for gene in self._between_steps}
@@ -130,10 +128,10 @@ class Expression:
             ClanError: if a group no longer holds after the update what was written before it.
         """
         groups = self._backend.param_groups()
-        before = [{key: group[key] for key, _ in _GROUP_KEYS.values() if key in group} for group in groups]
+        before = [{key: group[key] for key, _ in GROUP_KEYS.values() if key in group} for group in groups]
         try:
             for gene in self._in_groups:
-                for group in _chosen(groups, gene.groups):
+                for group in chosen_groups(groups, gene.groups):
                     _write(group, gene, self._values[gene.name])
             for group in groups:
                 group["lr"] = group["lr"] * lr_factor
@@ -148,8 +146,8 @@ class Expression:
         """The update was made with what was written: nothing wrote over it in between."""
         for group, expected in zip(groups, written, strict=True):
             for gene in self._in_groups:
-                key, place = _GROUP_KEYS[gene.target]
-                if key not in expected or not any(group is chosen for chosen in _chosen(groups, gene.groups)):
+                key, place = GROUP_KEYS[gene.target]
+                if key not in expected or not any(group is chosen for chosen in chosen_groups(groups, gene.groups)):
                     continue
                 wanted, held = (float(g[key] if place is None else g[key][place]) for g in (expected, group))
                 if not math.isclose(held, wanted, rel_tol=1e-6):
@@ -177,7 +175,7 @@ class Expression:
 
 def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
     """Writes one gene into one group that has a place for it."""
-    key, place = _GROUP_KEYS[gene.target]
+    key, place = GROUP_KEYS[gene.target]
     if key not in group:
         return
     scheduled = group[key] if place is None else group[key][place]
@@ -188,7 +186,7 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
         group[key] = wanted if place is None else tuple(wanted if i == place else v for i, v in enumerate(group[key]))
 
 
-def _chosen(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
+def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
     """The groups with these names (their ``"name"``, else their index); all where there are none given."""
     if names is None:
         return list(groups)
@@ -206,9 +204,9 @@ def _dropouts(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 def _found(target: str, names: Sequence[str] | None, backend: Backend) -> float | None:
     """The value that the engine has for a target now, or None where it has none."""
-    if target in _GROUP_KEYS:
-        key, place = _GROUP_KEYS[target]
-        for group in _chosen(backend.param_groups(), list(names) if names else None):
+    if target in GROUP_KEYS:
+        key, place = GROUP_KEYS[target]
+        for group in chosen_groups(backend.param_groups(), list(names) if names else None):
             if key in group:
                 return float(group[key] if place is None else group[key][place])
     if target == "clip" and backend.clip > 0:
@@ -228,19 +226,17 @@ def _group_names(backend: Backend) -> list[str]:
 def _missing_groups(target: str, config: GeneConfig, backend: Backend) -> list[str]:
     """The names in a gene's ``groups`` that no parameter group has."""
     names = _group_names(backend)
-    return [name for name in config.groups or [] if target in _GROUP_KEYS and name not in names]
+    return [name for name in config.groups or [] if target in GROUP_KEYS and name not in names]
 
 
-def _why_without_effect(
-    target: str, config: GeneConfig, backend: Backend, setters: Mapping[str, Setter]
-) -> str | None:
+def _why_without_effect(target: str, config: GeneConfig, backend: Backend, setters: Mapping[str, Setter]) -> str | None:
     """Why a gene would change nothing here, or None where it would (or where building it says more)."""
     if target in setters:
         return None
-    if target in _GROUP_KEYS:
+    if target in GROUP_KEYS:
         groups = backend.param_groups()
-        chosen = _chosen(groups, config.groups)
-        key, place = _GROUP_KEYS[target]
+        chosen = chosen_groups(groups, config.groups)
+        key, place = GROUP_KEYS[target]
         if not chosen:
             there_are = ", ".join(_group_names(backend))
             return f"no parameter group is called {' or '.join(config.groups or [])}; there are {there_are}"

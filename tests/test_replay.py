@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -134,12 +135,10 @@ def _replay(rank: int, config: dict, schedule_json: str) -> torch.Tensor:
     return flat_run(config, NUM_STEPS, lr_scheduler=lambda optimizer: ClanScheduleLR(optimizer, schedule))[0]
 
 
-def _distances(stage: int, genes: dict, directory: str) -> tuple[float, float]:
-    """How far from the champion the replay ends, and a run without the schedule, as shares of its way."""
-    config = ds_config(stage, clip=0.5)
-    strategy = {"name": "clan", "options": {"growth": 0.0}}
-    clan = clan_config(directory, config, genes=genes, population_size=4, strategy=strategy)
-    results = run_ranks(4, in_member_worlds, _clan, clan)
+def _distances(genes: dict, directory: str, **block: Any) -> tuple[float, float]:
+    """How far from the champion the replay ends, and a run without the schedule, as shares of the champion's way."""
+    config = ds_config(1, clip=0.5)
+    results = run_ranks(4, in_member_worlds, _clan, clan_config(directory, config, genes=genes, population_size=4, **block))
     events = read_events(os.path.join(results[0][0], "events.jsonl"))
     schedule = schedule_from_events(events)
     assert schedule.num_steps == NUM_STEPS
@@ -147,22 +146,26 @@ def _distances(stage: int, genes: dict, directory: str) -> tuple[float, float]:
     begin = torch.cat([parameter.detach().flatten() for parameter in Net().parameters()])
     unchanged = ClanSchedule((LR,), (Segment(0, NUM_STEPS, {"lr": 1.0}),))
     ends = [run_ranks(4, in_member_worlds, _replay, config, s.to_json())[0] for s in (schedule, unchanged)]
-    return tuple(float((end - champion).norm() / (champion - begin).norm()) for end in ends)
+    replayed, without = (float((end - champion).norm() / (champion - begin).norm()) for end in ends)
+    print(f"replay {replayed:.1e}, without the schedule {without:.1e}")
+    return replayed, without
 
 
-# Shared gradients come from members at other points, so that a replay is close and not equal. Seen, as shares of the
-# champion's way, at spreads of 0.01, 0.1 (the default) and 0.3; each bound leaves a factor of two.
-SEEN = {0.01: 0.0, 0.1: 0.0, 0.3: 0.0}
+# Shared gradients come from members at other points than the champion, so that a replay is close and not equal: its
+# distance grows with the spread of the members. Seen as shares of the champion's way; a bound leaves a factor of two.
+SEEN = {0.01: 0.0031, 0.1: 0.032, 0.3: 0.091}
 
 
 @pytest.mark.parametrize("spread", SEEN)
-def test_a_replay_ends_where_the_champion_did_as_closely_as_the_members_were_to_one_another(spread, tmp_path):
-    replayed, without = _distances(1, {"lr": {"step_size": spread}, "beta1": {"step_size": spread}}, str(tmp_path))
-    print(f"spread {spread}: replay {replayed:.2e}, without the schedule {without:.2e}")
+def test_a_replay_ends_near_the_champion_by_a_share_of_the_spread(spread, tmp_path):
+    genes = {"lr": {"step_size": spread}, "beta1": {"step_size": spread}}
+    replayed, without = _distances(genes, str(tmp_path), strategy={"name": "clan", "options": {"growth": 0.0}})
     assert replayed < 2 * SEEN[spread]
-    assert replayed < 0.1 * without
+    assert replayed < 0.2 * without
 
 
-def test_where_members_do_not_differ_a_replay_is_exact_to_float32_sums(tmp_path):
-    replayed, without = _distances(1, {"lr": {"step_size": 1e-9, "max_change": 0.5}}, str(tmp_path))
-    print(replayed, without)
+def test_where_members_do_not_differ_a_replay_is_exact_but_for_the_order_of_sums(tmp_path):
+    genes = {"lr": {"initial": 3.0}, "beta1": {"initial": 0.7}, "weight_decay": {"initial": 5.0}}
+    replayed, without = _distances(genes, str(tmp_path), strategy="control")
+    assert replayed < 1e-6  # 30 steps of float32; seen 1e-7
+    assert without > 0.1

@@ -80,6 +80,16 @@ class ClanSchedule:
         ]
         return cls(tuple(asdict(gene) for gene in genes), tuple(segments))
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps from the run's start to the last segment's end."""
+        return self.segments[-1].end_step
+
+    @property
+    def described_genes(self) -> tuple[Gene, ...]:
+        """The genes as objects."""
+        return tuple(gene_from_plain(gene) for gene in self.genes)
+
     def value_at(self, gene: str, step: int) -> float:
         """The gene's value in the step that follows ``step`` completed ones; the last one beyond the end.
 
@@ -122,6 +132,8 @@ class ClanSchedule:
                 f"the schedule has schema version {data.get('schema')!r}, and this version reads {SCHEMA}. "
                 f"Read it with the version of clantune_scale that wrote it."
             )
+        if not data["segments"]:
+            raise ConfigError("the schedule has no segments. Give the file of a run that finished a round.")
         segments = (Segment(**{**item, "lr_factor": tuple(item["lr_factor"])}) for item in data["segments"])
         return cls(tuple(data["genes"]), tuple(segments))
 
@@ -129,6 +141,13 @@ class ClanSchedule:
         if step < 0:
             raise ValueError(f"steps count from 0, not from {step}")
         return bisect_right(self.segments, step, key=lambda segment: segment.start_step) - 1
+
+
+def gene_from_plain(plain: Mapping[str, Any]) -> Gene:
+    """The gene that ``dataclasses.asdict`` made plain and JSON brought back; fields of newer versions are dropped."""
+    known = {key: value for key, value in plain.items() if key in Gene.__dataclass_fields__}
+    groups = known.get("groups")
+    return Gene(**{**known, "bounds": tuple(known["bounds"]), "groups": tuple(groups) if groups else None})
 
 
 def _stretches(

@@ -1,0 +1,119 @@
+"""Replaying a schedule in a run without a clan: a scheduler for PyTorch and DeepSpeed, and what is set between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from clantune_scale.backends.base import Backend
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.schedule import ClanSchedule
+from clantune_scale.expression import GROUP_KEYS, Expression, Setter, chosen_groups
+
+
+class ClanScheduleLR(LRScheduler):
+    """A clan's schedule as a learning-rate scheduler of PyTorch.
+
+    The step after n completed ones trains at ``base rate x own(n) x gene(n) x lr_factor(n)``, multiplied in the
+    order in which the clan did, so that equal rates are equal to the last bit. Weight decay, betas, momentum
+    and eps are set in the groups that their genes name. Relative genes multiply what a group held when the
+    scheduler was made. Its state is one integer.
+
+    For DeepSpeed, pass ``lr_scheduler=lambda optimizer: ClanScheduleLR(optimizer, schedule)``.
+
+    Args:
+        optimizer: whose groups it writes.
+        schedule: what ``clantune schedule`` gives.
+        own: your own schedule as a factor of the base rate by step, as in ``LambdaLR``: what the clan's run had
+            beside its genes; 1 where None.
+        last_epoch: completed steps less one where training resumes, as for every scheduler of PyTorch.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: ClanSchedule,
+        *,
+        own: Callable[[int], float] | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        self._schedule = schedule
+        self._genes = [gene for gene in schedule.described_genes if gene.target in GROUP_KEYS]
+        self._own = own
+        if last_epoch == -1:
+            for group in optimizer.param_groups:
+                for key in {GROUP_KEYS[gene.target][0] for gene in self._genes} & group.keys():
+                    # Kept in the group, as torch keeps initial_lr, so that the optimizer's state carries it.
+                    group.setdefault(f"initial_{key}", group[key])
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """The rates of the step that comes; writes the other genes into their groups."""
+        own = 1.0 if self._own is None else self._own(self.last_epoch)
+        factor = self._schedule.lr_factor_at(self.last_epoch)
+        rates = []
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            values = self._values(group, base if self._own is None else base * own)
+            rates.append(values.pop("lr") * factor)
+            group.update(values)
+        return rates
+
+    def state_dict(self) -> dict[str, int]:
+        """The one integer from which all values follow."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Goes to a saved step and writes its values."""
+        self.last_epoch = state_dict["last_epoch"] - 1
+        self._update_lr()
+
+    def _values(self, group: Mapping[str, Any], rate: Any) -> dict[str, Any]:
+        """What the genes make of a group's first values; genes on one target follow one another, as in the clan."""
+        values: dict[str, Any] = {"lr": rate}
+        for gene in self._genes:
+            key, place = GROUP_KEYS[gene.target]
+            chosen = chosen_groups(self.optimizer.param_groups, gene.groups)
+            if key not in group or not any(group is one for one in chosen):
+                continue
+            held = values.get(key, group[f"initial_{key}"])
+            value = self._schedule.value_at(gene.name, self.last_epoch)
+            if place is None:
+                values[key] = held * value if gene.relative else value
+            else:
+                wanted = held[place] * value if gene.relative else value
+                values[key] = tuple(wanted if index == place else other for index, other in enumerate(held))
+        return values
+
+
+class BetweenSteps:
+    """The genes that no optimizer group holds: clip threshold, accumulation, dropout, and setters of your own.
+
+    Call :meth:`apply` before each step's first micro-batch.
+
+    Args:
+        backend: the engine, for example ``DeepSpeedBackend(engine)``.
+        schedule: what ``clantune schedule`` gives.
+        setters: by target, as they were given to the clan.
+    """
+
+    def __init__(self, backend: Backend, schedule: ClanSchedule, setters: Mapping[str, Setter] | None = None) -> None:
+        self._backend, self._schedule = backend, schedule
+        own = setters or {}
+        self.genes: Sequence[Gene] = [
+            gene
+            for gene in schedule.described_genes
+            if gene.target in own or gene.target in ("clip", "accumulation", "dropout")
+        ]
+        self._expression = Expression(self.genes, backend, own)
+
+    def apply(self) -> None:
+        """Puts into effect what the schedule says of the step that comes."""
+        step = self._backend.num_steps
+        self._expression.express({gene.name: self._schedule.value_at(gene.name, step) for gene in self.genes})
+
+    def restore(self) -> None:
+        """Sets clip threshold, accumulation and dropout to what they were."""
+        self._expression.restore()

@@ -1,0 +1,7 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+from tests.cli.finished_run import finished_run
+
+__all__ = ["finished_run"]
