@@ -25,12 +25,16 @@ class Phase:
             state at the phase's start once fitness is measured.
         batch_factor: how many times its usual share of the batch a member trains on in each step
             (``population_size`` gives it the clan's whole batch, by accumulation).
+        teams: in a competitive phase, by member, the team inside which gradients are shared and data is
+            disjoint; members of one team are alike and act as one with more data parallelism. None where
+            every member is on its own.
     """
 
     kind: PhaseKind
     num_steps: int
     keeps: bool = True
     batch_factor: int = 1
+    teams: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,15 @@ class Decision:
         donors: ``donors[m]`` is the member whose training state member m receives; m itself where it
             keeps its own. A donor never receives: ``donors[donors[m]] == donors[m]``.
         restore: every member first goes back to the state that the guard kept last.
+        average: by member, the weight of its parameters in a mean that all members then take (after the
+            transfers; optimizer states stay their own); sums to 1. None where nothing is averaged.
         reasons: one short phrase per member, for the log.
     """
 
     population: Population
     donors: tuple[int, ...]
     restore: bool = False
+    average: tuple[float, ...] | None = None
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class Decision:
                     f"member {member} is to receive from {donor}, which receives from {self.donors[donor]}: "
                     f"donors {self.donors} and recipients must be disjoint"
                 )
+        if self.average is not None and abs(sum(self.average) - 1.0) > 1e-9:
+            raise ValueError(f"the weights of an average must sum to 1, and {self.average} sum to {sum(self.average)}")
 
 
 class Strategy(ABC):
