@@ -79,7 +79,9 @@ def iter_events(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 if not line.endswith(b"\n"):
                     return
-                raise ClanError(f"line {number} of {path} is not an event: {error}. Remove it or use a copy.") from error
+                raise ClanError(
+                    f"line {number} of {path} is not an event: {error}. Remove it or use a copy."
+                ) from error
             if event is None:
                 continue
             if event["schema"] > SCHEMA:

@@ -1,0 +1,149 @@
+"""From a run's events to its arrays, one event at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clantune_scale.core.genome import Gene
+from clantune_scale.errors import ClanError
+from clantune_scale.tracking.background import Event
+from clantune_scale.tracking.report.series import Run
+
+_MEASURED = ("loss", "standard_error", "gradient_norm", "drift", "alignment", "strikes")
+
+
+def read_run(events: Iterable[Event], *, where: Path) -> Run:
+    """The run that the events tell of.
+
+    Args:
+        events: oldest first; taken one at a time.
+        where: their file, for messages.
+
+    Raises:
+        ClanError: if there is no ``run_start``, or no round was finished.
+    """
+    collected = _Collected()
+    for event in events:
+        collected.take(event)
+    if collected.start is None:
+        raise ClanError(f"{where} has no run_start event. Give the folder of a run that has started.")
+    if not collected.end_steps:
+        raise ClanError(f"{where} has no finished round yet, so that there is nothing to report. Wait for one round.")
+    return collected.as_run()
+
+
+@dataclass
+class _Collected:
+    """Rows as they come; each round's members become arrays at once, objects of a long run would not fit."""
+
+    start: Event | None = None
+    end: Event | None = None
+    genes: tuple[Gene, ...] = ()
+    start_steps: list[int] = field(default_factory=list)
+    end_steps: list[int] = field(default_factory=list)
+    rows: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
+    donors: list[np.ndarray] = field(default_factory=list)
+    restored: list[bool] = field(default_factory=list)
+    explores: list[tuple[str, ...] | None] = field(default_factory=list)
+    seconds: list[Mapping[str, float]] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    competitive: list[tuple[int, int]] = field(default_factory=list)
+    training: list[tuple[float, float, float]] = field(default_factory=list)
+    throughput: dict[str, np.ndarray] = field(default_factory=dict)
+    counted: dict[str, int | None] = field(default_factory=lambda: {"samples": None, "tokens": None})
+    stragglers: list[tuple[int, int, int, float]] = field(default_factory=list)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "run_start":
+            self.start = event
+            self.genes = tuple(_gene(data) for data in event["genes"])
+        elif kind == "step":
+            self.training.append((event["step"], event["loss"], event["step_s"]))
+        elif kind == "warning":
+            self.warnings.append((event["step"], event["message"]))
+        elif kind == "round_end":
+            self._take_round(event)
+        elif kind == "run_end":
+            self.end = event
+
+    def _take_round(self, event: Event) -> None:
+        members = event["members"]
+        self.start_steps.append(event["start_step"])
+        self.end_steps.append(event["step"])
+        for name in _MEASURED:
+            self._row("measured", name, [member.get(name) for member in members])
+        for gene in self.genes:
+            self._row("values", gene.name, [member["genome"]["values"].get(gene.name) for member in members])
+            self._row("step_sizes", gene.name, [member["genome"]["step_sizes"].get(gene.name) for member in members])
+            self._row("consensus", gene.name, event["consensus"].get(gene.name))
+        self._row("rates", "", event.get("learning_rates") or [None] * len(members))
+        self.donors.append(np.array([member["donor"] for member in members]))
+        self.restored.append(event["restored"])
+        self.explores.append(tuple(event["explores"]) if "explores" in event else None)
+        self.seconds.append(event["seconds"])
+        self.factors.append(event.get("lr_factor", 1.0))
+        self._take_phases(event)
+        if event.get("straggler"):
+            late = event["straggler"]
+            self.stragglers.append((event["step"], late["member"], late["rank"], late["seconds"]))
+
+    def _take_phases(self, event: Event) -> None:
+        at = event["start_step"]
+        for phase in event["phases"]:
+            if phase["kind"] == "competitive":
+                self.competitive.append((at, at + phase["num_steps"]))
+            at += phase["num_steps"]
+        for kind, measured in (event.get("throughput") or {}).items():
+            seconds = measured["seconds"]
+            done = [(measured.get(unit) or math.nan) * seconds for unit in ("samples_per_s", "tokens_per_s")]
+            self.throughput[kind] = self.throughput.get(kind, np.zeros(3)) + np.array([*done, seconds])
+        for unit in self.counted:
+            self.counted[unit] = event.get(unit) or self.counted[unit]
+
+    def _row(self, table: str, name: str, row: Any) -> None:
+        # None (not known) becomes nan.
+        self.rows.setdefault((table, name), []).append(np.array(row, dtype=np.float64))
+
+    def as_run(self) -> Run:
+        assert self.start is not None
+        tables: dict[str, dict[str, np.ndarray]] = {"values": {}, "step_sizes": {}, "consensus": {}}
+        for (table, name), rows in self.rows.items():
+            tables.setdefault(table, {})[name] = np.stack(rows)
+        parts = dict.fromkeys(part for seconds in self.seconds for part in seconds)
+        return Run(
+            start=self.start,
+            end=self.end,
+            genes=self.genes,
+            start_steps=np.array(self.start_steps),
+            end_steps=np.array(self.end_steps),
+            measured=tables["measured"],
+            values=tables["values"],
+            step_sizes=tables["step_sizes"],
+            consensus=tables["consensus"],
+            donors=np.stack(self.donors),
+            restored=np.array(self.restored, dtype=bool),
+            explores=self.explores,
+            rates=tables["rates"][""],
+            lr_factor=np.array(self.factors),
+            seconds={part: np.array([seconds.get(part, 0.0) for seconds in self.seconds]) for part in parts},
+            competitive=np.array(self.competitive, dtype=int).reshape(-1, 2),
+            training=np.array(self.training, dtype=np.float64).reshape(-1, 3),
+            throughput=self.throughput,
+            samples=self.counted["samples"],
+            tokens=self.counted["tokens"],
+            stragglers=self.stragglers,
+            warnings=self.warnings,
+        )
+
+
+def _gene(data: Mapping[str, Any]) -> Gene:
+    lists = {name: tuple(data[name]) for name in ("bounds", "groups") if data.get(name) is not None}
+    return Gene(**{**data, **lists})
