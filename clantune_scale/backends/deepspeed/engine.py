@@ -13,6 +13,7 @@ import torch
 from clantune_scale.backends.base import GradientGroups
 from clantune_scale.backends.deepspeed import shards, sharing
 from clantune_scale.backends.deepspeed.sharing import replace_method
+from clantune_scale.ds_rules import EngineFacts, refusals
 from clantune_scale.errors import ConfigError
 from clantune_scale.probe import GradientProbe
 from clantune_scale.transfer import MemberState
@@ -223,32 +224,17 @@ def _to_device(value: Any, device: torch.device) -> Any:
 def _refuse_unsupported(engine: Any) -> None:
     """Settings under which state or gradients lie where this backend does not look."""
     shards.optimizer_kind(engine)
-    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
-        raise ConfigError(
-            "fp16 with ZeRO stage 0 does not scale its loss in DeepSpeed 0.19 and trains on wrong gradients. "
-            "Set zero_optimization.stage to 1 or more, or use bf16."
-        )
-    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
-        raise ConfigError(
-            "torch_autocast with float16 scales the loss by a scaler of each member's own, and gradients of different "
-            "scales cannot be averaged. Set torch_autocast.dtype to bfloat16, or use the fp16 block."
-        )
-    if engine.has_moe_layers:
-        raise ConfigError(
-            "the model has mixture-of-experts layers, whose expert gradients the clan does not average yet. "
-            "Train it without the clantune block."
-        )
-    nvme = [part for part in ("offload_param", "offload_optimizer") if _offloads_to_nvme(engine, part)]
-    if nvme:
-        raise ConfigError(
-            f"zero_optimization.{nvme[0]}.device is nvme, and a member's state must be in memory to be cloned. "
-            f"Set it to cpu or none."
-        )
-    if not engine.managed_gradient_accumulation():
-        raise ConfigError(
-            "managed_gradient_accumulation is false, so that only the caller knows where a step ends, and the clan "
-            "plans its phases in steps. Leave it at its default, true."
-        )
+    facts = EngineFacts(
+        zero_stage=engine.zero_optimization_stage(),
+        fp16=engine.fp16_enabled(),
+        half_autocast=engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+        nvme_parts=tuple(part for part in ("offload_param", "offload_optimizer") if _offloads_to_nvme(engine, part)),
+        managed_accumulation=engine.managed_gradient_accumulation(),
+        multi_rank_buckets=getattr(engine.optimizer, "use_multi_rank_bucket_allreduce", True),
+        has_moe=engine.has_moe_layers,
+    )
+    for refusal in refusals(facts):
+        raise ConfigError(refusal)
 
 
 def _offloads_to_nvme(engine: Any, part: str) -> bool:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from clantune_scale.backends.base import GradientGroups
-from clantune_scale.errors import ConfigError
 from clantune_scale.probe import GradientProbe
 
 
@@ -57,20 +56,11 @@ class Sharing:
 
 
 def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:
-    """Hooks ``engine``'s gradient reduction; returns what takes the hooks off again.
-
-    Raises:
-        ConfigError: for a DeepSpeed setting under which gradients are not reduced where they are averaged.
-    """
+    """Hooks ``engine``'s gradient reduction; returns what takes the hooks off again."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return [_share_partitions(engine.optimizer, sharing)]
     if type(engine.optimizer).__name__ == "DeepSpeedZeroOptimizer":
-        if not engine.optimizer.use_multi_rank_bucket_allreduce:
-            raise ConfigError(
-                "zero_optimization.use_multi_rank_bucket_allreduce is false, and then each rank reduces only what it "
-                "owns, which the clan cannot average. Leave it at its default, true."
-            )
         return [_share_zero_buckets(engine.optimizer, sharing), _share_contiguous(engine.optimizer, sharing)]
     return [_share_engine_buckets(engine, sharing)]
 

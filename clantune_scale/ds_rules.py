@@ -1,0 +1,143 @@
+"""DeepSpeed settings that a clan cannot run under: one list, for the live engine and for a config without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# What DeepSpeed 0.19 raises on; `tests/test_ds_rules.py` compares them with the installed version's.
+REMOVED_KEYS = frozenset(
+    (
+        "nebula",
+        "compression_training",
+        "amp",
+        "quantize_training",
+        "sparse_gradients",
+        "eigenvalue",
+        "sparse_attention",
+        "elasticity",
+        "graph_harvesting",
+        "curriculum_learning",
+        "progressive_layer_drop",
+    )
+)
+REMOVED_ZERO_KEYS = frozenset(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"))
+
+_HALF = ("float16", "fp16", "torch.float16", "half")
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What decides whether a clan can run on an engine.
+
+    Attributes:
+        zero_stage: 0 to 3.
+        fp16: whether the fp16 block is on.
+        half_autocast: whether torch_autocast runs in float16.
+        nvme_parts: those of ``offload_param`` and ``offload_optimizer`` that lie on NVMe.
+        managed_accumulation: whether DeepSpeed itself counts micro-batches.
+        multi_rank_buckets: ZeRO's ``use_multi_rank_bucket_allreduce``.
+        has_moe: whether the model has mixture-of-experts layers, where it is known.
+    """
+
+    zero_stage: int = 0
+    fp16: bool = False
+    half_autocast: bool = False
+    nvme_parts: tuple[str, ...] = ()
+    managed_accumulation: bool = True
+    multi_rank_buckets: bool = True
+    has_moe: bool = False
+
+
+def refusals(facts: EngineFacts) -> Iterator[str]:
+    """A sentence and its remedy for every reason why a clan cannot run on such an engine."""
+    if facts.fp16 and facts.zero_stage == 0:
+        yield (
+            "fp16 with ZeRO stage 0 does not scale its loss in DeepSpeed 0.19 and trains on wrong gradients. "
+            "Set zero_optimization.stage to 1 or more, or use bf16."
+        )
+    if facts.half_autocast:
+        yield (
+            "torch_autocast with float16 scales the loss by a scaler of each member's own, and gradients of different "
+            "scales cannot be averaged. Set torch_autocast.dtype to bfloat16, or use the fp16 block."
+        )
+    if facts.has_moe:
+        yield (
+            "the model has mixture-of-experts layers, whose expert gradients the clan does not average yet. "
+            "Train it without the clantune block."
+        )
+    if facts.nvme_parts:
+        yield (
+            f"zero_optimization.{facts.nvme_parts[0]}.device is nvme, and a member's state must be in memory to be "
+            f"cloned. Set it to cpu or none."
+        )
+    if not facts.managed_accumulation:
+        yield (
+            "managed_gradient_accumulation is false, so that only the caller knows where a step ends, and the clan "
+            "plans its phases in steps. Leave it at its default, true."
+        )
+    if facts.zero_stage in (1, 2) and not facts.multi_rank_buckets:
+        yield (
+            "zero_optimization.use_multi_rank_bucket_allreduce is false, and then each rank reduces only what it "
+            "owns, which the clan cannot average. Leave it at its default, true."
+        )
+
+
+def facts_from_config(ds_config: Mapping[str, Any]) -> EngineFacts:
+    """The facts as a DeepSpeed config states them."""
+    zero = _block(ds_config, "zero_optimization")
+    autocast = _block(ds_config, "torch_autocast")
+    return EngineFacts(
+        zero_stage=zero_stage(ds_config),
+        fp16=_is_on(ds_config, "fp16"),
+        half_autocast=_is_on(ds_config, "torch_autocast") and str(autocast.get("dtype")) in _HALF,
+        nvme_parts=tuple(
+            part for part in ("offload_param", "offload_optimizer") if _block(zero, part).get("device") == "nvme"
+        ),
+        managed_accumulation=bool(ds_config.get("managed_gradient_accumulation", True)),
+        multi_rank_buckets=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
+    )
+
+
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """ZeRO's stage, 0 where the config says nothing or nothing that is a number."""
+    stage = _block(ds_config, "zero_optimization").get("stage", 0)
+    return stage if isinstance(stage, int) else 0
+
+
+def dtype_of(ds_config: Mapping[str, Any]) -> str:
+    """``"fp16"``, ``"bf16"`` or ``"fp32"``: what the model computes in."""
+    return next((name for name in ("fp16", "bf16") if _is_on(ds_config, name)), "fp32")
+
+
+def config_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    """Everything in a DeepSpeed config, its ``clantune`` block aside, that DeepSpeed or the clan will refuse."""
+    for key in sorted(REMOVED_KEYS & ds_config.keys()):
+        yield f"{key!r} was removed from DeepSpeed 0.19, which raises on it. Delete it."
+    for key in sorted(REMOVED_ZERO_KEYS & _block(ds_config, "zero_optimization").keys()):
+        yield f"zero_optimization.{key} was removed from DeepSpeed 0.19, which raises on it. Delete it."
+    stage = _block(ds_config, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        yield f"zero_optimization.stage is {stage!r}. Set it to 0, 1, 2 or 3."
+    if _is_on(ds_config, "fp16") and _is_on(ds_config, "bf16"):
+        yield "fp16 and bf16 are both enabled, and DeepSpeed refuses that. Keep one."
+    if str(ds_config.get("gradient_allreduce_op", "mean")).lower() == "sum":
+        yield "gradient_allreduce_op is 'sum', and the clan averages over its members. Leave it at its default, mean."
+    for block, key in (("tensor_parallel", "autotp_size"), ("pipeline", "stages")):
+        degree = _block(ds_config, block).get(key, 1)
+        if isinstance(degree, int) and degree > 1:
+            yield (
+                f"{block}.{key} is {degree}, and members are data-parallel groups in this version. "
+                f"Set it to 1, or leave out the clantune block."
+            )
+    yield from refusals(facts_from_config(ds_config))
+
+
+def _block(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    block = config.get(name)
+    return block if isinstance(block, Mapping) else {}
+
+
+def _is_on(config: Mapping[str, Any], name: str) -> bool:
+    return bool(_block(config, name).get("enabled", False))
