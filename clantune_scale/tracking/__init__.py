@@ -98,7 +98,7 @@ class Tracking:
             uri = uris.resolve(config.tracking_uri, directory=run_dir.parent)
             uris.set_client_defaults()
             self._mlflow_name = uris.redact(uri)
-            hint = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else self._mlflow_name
+            hint = uris.hint(uri)
             self._mlflow = Background(lambda: _mlflow_recorder(uri, config.experiment, run_dir))
         self._terminal = Terminal(events_path=self._log.path, mlflow_hint=hint)
         self._lifecycle = Lifecycle(self.close)

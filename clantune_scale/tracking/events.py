@@ -82,13 +82,9 @@ def iter_events(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 raise ClanError(
                     f"line {number} of {path} is not an event: {error}. Remove it or use a copy."
                 ) from error
-            if event is None:
-                continue
-            if event["schema"] > SCHEMA:
-                raise ClanError(
-                    f"{path} has events of schema {event['schema']}, this package reads {SCHEMA}. Upgrade it."
-                )
-            yield event
+            if event is not None:
+                check_schema(event, path)
+                yield event
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
@@ -104,6 +100,12 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         raise ValueError("there is no object with a schema and a kind")
     # Most lines have no such word, and looking into every value takes longer than parsing does.
     return _unspell(event) if any(word.encode() in line for word in _NON_FINITE) else event
+
+
+def check_schema(event: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raises ClanError if the event is of a newer version than this package knows; ``path`` is named."""
+    if event["schema"] > SCHEMA:
+        raise ClanError(f"{path} has events of schema {event['schema']}, this package reads {SCHEMA}. Upgrade it.")
 
 
 def to_plain(value: Any) -> Any:

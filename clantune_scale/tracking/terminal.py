@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from clantune_scale.batch import BatchPlan
 from clantune_scale.tracking.background import Event
+from clantune_scale.tracking.live import Progress, Screen, screen
 
 
 class Terminal:
@@ -15,15 +16,14 @@ class Terminal:
     Args:
         events_path: the events file, named at the end.
         mlflow_hint: how to look at the run in MLflow; None where it is not used.
-        write: takes one line.
+        on: where it is printed; standard output where None, live if that is a terminal.
     """
 
-    def __init__(
-        self, *, events_path: Path, mlflow_hint: str | None, write: Callable[[str], object] | None = None
-    ) -> None:
+    def __init__(self, *, events_path: Path, mlflow_hint: str | None, on: Screen | None = None) -> None:
         self._events_path = events_path
         self._mlflow_hint = mlflow_hint
-        self._write = write or _print
+        self._screen = on or screen()
+        self._progress = Progress()
         self._formats = {
             "run_start": self._start,
             "step": self._step,
@@ -33,10 +33,14 @@ class Terminal:
         }
 
     def show(self, event: Event) -> None:
-        """Prints one event; kinds that need no line print none."""
+        """Prints one event; kinds that need no line print none, and a step none where a live line tells it."""
+        status = self._progress.take(event)
+        is_told = status is not None and self._screen.status(status)
+        if event["kind"] == "run_end":
+            self._screen.status("")
         format_event = self._formats.get(event["kind"])
-        for line in format_event(event) if format_event else ():
-            self._write(line)
+        for line in format_event(event) if format_event and not is_told else ():
+            self._screen.line(line)
 
     def _start(self, event: Event) -> Sequence[str]:
         ranks = len(event["member_ranks"][0])
@@ -97,7 +101,3 @@ def _aligned(table: list[list[str]]) -> list[str]:
         "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip()
         for row in table
     ]
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

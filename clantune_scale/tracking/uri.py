@@ -38,6 +38,11 @@ def resolve(configured: str | None, *, directory: Path) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve() / 'mlflow.db'}"
 
 
+def hint(uri: str) -> str:
+    """How to look at what is there: a command for a database, the redacted address of a server."""
+    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else redact(uri)
+
+
 def set_client_defaults() -> None:
     """Sets what the user has not set, before MLflow is imported."""
     for name, value in _CLIENT_DEFAULTS.items():

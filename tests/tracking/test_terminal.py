@@ -8,6 +8,7 @@ import pytest
 
 from clantune_scale.config import ClanConfig
 from clantune_scale.tracking.events import to_plain
+from clantune_scale.tracking.live import Lines
 from clantune_scale.tracking.terminal import Terminal
 from tests.tracking import sample_run
 
@@ -17,10 +18,12 @@ CONFIG = ClanConfig(population_size=2, genes=["lr", "dropout"])
 @pytest.fixture
 def shown():
     lines = []
-    terminal = Terminal(events_path=Path("run/events.jsonl"), mlflow_hint="mlflow ui", write=lines.append)
+    on = Lines()
+    on.line = lines.append
+    terminal = Terminal(events_path=Path("run/events.jsonl"), mlflow_hint="mlflow ui", on=on)
 
     def show(kind, step, **fields):
-        terminal.show({"kind": kind, "step": step, **to_plain(fields)})
+        terminal.show({"kind": kind, "step": step, "time_s": float(step), **to_plain(fields)})
         return lines
 
     return show

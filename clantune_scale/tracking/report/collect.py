@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.schedule import gene_from_plain
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.report.series import Run
@@ -64,7 +65,7 @@ class _Collected:
         kind = event["kind"]
         if kind == "run_start":
             self.start = event
-            self.genes = tuple(_gene(data) for data in event["genes"])
+            self.genes = tuple(gene_from_plain(gene) for gene in event["genes"])
         elif kind == "step":
             self.training.append((event["step"], event["loss"], event["step_s"]))
         elif kind == "warning":
@@ -142,8 +143,3 @@ class _Collected:
             stragglers=self.stragglers,
             warnings=self.warnings,
         )
-
-
-def _gene(data: Mapping[str, Any]) -> Gene:
-    lists = {name: tuple(data[name]) for name in ("bounds", "groups") if data.get(name) is not None}
-    return Gene(**{**data, **lists})

@@ -93,7 +93,7 @@ def _effect(run: Run, gene: Gene, told: Influence) -> Iterator[str]:
     if told.is_clear:
         yield f"It mattered: {share} ({chance})."
     else:
-        yield f"It did not show: {share}, which is not clearly above chance ({chance})."
+        yield f"It did not show: {share}, not clearly above chance ({chance}); at its very optimum it would not either."
 
 
 def _bounds(gene: Gene, told: Influence) -> Iterator[str]:

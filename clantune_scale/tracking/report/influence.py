@@ -25,7 +25,8 @@ class Influence:
         last: the one after the last decision.
         moves: [decisions] changes of the clan's value while members might differ, scale units.
         explained: share of the differences in loss between members that goes with their differences in this gene,
-            mean over rounds (squared Pearson correlation); None where it cannot be told.
+            mean over rounds (squared Pearson correlation: in a straight line, so that a gene at its optimum shows
+            little); None where it cannot be told.
         chance: what unrelated numbers would give, 1 / (members - 1).
         is_clear: whether ``explained`` is above chance by more than two standard errors over the rounds, and by
             enough to care (0.05).

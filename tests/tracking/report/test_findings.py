@@ -37,7 +37,7 @@ def long_run():
 
 
 def test_the_gene_that_the_loss_follows_mattered_and_the_other_did_not(long_run):
-    assert influence(long_run, LR).is_clear and influence(long_run, LR).explained > 0.5
+    assert influence(long_run, LR).is_clear and influence(long_run, LR).explained > 0.3
     assert not influence(long_run, DROPOUT).is_clear
     assert any(line.startswith("It mattered") for line in findings.of_gene(long_run, LR))
     assert any(line.startswith("It did not show") for line in findings.of_gene(long_run, DROPOUT))

@@ -171,7 +171,7 @@ def test_ten_thousand_rounds_of_sixty_four_members(tmp_path):
     run_dir = simulated_run.write(tmp_path, num_rounds=10_000, num_members=64)
     began = time.perf_counter()
     written = write_report(run_dir)
-    # 17 s on one of two busy cores, of which 10 s parse 330 MB of JSON; the pages's limit is the issue's own.
+    # 17 s on one of two busy cores, of which 10 s parse 330 MB of JSON; the page's limit is the issue's own.
     assert time.perf_counter() - began < 60
     assert written.stat().st_size < 3_000_000
     page = Page(written)
