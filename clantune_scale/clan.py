@@ -35,7 +35,7 @@ from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
-from clantune_scale.transfer import MemberState, Snapshot, transfer
+from clantune_scale.transfer import MemberState, Snapshot, average_members, transfer
 from clantune_scale.watch import BatchWatch, LossMeter, Stopwatch
 from clantune_scale.world import ClanGroups, ClanWorld
 
@@ -117,7 +117,7 @@ class Clan:
         """Hooks the engine: gradients, the optimizer's update, the step's end, what is seen."""
         backend = self.backend
         size = self.config.population_size
-        backend.share_gradients(lambda: self.phases.is_sharing, self.groups, size, self._probe)
+        backend.share_gradients(lambda: self.phases.team(self.member, size), self.groups, self._probe)
         backend.around_update(lambda: self._expression.during_update(self.lr_factor))
         backend.after_step(self._after_step)
         backend.watch(self._batches.on_batch, self._losses.add)
@@ -174,6 +174,8 @@ class Clan:
         if decision.restore and self._kept is not None:
             self._kept.restore(self.state())
         transfer(self.state(), decision.donors, self.world.column, self.groups.column_for)
+        if decision.average is not None:
+            average_members(self.state(), decision.average, self.world.column, self.groups.column_for)
         if self.strategy.guards and not decision.restore:
             self._kept = Snapshot(self.state())
         self.population = decision.population

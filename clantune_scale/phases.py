@@ -29,6 +29,15 @@ class PhaseManager:
         """Whether gradients are averaged over all members in the step that comes."""
         return self.position.phase.kind is PhaseKind.COOPERATIVE and not self._is_suspended
 
+    def team(self, member: int, population_size: int) -> tuple[int, ...]:
+        """The members with whom ``member`` averages its gradients in the step that comes, itself among them."""
+        teams = self.position.phase.teams
+        if self.is_sharing:
+            return tuple(range(population_size))
+        if teams is None or self._is_suspended:
+            return (member,)
+        return tuple(other for other, team in enumerate(teams) if team == teams[member])
+
     def advance(self) -> Position:
         """Moves on by one optimizer step; returns the position that was just completed."""
         completed = self.position

@@ -52,22 +52,6 @@ class ClanWorld:
         """Whether this is global rank 0, which writes logs."""
         return self.at.rank == 0
 
-    def gradient_group(self, device_type: str) -> Any:
-        """A new stand-alone group of all (member, data) ranks with this rank's (pipeline, tensor) part.
-
-        Ranked member-major, as flat data parallelism would rank them. All ranks of the clan call it.
-        """
-        ranks = self.topology.gradient_ranks(self.at.rank)
-        name = f"gradient/{self.at.pp}/{self.at.tp}/{device_type}"
-        return stand_alone_group(
-            self.store,
-            name,
-            ranks.index(self.at.rank),
-            len(ranks),
-            device_type=device_type,
-            timeout_s=self.timeout_s,
-        )
-
 
 _joined: ClanWorld | None = None
 
@@ -230,7 +214,11 @@ def _open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: f
 class ClanGroups:
     """The stand-alone groups that carry tensors between members on one kind of device, made when first asked for.
 
-    All ranks of the clan ask for the same ones in the same order: making one is a collective.
+    All ranks of a team ask for the same ones in the same order: making one is a collective.
+
+    Args:
+        world: this process's place in the clan.
+        device_type: of the tensors that cross members.
     """
 
     def __init__(self, world: ClanWorld, device_type: str) -> None:
@@ -238,28 +226,32 @@ class ClanGroups:
         self._device_type = device_type
         self._groups: dict[str, Any] = {}
 
-    def gradient(self) -> Any:
-        """All (member, data) ranks with this rank's part of the model, ranked member-major."""
-        if "gradient" not in self._groups:
-            self._groups["gradient"] = self._world.gradient_group(self._device_type)
-        return self._groups["gradient"]
+    def gradient(self, team: tuple[int, ...]) -> Any:
+        """All (member, data) ranks of a team with this rank's part of the model, ranked member-major."""
+        topology, rank = self._world.topology, self._world.at.rank
+        ranks = [r for r in topology.gradient_ranks(rank) if topology.coordinates(r).member in team]
+        return self._group("gradient", ranks, self._device_type)
 
-    def column(self) -> Any:
-        """This rank's peers, one per member, ranked by member; the control group itself on the CPU."""
-        return self.column_for(self._device_type)
+    def column(self, team: tuple[int, ...]) -> Any:
+        """This rank's peers, one per member of the team."""
+        return self._column(team, self._device_type)
 
     def column_for(self, device_type: str) -> Any:
-        """The same for tensors on another kind of device (state that is offloaded to the host)."""
-        if device_type == "cpu":
+        """This rank's peers in all members, ranked by member, for tensors on another kind of device."""
+        return self._column(tuple(range(self._world.topology.population_size)), device_type)
+
+    def _column(self, team: tuple[int, ...], device_type: str) -> Any:
+        column = self._world.topology.column_ranks(self._world.at.rank)
+        if device_type == "cpu" and len(team) == len(column):
             return self._world.column.group
-        name = f"column/{self._world.at.member_rank}/{device_type}"
+        return self._group("column", [column[member] for member in team], device_type)
+
+    def _group(self, purpose: str, ranks: list[int], device_type: str) -> Any:
+        # The ranks are the name: all that meet under it know it without talking.
+        name = f"{purpose}/{device_type}/{'-'.join(map(str, ranks))}"
         if name not in self._groups:
+            place = ranks.index(self._world.at.rank)
             self._groups[name] = stand_alone_group(
-                self._world.store,
-                name,
-                self._world.member,
-                self._world.topology.population_size,
-                device_type=device_type,
-                timeout_s=self._world.timeout_s,
+                self._world.store, name, place, len(ranks), device_type=device_type, timeout_s=self._world.timeout_s
             )
         return self._groups[name]

@@ -18,7 +18,7 @@ def _join_and_sum(population_size):
     dist.all_reduce(in_member)
     in_column = clan.column.gather(np.array([global_rank])).ravel().tolist()
     shared = torch.tensor([float(global_rank)])
-    dist.all_reduce(shared, group=clan.gradient_group("cpu"))
+    dist.all_reduce(shared, group=world.ClanGroups(clan, "cpu").gradient((0, 1, 2)))
     notes = clan.column.gather_json({"rank": global_rank, "value": 0.1 * global_rank})
     result = (dist.get_rank(), dist.get_world_size(), in_member.item(), in_column, shared.item(), notes)
     dist.barrier()

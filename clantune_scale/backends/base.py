@@ -15,11 +15,11 @@ from clantune_scale.transfer import MemberState
 class GradientGroups(Protocol):
     """The stand-alone groups over which gradients cross members, made when first asked for."""
 
-    def gradient(self) -> Any:
-        """All (member, data) ranks that hold this rank's part of the model."""
+    def gradient(self, team: tuple[int, ...]) -> Any:
+        """All (member, data) ranks of a team that hold this rank's part of the model."""
 
-    def column(self) -> Any:
-        """This rank's peers, one in each member."""
+    def column(self, team: tuple[int, ...]) -> Any:
+        """This rank's peers, one in each member of the team."""
 
 
 class Backend(Protocol):
@@ -64,12 +64,11 @@ class Backend(Protocol):
 
     def share_gradients(
         self,
-        is_sharing: Callable[[], bool],
+        team: Callable[[], tuple[int, ...]],
         groups: GradientGroups,
-        population_size: int,
         probe: GradientProbe | None = None,
     ) -> None:
-        """Averages gradients over all members in every step in which ``is_sharing()``; shows them to ``probe``."""
+        """Averages gradients over the members that ``team()`` names in each step; shows them to ``probe``."""
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Enters ``context()`` just around the optimizer's own update: after clipping, before the scheduler."""

@@ -28,7 +28,8 @@ def _flat(rank, config):
 
 def _clan(rank, config, population_size, is_sharing):
     clan, backend = member_engine(config, population_size)
-    backend.share_gradients(lambda: is_sharing, ClanGroups(clan, "cpu"), population_size)
+    team = tuple(range(population_size)) if is_sharing else (clan.member,)
+    backend.share_gradients(lambda: team, ClanGroups(clan, "cpu"))
     losses = [train_step(backend.engine, step, rank) for step in range(STEPS)]
     return flat_weights(backend.engine), losses
 
@@ -85,6 +86,30 @@ def test_competing_equals_independent_runs_to_the_last_bit(stage):
             assert torch.equal(clan[2 * member + rank][0], alone[rank][0])
             assert clan[2 * member + rank][1] == alone[rank][1]
     assert not torch.equal(clan[0][0], clan[2][0])
+
+
+def _teams(rank, config, teams):
+    clan, backend = member_engine(config, len(teams))
+    team = tuple(member for member, t in enumerate(teams) if t == teams[clan.member])
+    backend.share_gradients(lambda: team, ClanGroups(clan, "cpu"))
+    for step in range(STEPS):
+        train_step(backend.engine, step, rank)
+    return flat_weights(backend.engine)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_team_is_data_parallelism_over_its_members_alone(stage):
+    config = ds_config(stage, accumulation=2, clip=0.5)
+    teams = run_ranks(4, in_member_worlds, _teams, config, (0, 1, 1, 0))
+    for members in ((0, 3), (1, 2)):
+        flat = run_ranks(2, in_member_worlds, _flat_as, config, members)
+        for member in members:
+            assert (teams[member] - flat[0]).abs().max() < FP32
+    assert (teams[0] - teams[1]).abs().max() > 1e-3
+
+
+def _flat_as(rank, config, members):
+    return _flat(members[rank], config)[0]
 
 
 def _alone(rank, config, member):

@@ -99,13 +99,12 @@ class DeepSpeedBackend:
 
     def share_gradients(
         self,
-        is_sharing: Callable[[], bool],
+        team: Callable[[], tuple[int, ...]],
         groups: GradientGroups,
-        population_size: int,
         probe: GradientProbe | None = None,
     ) -> None:
         probe = probe or GradientProbe()
-        self._undo += sharing.share(self.engine, sharing.Sharing(is_sharing, groups, population_size, probe))
+        self._undo += sharing.share(self.engine, sharing.Sharing(team, groups, probe))
         self._undo.append(self._show_norm(probe))
 
     def _show_norm(self, probe: GradientProbe) -> Callable[[], None]:

@@ -1,8 +1,8 @@
 """Averaging gradients over the clan where DeepSpeed reduces them anyway.
 
-ZeRO 0, 1, 2 and ``BF16_Optimizer`` all-reduce gradients in buckets over data parallelism. In the cooperative
-phase that one all-reduce is given the group of all (member, data) ranks instead: the same collectives as
-plain data parallelism over all ranks, and the same roundings. ZeRO 3 reduce-scatters inside the member; each
+ZeRO 0, 1, 2 and ``BF16_Optimizer`` all-reduce gradients in buckets over data parallelism. Where members
+share, that one all-reduce is given the group of all their (member, data) ranks instead: the same collectives as
+plain data parallelism over those ranks, and the same roundings. ZeRO 3 reduce-scatters inside the member; each
 shard is then all-reduced down its column, on the stream that DeepSpeed reduces on.
 
 The methods that are replaced are private ones of DeepSpeed 0.19 (there is no public seam);
@@ -43,15 +43,13 @@ class Sharing:
     """What every hook reads.
 
     Attributes:
-        is_sharing: whether the step that runs is a cooperative one.
+        team: the members that share gradients in the step that runs, this one among them.
         groups: the stand-alone groups that cross members.
-        population_size: number of members.
         probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
     """
 
-    is_sharing: Callable[[], bool]
+    team: Callable[[], tuple[int, ...]]
     groups: GradientGroups
-    population_size: int
     probe: GradientProbe
 
 
@@ -70,9 +68,10 @@ def _share_engine_buckets(engine: Any, sharing: Sharing) -> Callable[[], None]:
     reduce = engine.allreduce_bucket
 
     def allreduce_bucket(bucket: list, dp_group: Any, dp_world_size: float | None = None) -> torch.Tensor:
-        if not sharing.is_sharing():
+        team = sharing.team()
+        if len(team) == 1:
             return reduce(bucket, dp_group, dp_world_size)
-        clan = sharing.groups.gradient()
+        clan = sharing.groups.gradient(team)
         if not sharing.probe.is_active:
             return reduce(bucket, clan, clan.size())
         own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
@@ -89,7 +88,8 @@ def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
 
     def allreduce_bucket(bucket, communication_data_type, rank=None, log=None, divide=True, process_group=None):
         options = {"rank": rank, "log": log, "divide": divide}
-        if not sharing.is_sharing():
+        team = sharing.team()
+        if len(team) == 1:
             return reduce(bucket, communication_data_type, process_group=process_group, **options)
         own = None
         if sharing.probe.is_active:
@@ -98,8 +98,8 @@ def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
         if not divide:
             # The caller divided by the member's degree; the rest is divided before the sum, so that
             # sixteen-bit sums over the clan overflow no sooner than those over the member.
-            torch._foreach_div_(list(bucket), sharing.population_size)
-        mean = reduce(bucket, communication_data_type, process_group=sharing.groups.gradient(), **options)
+            torch._foreach_div_(list(bucket), len(team))
+        mean = reduce(bucket, communication_data_type, process_group=sharing.groups.gradient(team), **options)
         if own is not None:
             sharing.probe.compare(own, mean)
         return mean
@@ -112,11 +112,12 @@ def _share_contiguous(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
     reduce = optimizer.gradient_reduction_w_predivide
 
     def gradient_reduction_w_predivide(tensor: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
-        if not sharing.is_sharing():
+        team = sharing.team()
+        if len(team) == 1:
             return reduce(tensor, communication_data_type)
         own = reduce(tensor.clone(), communication_data_type) if sharing.probe.is_active else None
         in_member = optimizer.dp_process_group
-        optimizer.dp_process_group = sharing.groups.gradient()
+        optimizer.dp_process_group = sharing.groups.gradient(team)
         try:
             mean = reduce(tensor, communication_data_type)
         finally:
@@ -134,12 +135,13 @@ def _share_partitions(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
 
     @torch.no_grad()
     def partition_grads(params_to_release: list, grad_partitions: list[torch.Tensor]) -> Any:
-        if sharing.is_sharing() and grad_partitions:
+        team = sharing.team()
+        if len(team) > 1 and grad_partitions:
             own = _flatten_dense_tensors(grad_partitions)
             # In place where nobody looks at the member's own: it is a buffer of DeepSpeed's that is spent here.
             divide = own.div if sharing.probe.is_active else own.div_
-            mean = divide(sharing.population_size)
-            dist.all_reduce(mean, group=sharing.groups.column())
+            mean = divide(len(team))
+            dist.all_reduce(mean, group=sharing.groups.column(team))
             if sharing.probe.is_active:
                 sharing.probe.compare(own, mean)
             grad_partitions = list(_unflatten_dense_tensors(mean, grad_partitions))

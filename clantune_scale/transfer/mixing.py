@@ -1,0 +1,40 @@
+"""A weighted mean of all members' parameters, taken by all of them (HDET's converge stage)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clantune_scale.groups import Column
+from clantune_scale.transfer.state import MemberState
+
+
+@torch.no_grad()
+def average_members(
+    state: MemberState, weights: Sequence[float], column: Column, group_for: Callable[[str], Any]
+) -> None:
+    """Every member's fp32 weights, and averaged weights where it keeps them, become the clan's weighted mean.
+
+    Shards are averaged down their columns, never over ranks that hold different ones. Optimizer states stay their
+    own. All ranks of the clan call it.
+
+    Args:
+        state: this rank's live state.
+        weights: by member, summing to 1. A member of weight 0 may hold values that are not finite.
+        column: this rank's control column.
+        group_for: device type to the column's group on that device.
+    """
+    weight = weights[column.member]
+    for name, tensor in state.tensors:
+        if not name.startswith(("master.", "average.")):
+            continue
+        if weight:
+            tensor.mul_(weight)
+        else:
+            tensor.zero_()
+        if column.size > 1:
+            dist.all_reduce(tensor, group=group_for(tensor.device.type))
+    state.refresh()
