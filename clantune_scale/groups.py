@@ -22,13 +22,15 @@ def stand_alone_group(store: Store, name: str, rank: int, size: int, *, device_t
 
     Args:
         store: the clan's bootstrap store.
-        name: unique in the clan; the members of one group give the same.
+        name: of this group alone; its ranks give the same. A group may be made anew under a name it had.
         rank: this process's rank in the group, 0 to size - 1.
         size: number of ranks in the group.
         device_type: ``"cpu"`` for gloo, ``"cuda"`` for NCCL.
         timeout_s: seconds after which a collective fails.
     """
-    prefixed = PrefixStore(f"group/{name}", store)
+    # A second clan in the same processes meets under the same names: it must not find the first one's addresses.
+    attempt = store.add(f"group/{name}/attempts/{rank}", 1)
+    prefixed = PrefixStore(f"group/{name}/{attempt}", store)
     timeout = timedelta(seconds=timeout_s)
     group = ProcessGroup(prefixed, rank, size)
     if device_type == "cuda":
