@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Genome
+from clantune_scale.core.mutation import CLAN
 from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision
 from clantune_scale.errors import ConfigError
@@ -29,6 +30,7 @@ class RoundRecord:
         losses: each member's mean loss on the common window; None where it was not finite.
         donors: as in ``Decision.donors``; ``donors[m] == m`` for all where nothing evolved.
         restored: whether the clan went back to its last good state, so that the round's training is lost.
+        average: as in ``Decision.average``; None where members' weights were not averaged.
     """
 
     index: int
@@ -38,6 +40,7 @@ class RoundRecord:
     losses: tuple[float | None, ...]
     donors: tuple[int, ...]
     restored: bool = False
+    average: tuple[float, ...] | None = None
 
     @classmethod
     def of(
@@ -47,7 +50,8 @@ class RoundRecord:
         losses = tuple(float(loss) if math.isfinite(loss) else None for loss in fitness.mean)
         donors = decision.donors if decision else tuple(range(len(genomes)))
         restored = decision.restore if decision else False
-        return cls(plan.index, plan.start_step, plan.phases, genomes, losses, donors, restored)
+        average = decision.average if decision else None
+        return cls(plan.index, plan.start_step, plan.phases, genomes, losses, donors, restored, average)
 
     @property
     def end_step(self) -> int:
@@ -92,14 +96,34 @@ class Lineage:
             member: index of a member after the last round, transfers included.
 
         Returns:
-            One index per round; None for a round that was restored away.
+            One index per round; None for a round that was restored away; ``CLAN`` (-1) for one whose states
+            were averaged afterwards, so that many members trained what is carried (see :meth:`shares`).
         """
-        ancestors: list[int | None] = []
+        return tuple(None if held is None else _only(held) for held in self.shares(member))
+
+    def shares(self, member: int) -> tuple[tuple[float, ...] | None, ...]:
+        """For each round, every member's share in the weights that ``member`` carries now.
+
+        A transfer passes the whole share on, an average divides it by its weights, for all rounds before it.
+
+        Args:
+            member: index of a member after the last round, transfers and averages included.
+
+        Returns:
+            Per round [members] shares that sum to 1, or None for a round that was restored away.
+        """
+        held = {member: 1.0}
+        found: list[tuple[float, ...] | None] = []
         for record in reversed(self._records):
+            if record.average is not None:
+                held = {m: weight for m, weight in enumerate(record.average) if weight}
+            before = [0.0] * len(record.donors)
+            for holder, share in held.items():
+                before[record.donors[holder]] += share
             # The guard keeps the state after every round that was not restored: going back undoes one round alone.
-            member = record.donors[member]
-            ancestors.append(None if record.restored else member)
-        return tuple(reversed(ancestors))
+            found.append(None if record.restored else tuple(before))
+            held = {m: share for m, share in enumerate(before) if share}
+        return tuple(reversed(found))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that ``json.dumps`` takes."""
@@ -120,6 +144,11 @@ class Lineage:
         return cls(tuple(_from_plain(item) for item in data["rounds"]))
 
 
+def _only(shares: tuple[float, ...]) -> int:
+    holders = [member for member, share in enumerate(shares) if share]
+    return holders[0] if len(holders) == 1 else CLAN
+
+
 def _to_plain(record: RoundRecord) -> dict[str, Any]:
     plain = asdict(record)
     plain["phases"] = [{**asdict(phase), "kind": phase.kind.value} for phase in record.phases]
@@ -131,9 +160,18 @@ def _from_plain(item: Mapping[str, Any]) -> RoundRecord:
     return RoundRecord(
         index=item["index"],
         start_step=item["start_step"],
-        phases=tuple(Phase(**{**phase, "kind": PhaseKind(phase["kind"])}) for phase in item["phases"]),
+        phases=tuple(_phase(phase) for phase in item["phases"]),
         genomes=tuple(Genome(g["values"], g["step_sizes"]) for g in item["genomes"]),
         losses=tuple(item["losses"]),
         donors=tuple(item["donors"]),
         restored=item["restored"],
+        average=_tuple_or_none(item.get("average")),  # absent in files of runs that could not average yet
     )
+
+
+def _phase(plain: Mapping[str, Any]) -> Phase:
+    return Phase(**{**plain, "kind": PhaseKind(plain["kind"]), "teams": _tuple_or_none(plain.get("teams"))})
+
+
+def _tuple_or_none(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)

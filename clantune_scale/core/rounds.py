@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -109,6 +109,21 @@ class RoundClock:
     def __init__(self, plan_round: Callable[[int, int], RoundPlan]) -> None:
         self._plan_round = plan_round
         self._plans: list[RoundPlan] = []
+        self._teams: tuple[int, ...] | None = None
+
+    def regroup(self, index: int, teams: tuple[int, ...] | None) -> None:
+        """From round ``index`` on, members compete in these teams; plans made ahead for those rounds are made anew.
+
+        Lengths of rounds follow from the step alone, but who has joined whom follows from fitness: it is the
+        one thing in a plan that a decision changes (``Population.teams``). One team of all is a clan that
+        cooperates, and is planned as that.
+
+        Args:
+            index: of the first round that has them.
+            teams: by member; None leaves competitive phases as the strategy plans them.
+        """
+        del self._plans[index:]
+        self._teams = teams
 
     def round(self, index: int) -> RoundPlan:
         """The plan of round ``index``."""
@@ -117,7 +132,7 @@ class RoundClock:
             plan = self._plan_round(len(self._plans), start_step)
             if not plan.phases or any(phase.num_steps < 1 for phase in plan.phases):
                 raise ValueError(f"round {plan.index} at step {start_step} was planned with an empty phase: {plan}")
-            self._plans.append(plan)
+            self._plans.append(plan if self._teams is None else _grouped(plan, self._teams))
         return self._plans[index]
 
     def at(self, step: int) -> Position:
@@ -136,3 +151,11 @@ class RoundClock:
                 return Position(step, plan, phase_index, offset)
             offset -= phase.num_steps
         raise AssertionError("unreachable: a round's phases cover its steps")
+
+
+def _grouped(plan: RoundPlan, teams: tuple[int, ...]) -> RoundPlan:
+    """The plan with its competitive phases in ``teams``."""
+    alone = len(set(teams)) == 1
+    rule = {"kind": PhaseKind.COOPERATIVE} if alone else {"teams": teams}
+    phases = (replace(p, **rule) if p.kind is PhaseKind.COMPETITIVE else p for p in plan.phases)
+    return replace(plan, phases=tuple(phases))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,6 +63,9 @@ class ClanSchedule:
     ) -> ClanSchedule:
         """The values that trained what ``member`` carries after the last round.
 
+        Where members' weights were averaged afterwards (HDET), no member's values did: a gene's value is then
+        the mean of the members', in the gene's scale, each weighted by its share in what is carried.
+
         Args:
             lineage: of the run.
             genes: of its genomes.
@@ -75,8 +79,8 @@ class ClanSchedule:
             raise ConfigError("no round was finished, so there is no schedule. Train for at least one round.")
         segments = [
             Segment(start, end, values, (lr_factor(start), lr_factor(end)), undone)
-            for record, ancestor in zip(lineage, lineage.ancestry(member), strict=True)
-            for start, end, values, undone in _stretches(record, ancestor, genes)
+            for record, shares in zip(lineage, lineage.shares(member), strict=True)
+            for start, end, values, undone in _stretches(record, shares, genes)
         ]
         return cls(tuple(asdict(gene) for gene in genes), tuple(segments))
 
@@ -151,25 +155,34 @@ def gene_from_plain(plain: Mapping[str, Any]) -> Gene:
 
 
 def _stretches(
-    record: RoundRecord, ancestor: int | None, genes: Sequence[Gene]
+    record: RoundRecord, shares: Sequence[float] | None, genes: Sequence[Gene]
 ) -> Iterator[tuple[int, int, dict[str, float], bool]]:
-    """(start, end, values, undone) of each phase, as ``ancestor`` trained it; an undone round's as consensus."""
+    """(start, end, values, undone) of each phase, as its carriers trained it; an undone round's as consensus."""
     start = record.start_step
     for phase in record.phases:
         end = start + phase.num_steps
-        yield start, end, _in_effect(record, ancestor, phase, genes), ancestor is None or not phase.keeps
+        yield start, end, _in_effect(record, shares, phase, genes), shares is None or not phase.keeps
         start = end
 
 
-def _in_effect(record: RoundRecord, ancestor: int | None, phase: Phase, genes: Sequence[Gene]) -> dict[str, float]:
-    """Optimizer genes are the ancestor's own throughout, specialized ones only where it competed."""
+def _in_effect(
+    record: RoundRecord, shares: Sequence[float] | None, phase: Phase, genes: Sequence[Gene]
+) -> dict[str, float]:
+    """Optimizer genes are the carriers' own throughout, specialized ones only where they competed."""
     agreed = consensus(record.genomes, genes)
-    if ancestor is None:
+    if shares is None:
         return agreed
-    own = record.genomes[ancestor].values
     return {
-        gene.name: gene.expressed(own[gene.name])
+        gene.name: _carried(record, shares, gene)
         if gene.kind == "optimizer" or phase.kind is PhaseKind.COMPETITIVE
         else agreed[gene.name]
         for gene in genes
     }
+
+
+def _carried(record: RoundRecord, shares: Sequence[float], gene: Gene) -> float:
+    """The mean, in the gene's scale, of its values in those who hold a share; one alone is returned untouched."""
+    held = [(share, genome.values[gene.name]) for share, genome in zip(shares, record.genomes, strict=True) if share]
+    if len({value for _, value in held}) == 1:
+        return gene.expressed(held[0][1])
+    return gene.expressed(gene.decode(math.fsum(share * gene.encode(value) for share, value in held)))

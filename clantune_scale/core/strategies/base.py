@@ -45,10 +45,13 @@ class Population:
     Attributes:
         genomes: one per member.
         memory: the strategy's own state between rounds.
+        teams: by member, the team that it competes in from now on (``RoundClock.regroup``); None where
+            competitive phases are as the strategy plans them.
     """
 
     genomes: tuple[Genome, ...]
     memory: Mapping[str, Any] = field(default_factory=dict)
+    teams: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
