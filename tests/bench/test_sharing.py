@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from clantune_scale.bench.ranks import Ranks
+from clantune_scale.bench.sharing import Measurement, main, table
+from clantune_scale.errors import ClanError
+
+
+def test_ratios_are_taken_pair_by_pair():
+    # The machine was ten times as busy in the second pair: a ratio of medians would not be 1.5.
+    seconds = {"flat": [0.1, 1.0, 0.2], "cooperative": [0.15, 1.5, 0.32], "competitive": [0.1, 0.8, 0.2]}
+    measured = Measurement(2, seconds, {"flat": 3, "cooperative": 3, "competitive": 4})
+    assert measured.ratio("cooperative") == pytest.approx((1.5, 1.5, 1.55))
+    assert measured.ratio("competitive") == pytest.approx((0.9, 1.0, 1.0))
+    assert table([measured]).splitlines()[2] == "| 2 | 200.0 | 1.50 (1.50 to 1.55) | 1.00 (0.90 to 1.00) | 3, 3, 4 |"
+
+
+def test_the_command_prints_a_row_for_each_stage(capfd):
+    sizes = ["--ranks", "4", "--width", "16", "--depth", "1", "--steps", "1", "--pairs", "2"]
+    assert main([*sizes, "--stages", "1", "3"]) == 0
+    out = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("|", "4 ranks"))]
+    assert out[0].startswith("4 ranks over gloo, clan of 2, 0.00 M parameters in float32; 2 pairs of 1 steps: median")
+    assert [line.count("|") for line in out[1:]] == [6] * 4
+    ratio = r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)"
+    for stage, line in zip((1, 3), out[3:], strict=True):
+        found = re.fullmatch(rf"\| {stage} \| \d+\.\d \| {ratio} \| {ratio} \| (\d+), (\d+), (\d+) \|", line)
+        assert found, line
+        flat, cooperative, competitive = map(int, found.groups())
+        # One bucket: ZeRO 3 adds its all-reduce down the column where the others put the clan's group in its place.
+        assert cooperative == competitive + (stage == 3) == flat + (stage == 3) > 0
+
+
+def _fail(word):
+    raise ValueError(word)
+
+
+def test_a_rank_that_fails_is_heard():
+    ranks = Ranks(2, _fail, "nothing works")
+    try:
+        with pytest.raises(ClanError, match=r"(?s)rank 0 of 2 failed: .*ValueError: nothing works"):
+            ranks.train("flat", 1)
+    finally:
+        ranks.close()
