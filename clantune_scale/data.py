@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.errors import ConfigError
 
 
@@ -19,14 +20,37 @@ class StepPlan:
 
     Attributes:
         is_common: whether all members read the same samples.
-        num_micro_batches: micro-batches that this rank reads; equal on all ranks unless ``is_common``.
-        clan_micro_batches: micro-batches per rank by which the clan moves on if ``is_common``, the most
-            that any member reads; equal on all ranks, because members' own numbers may differ then.
+        num_micro_batches: micro-batches that this rank reads; equal on all ranks unless ``is_common``, and
+            inside a team always.
+        clan_micro_batches: micro-batches per dp rank by which the clan moves on if ``is_common``: the most
+            that any team reads, its members together; equal on all ranks, because teams' own numbers may
+            differ then.
+        team_index: this member's place in its team, from 0.
+        team_size: members that split between them what is common (1 where the member is on its own).
     """
 
     is_common: bool
     num_micro_batches: int
     clan_micro_batches: int
+    team_index: int = 0
+    team_size: int = 1
+
+    @classmethod
+    def of(cls, phase: Phase, counts: Sequence[int], member: int) -> StepPlan:
+        """What ``member`` reads in a step of ``phase``.
+
+        Args:
+            phase: that the step lies in.
+            counts: [members] micro-batches that each one's ranks take, before ``batch_factor``.
+            member: whose plan it is.
+        """
+        reads = [count * phase.batch_factor for count in counts]
+        if phase.kind is PhaseKind.COOPERATIVE:
+            return cls(False, reads[member], max(reads))
+        teams = phase.teams or tuple(range(len(reads)))
+        mates = [other for other, team in enumerate(teams) if team == teams[member]]
+        most = max(read * teams.count(team) for read, team in zip(reads, teams, strict=True))
+        return cls(True, reads[member], most, mates.index(member), len(mates))
 
 
 @dataclass(frozen=True)
@@ -47,8 +71,9 @@ class ClanBatchSampler(Sampler[list[int]]):
     - Cooperating, micro-batch j of rank (member m, dp rank d) starts ``((j P + m) dp + d) mb`` after the
       cursor, and the step moves it by ``num_micro_batches P dp mb``. That is how plain data parallelism
       lays out its rank ``m dp + d``: a clan of equal genomes sees what a plain run sees.
-    - Competing, it starts ``(j dp + d) mb`` after the cursor, whatever the member, and the step moves the
-      cursor by ``clan_micro_batches dp mb``.
+    - Competing, it starts ``((j n + i) dp + d) mb`` after the cursor, where the member is the i-th of the n
+      in its team, and the step moves the cursor by ``clan_micro_batches dp mb``. So members of a team share
+      out what every team reads from the same place on; a member on its own (i = 0, n = 1) reads all of it.
 
     It is ``Stateful``: its state says what training *consumed*, which :meth:`consume` counts, and not what
     workers have prefetched. A state saved inside a step is that of the step's start, because gradients
@@ -130,9 +155,9 @@ class ClanBatchSampler(Sampler[list[int]]):
 
     def _start(self, place: Place) -> int:
         """The global position at which this rank's micro-batch begins."""
-        block = place.micro
-        if not self._plan(place.step).is_common:
-            block = block * self._population_size + self._member
+        plan = self._plan(place.step)
+        split = (plan.team_size, plan.team_index) if plan.is_common else (self._population_size, self._member)
+        block = place.micro * split[0] + split[1]
         return place.cursor + (block * self._dp_size + self._dp_rank) * self._micro_batch_size
 
     def _after(self, place: Place) -> Place:

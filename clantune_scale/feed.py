@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
 
@@ -17,12 +16,7 @@ if TYPE_CHECKING:
 def step_plan(clan: Clan, step: int) -> StepPlan:
     """What a step reads, as far as it is decided today: loaders that prefetch ask ahead of training."""
     phase = clan.phases.clock.at(step).phase
-    counts = [count * phase.batch_factor for count in clan.accumulation(phase.kind)]
-    return StepPlan(
-        is_common=phase.kind is PhaseKind.COMPETITIVE,
-        num_micro_batches=counts[clan.member],
-        clan_micro_batches=max(counts),
-    )
+    return StepPlan.of(phase, clan.accumulation(phase.kind), clan.member)
 
 
 def make_sampler(clan: Clan, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:

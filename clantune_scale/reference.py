@@ -135,6 +135,7 @@ class ReferenceClan:
         self.num_steps = 0
         self.lineage, self.decisions = Lineage(), list[Decision | None]()
         self.population: Population = strategy.init(self.evaluate())
+        self.clock.regroup(0, self.population.teams)
         self._values: list[dict[str, float]] = []
         self._before_phase: list[Saved] | None = None
         self._last_good = self._save()
@@ -151,8 +152,8 @@ class ReferenceClan:
             self._begin_phase(position)
         for index, member in enumerate(self.members):
             self._backward(index, member, position.phase)
-        if position.phase.kind is PhaseKind.COOPERATIVE:
-            self._share_gradients()
+        for team in self._teams(position.phase):
+            self._share_gradients(team)
         for index, member in enumerate(self.members):
             self._update(index, member)
         self.num_steps += 1
@@ -186,17 +187,25 @@ class ReferenceClan:
 
     def _backward(self, index: int, member: Member, phase: Phase) -> None:
         """The member's gradient: the mean over its micro-batches."""
-        counts = [self._micro_batches(values) * phase.batch_factor for values in self._values]
-        plan = StepPlan(phase.kind is PhaseKind.COMPETITIVE, counts[index], max(counts))
+        plan = StepPlan.of(phase, [self._micro_batches(values) for values in self._values], index)
         member.optimizer.zero_grad()
         for micro in range(plan.num_micro_batches):
             loss = self._loss_fn(member.module, self._batch(self.num_steps, index, micro, plan))
             (loss / plan.num_micro_batches).backward()
 
+    def _teams(self, phase: Phase) -> list[list[Member]]:
+        """The members who share gradients with each other: all of them, a team's, or nobody."""
+        if phase.kind is PhaseKind.COOPERATIVE:
+            return [self.members]
+        if phase.teams is None:
+            return []
+        names = sorted(set(phase.teams))
+        return [[m for m, team in zip(self.members, phase.teams, strict=True) if team == name] for name in names]
+
     @torch.no_grad()
-    def _share_gradients(self) -> None:
-        """Every member gets the mean of all members' gradients."""
-        for same in zip(*(member.parameters for member in self.members), strict=True):
+    def _share_gradients(self, team: Sequence[Member]) -> None:
+        """Every member of the team gets the mean of its members' gradients."""
+        for same in zip(*(member.parameters for member in team), strict=True):
             if same[0].grad is not None:
                 mean = torch.stack([p.grad for p in same]).mean(dim=0)
                 for parameter in same:
@@ -212,7 +221,7 @@ class ReferenceClan:
             member.scheduler.step()
 
     def _end_round(self, plan: RoundPlan) -> None:
-        """Evaluate, go back where nothing is kept, decide, restore or transfer, record."""
+        """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
         fitness = self.evaluate(averaged=plan.averages)
         if self._before_phase is not None:
             self._load(self._before_phase)
@@ -227,9 +236,22 @@ class ReferenceClan:
         for member, donor in enumerate(decision.donors):
             if donor != member:
                 self.members[member].load(self.members[donor].save())
+        if decision.average is not None:
+            self._average(decision.average)
         if not decision.restore:
             self._last_good = self._save()
         self.population = decision.population
+        self.clock.regroup(plan.index + 1, self.population.teams)
+
+    @torch.no_grad()
+    def _average(self, weights: Sequence[float]) -> None:
+        """All take the weighted mean of weights, and that of averaged weights; optimizer states stay their own."""
+        for role in ("parameters", "average"):
+            for same in zip(*(getattr(member, role) for member in self.members), strict=True):
+                # A member without weight may hold values that are not finite: a product with 0 would keep them.
+                mean = sum(weight * tensor for weight, tensor in zip(weights, same, strict=True) if weight)
+                for tensor in same:
+                    tensor.copy_(mean)
 
     def _save(self) -> list[Saved]:
         return [member.save() for member in self.members]

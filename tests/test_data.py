@@ -3,11 +3,13 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
 
@@ -93,6 +95,68 @@ def test_members_with_different_numbers_of_micro_batches_leave_the_competition_t
     assert short[0] == long[0]
     assert short[1][0] == 3 * DP * MICRO
     assert long[3][0] == short[1][0] + DP * MICRO  # member 1's share of the same step
+
+
+ALONE = Phase(PhaseKind.COMPETITIVE, 1)
+
+
+def teamed(*teams: int, counts: tuple[int, ...], **changes):
+    """[members] plans of a competitive step, then cooperation."""
+    phase = replace(ALONE, teams=teams or None, **changes)
+    first = [StepPlan.of(phase, counts, member) for member in range(len(counts))]
+    return [lambda step, own=own: own if step == 0 else COOPERATE for own in first]
+
+
+def test_plans_follow_from_the_phase_and_everyones_micro_batches():
+    cooperate = Phase(PhaseKind.COOPERATIVE, 1, batch_factor=2)
+    assert StepPlan.of(cooperate, (3, 3), 1) == StepPlan(False, 6, 6)
+    assert [StepPlan.of(ALONE, (1, 3), member) for member in (0, 1)] == [StepPlan(True, 1, 3), StepPlan(True, 3, 3)]
+    phase = replace(ALONE, teams=(5, 2, 5, 5), batch_factor=2)
+    # Team 5 reads 2 x 2 micro-batches for each of its three members, team 2 reads 2 x 4 for its one.
+    assert [StepPlan.of(phase, (2, 4, 2, 2), member) for member in range(4)] == [
+        StepPlan(True, 4, 12, 0, 3),
+        StepPlan(True, 8, 12, 0, 1),
+        StepPlan(True, 4, 12, 1, 3),
+        StepPlan(True, 4, 12, 2, 3),
+    ]
+
+
+@pytest.mark.parametrize("batch_factor", [1, 2])
+def test_a_team_shares_out_what_its_rivals_read_from_the_same_place(batch_factor):
+    plans = teamed(0, 0, 1, 0, counts=(2, 2, 2, 2), batch_factor=batch_factor)
+    number = 2 * batch_factor
+    read = {
+        (member, dp_rank): [
+            index
+            for batch in take(
+                number, sampler(member, dp_rank, plans[member], population_size=4, num_samples=1000, shuffle=False)
+            )
+            for index in batch
+        ]
+        for member in range(4)
+        for dp_rank in range(DP)
+    }
+    ours = [index for member in (0, 1, 3) for dp_rank in range(DP) for index in read[member, dp_rank]]
+    theirs = [index for dp_rank in range(DP) for index in read[2, dp_rank]]
+    assert sorted(ours) == list(range(3 * number * DP * MICRO))  # disjoint, without a gap
+    assert sorted(theirs) == list(range(number * DP * MICRO))  # the same, as far as it gets
+
+
+def test_all_ranks_leave_a_step_in_teams_at_the_same_place():
+    plans = teamed(0, 1, 0, 0, counts=(1, 2, 1, 1))
+    cursors = set()
+    for member, dp_rank in itertools.product(range(4), range(DP)):
+        own = sampler(member, dp_rank, plans[member], population_size=4)
+        for _ in range(plans[member](0).num_micro_batches):
+            own.consume()
+        cursors.add((own.place.step, own.place.cursor))
+    assert cursors == {(1, 3 * DP * MICRO)}  # the three members of team 0 read more than the two micro-batches of 1
+
+
+def test_one_team_of_all_reads_what_a_cooperating_clan_reads():
+    plans = teamed(0, 0, counts=(2, 2))
+    for member, dp_rank in clan(cooperative):
+        assert take(8, sampler(member, dp_rank, plans[member])) == take(8, sampler(member, dp_rank, cooperative))
 
 
 def test_the_order_follows_the_seed_and_changes_with_the_epoch():

@@ -9,54 +9,21 @@ import torch
 
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
-from clantune_scale.core.strategies import RunFacts, Strategy, build
+from clantune_scale.core.strategies import Strategy
 from clantune_scale.core.strategies.control import Control
 from clantune_scale.reference import ReferenceClan
-
-LR = Gene("lr", relative=True)
-DROPOUT = Gene("dropout", kind="specialized", scale="linear", bounds=(0.0, 0.5), initial=0.1, step_size=0.05)
-FEATURES, SAMPLES = 5, 6
-
-
-def strategy_of(name: str, *genes: Gene, population: int = 4, length: int = 6, total: int | None = None, **options):
-    facts = RunFacts(population, genes, 3, length, duty_cycle=0.34, total_steps=total)
-    return build(name, facts, options)
-
-
-def network(dropout: float = 0.0) -> torch.nn.Module:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(FEATURES, 8), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(8, 1)]
-    return torch.nn.Sequential(*layers).double()
-
-
-def squared_error(module: torch.nn.Module, batch) -> torch.Tensor:
-    inputs, targets = batch
-    return ((module(inputs) - targets) ** 2).mean()
-
-
-def samples(*key: int):
-    """A batch of a fixed nonlinear regression, the same for the same key."""
-    generator = torch.Generator().manual_seed(sum(part * 1000**place for place, part in enumerate(key)))
-    inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
-    return inputs, torch.sin(inputs.sum(dim=1, keepdim=True))
-
-
-def batch(step: int, member: int, micro: int, plan):
-    return samples(step, micro, 0 if plan.is_common else member)
-
-
-def clan_of(strategy: Strategy, module: torch.nn.Module | None = None, **changes) -> ReferenceClan:
-    settings = {
-        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0),
-        "loss_fn": squared_error,
-        "batch": batch,
-        "eval_batches": [samples(900 + i) for i in range(3)],
-    }
-    return ReferenceClan(module or network(), strategy=strategy, **settings | changes)
-
-
-def weights(member) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in member.parameters])
+from tests.small_references import (
+    DROPOUT,
+    LR,
+    averaged_weights,
+    batch,
+    clan_of,
+    network,
+    samples,
+    squared_error,
+    strategy_of,
+    weights,
+)
 
 
 def test_a_clan_of_equals_is_one_plain_optimizer_on_the_joined_batch():
@@ -129,8 +96,7 @@ def test_fitness_is_measured_on_an_average_that_follows_the_weights():
     for step in range(1, 10):
         clan.run(1)
         average = average + (weights(clan.members[1]) - average) / max(1.0, min(0.9 * step, 7))
-    held = torch.cat([tensor.flatten() for tensor in clan.members[1].average])
-    torch.testing.assert_close(held, average, rtol=0, atol=1e-14)
+    torch.testing.assert_close(averaged_weights(clan.members[1]), average, rtol=0, atol=1e-14)
     assert clan.evaluate(averaged=True).mean[1] != clan.evaluate().mean[1]
     torch.nn.utils.vector_to_parameters(average, clan.members[1].parameters)
     assert clan.evaluate().mean[1] == pytest.approx(clan.evaluate(averaged=True).mean[1], rel=1e-12)
@@ -145,7 +111,7 @@ def test_an_average_that_stood_still_for_a_round_begins_anew():
     clan.run(6)
     start = weights(clan.members[0])
     clan.run(1)
-    average = torch.cat([tensor.flatten() for tensor in clan.members[0].average])
+    average = averaged_weights(clan.members[0])
     expected = start + (weights(clan.members[0]) - start) / (0.9 * 7)
     torch.testing.assert_close(average, expected, rtol=0, atol=1e-14)
 
