@@ -106,6 +106,9 @@ class TrackingConfig(Block):
     experiment: str = "clantune"
     """MLflow experiment that the run belongs to."""
 
+    system_metrics: Flag = False
+    """Whether MLflow also gets processor, memory, network and GPU of rank 0's host."""
+
     print_every_steps: Count = 10
     """Optimizer steps between two lines on the terminal."""
 

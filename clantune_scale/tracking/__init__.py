@@ -99,7 +99,7 @@ class Tracking:
             uris.set_client_defaults()
             self._mlflow_name = uris.redact(uri)
             hint = uris.hint(uri)
-            self._mlflow = Background(lambda: _mlflow_recorder(uri, config.experiment, run_dir))
+            self._mlflow = Background(lambda: _mlflow_recorder(uri, config, run_dir))
         self._terminal = Terminal(events_path=self._log.path, mlflow_hint=hint)
         self._lifecycle = Lifecycle(self.close)
 
@@ -114,7 +114,9 @@ class Tracking:
         self.emit("warning", self._step, message=message)
 
 
-def _mlflow_recorder(uri: str, experiment: str, run_dir: Path) -> Recorder:
+def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> Recorder:
     from clantune_scale.tracking.mlflow import MlflowRecorder
 
-    return MlflowRecorder(uri, experiment=experiment, run_dir=run_dir)
+    return MlflowRecorder(
+        uri, experiment=config.experiment, run_dir=run_dir, is_live=True, system_metrics=config.system_metrics
+    )

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from clantune_scale.errors import ClanError
+from clantune_scale.tracking import metrics
 from clantune_scale.tracking import uri as uris
+from clantune_scale.tracking.artifacts import Artifacts
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.events import read_events
 from clantune_scale.tracking.lifecycle import KILLED
+from clantune_scale.tracking.system_metrics import start_monitor
 
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
-_UPLOADED_SUFFIXES = (".json", ".png")  # The weights stay where they are: a tag has their path.
+_SETTINGS = ("config", "topology", "batch", "total_steps", "resumed_from", "start_genome", "tokens_per_sample")
 
 
 class MlflowRecorder:
@@ -33,9 +36,13 @@ class MlflowRecorder:
         uri: tracking URI.
         experiment: name of the experiment, made where it does not exist.
         run_dir: folder of the run; artifacts of a local store go beside it.
+        is_live: whether the run goes on meanwhile: files are refreshed as it goes, not at its end alone.
+        system_metrics: whether this host is monitored while it does.
     """
 
-    def __init__(self, uri: str, *, experiment: str, run_dir: Path) -> None:
+    def __init__(
+        self, uri: str, *, experiment: str, run_dir: Path, is_live: bool = False, system_metrics: bool = False
+    ) -> None:
         uris.set_client_defaults()
         from mlflow import MlflowClient
 
@@ -46,16 +53,23 @@ class MlflowRecorder:
         self._experiment_id = self._find_or_create(experiment, uri)
         self._handlers = {
             "run_start": self._start,
+            "phase_start": self._phase,
             "step": self._step,
             "round_end": self._round,
             "warning": self._warn,
             "run_end": self._end,
         }
+        self._uri = uri
+        self._refreshes, self._monitors_system = is_live, is_live and system_metrics
+        self._artifacts: Artifacts | None = None
+        self._monitor: Any = None
+        self._step_now = 0
         self.parent: str | None = None
         self.children: list[str] = []
 
     def record(self, event: Event) -> None:
         """Sends one event; kinds that MLflow has no place for are left out."""
+        self._step_now = event["step"]
         handler = self._handlers.get(event["kind"])
         if handler is not None:
             handler(event)
@@ -71,55 +85,53 @@ class MlflowRecorder:
     def _start(self, event: Event) -> None:
         tags = {"clantune.run_id": event["run_id"], "clantune.run_dir": str(self._run_dir)}
         tags |= {f"version.{name}": version for name, version in event["versions"].items()}
+        tags |= {f"hardware.{name}": value for name, value in (event.get("hardware") or {}).items()}
+        if event.get("command"):
+            tags["clantune.command"] = event["command"]
         self.parent = self._create(event, event["name"], tags)
-        settings = {key: event[key] for key in ("config", "topology", "batch", "total_steps", "resumed_from")}
+        settings = {key: event[key] for key in _SETTINGS if key in event}
         settings["gene"] = {gene["name"]: gene for gene in event["genes"]}
         self._log_params(self.parent, settings)
         for member, ranks in enumerate(event["member_ranks"]):
             tags = {"mlflow.parentRunId": self.parent, "clantune.member": member, "clantune.ranks": ranks}
             self.children.append(self._create(event, f"{event['name']}/member-{member}", tags))
+        self._artifacts = Artifacts(self._client, self.parent, self._run_dir)
+        if self._monitors_system:
+            self._monitor = start_monitor(self.parent, uri=self._uri, step=lambda: self._step_now)
 
     def _step(self, event: Event) -> None:
-        self._log(self.parent, event, {f"train/{key}": event[key] for key in ("loss", "step_s", "samples")})
+        self._log(self.parent, event, metrics.of_step(event))
+
+    def _phase(self, event: Event) -> None:
+        self._log(self.parent, event, metrics.of_phase(event))
 
     def _round(self, event: Event) -> None:
-        losses = [member["loss"] for member in event["members"] if math.isfinite(member["loss"])]
-        clan = {f"seconds/{part}": seconds for part, seconds in event["seconds"].items()}
-        clan |= {f"consensus/{gene}": value for gene, value in event["consensus"].items()}
-        clan |= {"round": event["round"], "lr_factor": event["lr_factor"], "restored": event["restored"]}
-        if losses:
-            clan |= {"fitness/best": min(losses), "fitness/mean": sum(losses) / len(losses)}
-        self._log(self.parent, event, clan)
+        self._log(self.parent, event, metrics.of_round(event))
         for member, rate in zip(event["members"], event["learning_rates"], strict=True):
-            self._member(event, member, rate)
-
-    def _member(self, event: Event, member: Mapping[str, Any], learning_rate: float) -> None:
-        genome = member["genome"]
-        metrics = {"fitness/loss": member["loss"], "fitness/standard_error": member["standard_error"]}
-        metrics |= {f"gene/{name}": value for name, value in genome["values"].items()}
-        metrics |= {f"step_size/{name}": value for name, value in genome["step_sizes"].items()}
-        metrics |= {"lineage/donor": member["donor"], "learning_rate": learning_rate}
-        tags = {"clantune.donor": member["donor"], "clantune.reason": member["reason"]}
-        self._log(self.children[member["member"]], event, metrics, tags)
+            tags = {"clantune.donor": member["donor"], "clantune.reason": member["reason"]}
+            self._log(self.children[member["member"]], event, metrics.of_member(event, member, rate), tags)
+        if self._refreshes and self._artifacts is not None:
+            self._artifacts.refresh_if_due()
 
     def _warn(self, event: Event) -> None:
         if self.parent is not None:
             self._log(self.parent, event, {}, {"clantune.warning": event["message"]})
 
     def _end(self, event: Event) -> None:
-        if self.parent is None:
+        if self.parent is None or self._artifacts is None:
             return
+        if self._monitor is not None:
+            self._monitor.finish()
         tags = {f"clantune.artifact.{name}": path for name, path in event["artifacts"].items()}
-        metrics = {}
+        found = {}
         if event["champion"] is not None:
             tags["clantune.champion"] = event["champion"]
-            metrics["champion_loss"] = event["champion_loss"]
-        self._log(self.parent, event, metrics, tags)
-        for path in map(Path, event["artifacts"].values()):
-            if path.suffix in _UPLOADED_SUFFIXES and path.is_file():
-                self._client.log_artifact(self.parent, str(path))
+            found["champion_loss"] = event["champion_loss"]
+        self._log(self.parent, event, found, tags)
+        # The status first: a process that is being killed may not get as far as the files.
         for run in (*self.children, self.parent):
             self._client.set_terminated(run, status=event["status"], end_time=_milliseconds(event))
+        self._artifacts.refresh()
 
     def _create(self, event: Event, name: str, tags: Mapping[str, Any]) -> str:
         text = {key: str(value) for key, value in tags.items()}
@@ -127,7 +139,7 @@ class MlflowRecorder:
         return run.info.run_id
 
     def _log(
-        self, run: str | None, event: Event, metrics: Mapping[str, Any], tags: Mapping[str, Any] | None = None
+        self, run: str | None, event: Event, values: Mapping[str, Any], tags: Mapping[str, Any] | None = None
     ) -> None:
         from mlflow.entities import Metric, RunTag
 
@@ -136,7 +148,7 @@ class MlflowRecorder:
         time_ms = _milliseconds(event)
         self._client.log_batch(
             run,
-            metrics=[Metric(key, _chartable(value), time_ms, event["step"]) for key, value in metrics.items()],
+            metrics=[Metric(_key(name), metrics.chartable(of), time_ms, event["step"]) for name, of in values.items()],
             tags=[RunTag(key, str(value)) for key, value in (tags or {}).items()],
             synchronous=True,
         )
@@ -144,7 +156,7 @@ class MlflowRecorder:
     def _log_params(self, run: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in _flat(settings)]
+        params = [Param(_key(key), str(value)[:_MAX_PARAM_LENGTH]) for key, value in _flat(settings)]
         for start in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             self._client.log_batch(run, params=params[start : start + _MAX_PARAMS_PER_BATCH], synchronous=True)
 
@@ -208,9 +220,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _chartable(value: float | None) -> float:
-    # MLflow stores an infinity as 1.8e308, which flattens every chart that it is on.
-    return float(value) if value is not None and math.isfinite(value) else math.nan
+def _key(name: str) -> str:
+    """A name that MLflow takes: a gene's may have characters that a metric's may not."""
+    return re.sub(r"[^\w./ :-]", "_", name)
 
 
 def _milliseconds(event: Event) -> int:

@@ -12,7 +12,7 @@ from clantune_scale.config import ClanConfig
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.events import EventLog
 from clantune_scale.tracking.mlflow import MlflowRecorder, upload
-from tests.tracking import sample_run
+from tests.tracking import sample_run, simulated_run
 
 CONFIG = ClanConfig(population_size=2, genes=["lr", "dropout"])
 
@@ -99,10 +99,49 @@ def test_each_member_is_a_child_with_genes_fitness_and_lineage(uploaded, client)
     assert children[1].data.tags["clantune.donor"] == "0" and children[1].data.tags["clantune.ranks"] == "[2, 3]"
 
 
-def test_pictures_are_uploaded_and_weights_are_not(uploaded, client):
+def artifacts_of(client, run, folder=None):
+    return {artifact.path for artifact in client.list_artifacts(run.info.run_id, folder)}
+
+
+def test_files_are_uploaded_and_weights_are_not(uploaded, client):
     parent, _ = uploaded
-    assert [artifact.path for artifact in client.list_artifacts(parent.info.run_id)] == ["genes.png"]
+    files = {"events.jsonl", "lineage.json", "schedule.json", "report.html", "genes.png", "figures"}
+    assert artifacts_of(client, parent) == files
+    assert "figures/fitness.png" in artifacts_of(client, parent, "figures")
     assert parent.data.tags["clantune.artifact.champion"].endswith("champion.safetensors")
+    assert "clantune.artifacts_error" not in parent.data.tags
+
+
+def test_all_that_a_round_measured_is_a_metric_by_optimizer_step(store, uri, client):
+    run_dir = simulated_run.write(store / "measured", num_rounds=2, num_members=4)
+    parent = client.get_run(upload(run_dir, uri=uri))
+    child = children_of(client, parent)[2]
+    of_child = {"gradient_norm", "drift", "alignment", "strikes", "step_size/dropout", "gene/lr", "learning_rate"}
+    of_parent = {"drift/mean", "drift/largest", "alignment/least", "gradient_norm/mean", "fitness/worst", "samples"}
+    assert of_child <= set(child.data.metrics) and of_parent <= set(parent.data.metrics)
+    assert history(client, child, "strikes") == [(20, 1.0), (40, 1.0)]
+    assert history(client, parent, "strikes/sum") == [(20, 1.0), (40, 1.0)]
+    assert history(client, parent, "lineage/clones") == [(20, 1.0), (40, 1.0)]
+    assert history(client, parent, "tokens") == [(20, 16 * 128 * 20), (40, 16 * 128 * 40)]
+    assert history(client, parent, "throughput/competitive_samples_per_s") == [(20, 128.0), (40, 128.0)]
+    assert history(client, parent, "straggler/seconds") == [(20, 0.0), (40, 0.5)]
+
+
+def test_a_genes_name_that_mlflow_refuses_is_spelt_so_that_it_takes_it(store, uri, client):
+    run_dir = simulated_run.write(store / "named", num_rounds=1, num_members=4)
+    path = run_dir / "events.jsonl"
+    path.write_text(path.read_text().replace('"dropout"', '"dröp,out(1)"'))
+    parent = client.get_run(upload(run_dir, uri=uri))
+    assert "consensus/dröp_out_1_" in parent.data.metrics
+
+
+def test_phases_are_a_wave_over_the_steps(store, uri, client):
+    recording = Recording(store / "phases")
+    recording.emit("run_start", 0, **sample_run.start(CONFIG))
+    for step, phase in ((0, "cooperative"), (8, "competitive")):
+        recording.emit("phase_start", step, round=0, phase=phase, num_steps=8)
+    parent = client.get_run(upload(store / "phases", uri=uri))
+    assert history(client, parent, "phase/competitive") == [(0, 0.0), (8, 1.0)]
 
 
 def test_times_are_those_of_the_events(uploaded):
