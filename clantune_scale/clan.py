@@ -93,6 +93,7 @@ class Clan:
         self._kept: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
+        self._has_new_plans = False
         self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Stopwatch()
         self._probe = GradientProbe()
         self.recorder = Recorder(self)
@@ -131,6 +132,7 @@ class Clan:
             self._averages.restart()
         self.fitness = self.measure(averages=False)
         self.population = self.strategy.init(self.fitness)
+        self._regroup(0, None)
         if self.strategy.guards:
             self._kept = Snapshot(self.state())
         self.recorder.start(self)
@@ -179,9 +181,10 @@ class Clan:
         if self.strategy.guards and not decision.restore:
             self._kept = Snapshot(self.state())
         self.population = decision.population
+        self._regroup(plan.index + 1, measured.teams)
         self._clock.lap("transfer")
         self.recorder.round_end(self, plan, measured, decision, figures, self._clock.empty(), self._batches.compare())
-        self._follow_accumulation()
+        self._follow_plans()
 
     def _begin_phase(self) -> None:
         """Expresses what the phase that comes lets members express."""
@@ -194,7 +197,7 @@ class Clan:
         self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
         if phase.kind is PhaseKind.COOPERATIVE:
             self._agree_on_loss_scale()
-        self._batches.begin(phase.kind)
+        self._batches.begin(phase)
         self._probe.is_active = position.ends_phase
         self.recorder.phase_start(self, position)
 
@@ -268,9 +271,18 @@ class Clan:
         """[members] micro-batches per step in such a phase, as far as it is decided today."""
         return [self._expression.accumulation(values) for values in self.values(kind)]
 
-    def _follow_accumulation(self) -> None:
-        if self._loader is not None and any(gene.target == "accumulation" for gene in self.genes):
+    def _regroup(self, index: int, before: tuple[int, ...] | None) -> None:
+        """From round ``index`` on, the teams are the population's; they were ``before``."""
+        if self.population.teams != before:
+            self.phases.regroup(index, self.population.teams)
+            self._has_new_plans = True
+
+    def _follow_plans(self) -> None:
+        """Batches that were prefetched for plans that no longer hold are dropped."""
+        moves_batch = any(gene.target == "accumulation" for gene in self.genes)
+        if self._loader is not None and (moves_batch or self._has_new_plans):
             self._loader.replan()
+        self._has_new_plans = False
 
     def evaluate(
         self, dataset: Dataset, *, num_samples: int | None = None, collate_fn: Callable | None = None

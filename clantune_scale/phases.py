@@ -38,6 +38,11 @@ class PhaseManager:
             return (member,)
         return tuple(other for other, team in enumerate(teams) if team == teams[member])
 
+    def regroup(self, index: int, teams: tuple[int, ...] | None) -> None:
+        """From round ``index`` on, which has not begun, members compete in ``teams``."""
+        self.clock.regroup(index, teams)
+        self.position = self.clock.at(self.position.step)
+
     def advance(self) -> Position:
         """Moves on by one optimizer step; returns the position that was just completed."""
         completed = self.position

@@ -230,6 +230,7 @@ class ReferenceClan:
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
         self.decisions.append(decision)
         if decision is None:
+            self._last_good = self._save()
             return
         if decision.restore:
             self._load(self._last_good)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.groups import Column
 from clantune_scale.transfer.state import bytes_digest
 
@@ -82,9 +82,9 @@ class BatchWatch:
         self._seen: list[list[Any]] = []
         self._has_warned: set[str] = set()
 
-    def begin(self, kind: PhaseKind) -> None:
-        """A phase begins: its first batch is the next one."""
-        self._pending = kind
+    def begin(self, phase: Phase) -> None:
+        """A phase begins: its first batch is the next one. Teams share out their data and are not looked at."""
+        self._pending = phase.kind if phase.teams is None else None
 
     def on_batch(self, args: tuple, kwargs: dict) -> None:
         """Sees the arguments of a training forward pass."""

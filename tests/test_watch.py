@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clantune_scale import world
-from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.watch import BatchWatch, LossMeter
 from tests.ranks import run_ranks
 
@@ -57,7 +57,7 @@ def seen_by(phases: list[tuple[PhaseKind, list]]) -> list:
     column.gather_json = lambda value: recorded.extend(value) or [value, value]
     watch = BatchWatch(column)
     for kind, args in phases:
-        watch.begin(kind)
+        watch.begin(Phase(kind, 1))
         watch.on_batch(*args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ def batch_of(value: float) -> list:
 def test_data_that_does_not_follow_the_phase_is_complained_of(phases, complaint):
     watch = BatchWatch(FakeColumn(seen_by([(kind, batch_of(other)) for kind, _, other in phases])))
     for kind, mine, _ in phases:
-        watch.begin(kind)
+        watch.begin(Phase(kind, 1))
         watch.on_batch(*batch_of(mine))
     if complaint is None:
         assert watch.compare() == []
@@ -99,7 +99,7 @@ def test_one_element_anywhere_makes_batches_different(place):
     changed = {"args": other[0][0], "nested in args": other[0][1][0], "kwargs": other[1]["mask"]["inner"]}[place]
     changed[1, 2] = 0
     watch = BatchWatch(FakeColumn(seen_by([(COMPETE, other)])))
-    watch.begin(COMPETE)
+    watch.begin(Phase(COMPETE, 1))
     watch.on_batch(*mine)
     with pytest.warns(UserWarning, match="different data"):
         watch.compare()
@@ -108,12 +108,12 @@ def test_one_element_anywhere_makes_batches_different(place):
 def test_only_the_first_batch_of_a_phase_counts_and_each_complaint_is_made_once():
     watch = BatchWatch(FakeColumn(seen_by([(COMPETE, batch_of(1.0))])))
     watch.on_batch(*batch_of(9.0))  # no phase has begun
-    watch.begin(COMPETE)
+    watch.begin(Phase(COMPETE, 1))
     watch.on_batch(*batch_of(1.0))
     watch.on_batch(*batch_of(2.0))
     assert watch.compare() == []
     for number in range(2):
-        watch.begin(COMPETE)
+        watch.begin(Phase(COMPETE, 1))
         watch.on_batch(*batch_of(2.0))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -125,7 +125,7 @@ def _watch_in_column():
     watch = BatchWatch(clan.column)
     said = []
     for mine in ((0.0, 1.0, 2.0), (0.0, 5.0, 5.0)):
-        watch.begin(COOPERATE)
+        watch.begin(Phase(COOPERATE, 1))
         watch.on_batch((torch.full((4,), mine[clan.member]),), {})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
