@@ -11,9 +11,10 @@ from clantune_scale.core.strategies.clan import Clan
 from clantune_scale.core.strategies.classic import Classic
 from clantune_scale.core.strategies.control import Control
 from clantune_scale.core.strategies.options import read_options, remedy
+from clantune_scale.core.strategies.pbt import PBT
 from clantune_scale.errors import ConfigError
 
-STRATEGIES: dict[str, type[Strategy]] = {"clan": Clan, "classic": Classic, "control": Control}
+STRATEGIES: dict[str, type[Strategy]] = {"clan": Clan, "classic": Classic, "pbt": PBT, "control": Control}
 
 __all__ = ["STRATEGIES", "Decision", "Population", "RunFacts", "Strategy", "build", "strategy_class"]
 

@@ -41,6 +41,11 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             choices = ", ".join(repr(choice) for choice in get_args(hint))
             raise ConfigError(f"option {where} is {value!r}. Choose from: {choices}.")
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"option {where} is {value!r}, a {type(value).__name__}. Give a list.")
+        item_hint = get_args(hint)[0]
+        return tuple(_typed(item, item_hint, f"{where}[{index}]") for index, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

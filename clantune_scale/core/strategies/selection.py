@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -62,7 +62,7 @@ def tournament(fitness: Fitness, size: float, seed: int, round_: int) -> tuple[i
         rivals = [int(draw * population) for draw in draws]
         winner = min([member, *rivals], key=lambda m: (mean[m], m != member, m))
         beaten_by[member] = winner if fitness.is_finite[winner] else best
-    return tuple(_root(member, beaten_by) for member in range(population))
+    return tuple(root(member, beaten_by) for member in range(population))
 
 
 def rank(fitness: Fitness, pressure: float, seed: int, round_: int) -> tuple[int, ...]:
@@ -89,7 +89,8 @@ def boltzmann(fitness: Fitness, temperature: float, seed: int, round_: int) -> t
     return _resample(weights, order, mutation.uniform(seed, round_, mutation.CLAN, "boltzmann"))
 
 
-def _root(member: int, beaten_by: list[int]) -> int:
+def root(member: int, beaten_by: Sequence[int]) -> int:
+    """The member at the end of a chain of takers: whose state ``member`` ends up with."""
     while beaten_by[member] != member:
         member = beaten_by[member]
     return member
