@@ -1,0 +1,13 @@
+"""The fast twin: many clans on one problem as one tensor program, decided by the same strategies.
+
+:class:`~clantune_scale.reference.ReferenceClan` trains one member after another and takes any module; here
+all members of all clans are rows of the same tensors, and a run of a small model takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+from clantune_scale.batched.clans import BatchedClans, Clan
+from clantune_scale.batched.model import BatchedModel, Settings, vectorized
+from clantune_scale.batched.optimizers import OPTIMIZERS, AdamW, Momentum
+
+__all__ = ["OPTIMIZERS", "AdamW", "BatchedClans", "BatchedModel", "Clan", "Momentum", "Settings", "vectorized"]

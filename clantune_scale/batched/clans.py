@@ -1,0 +1,215 @@
+"""The clan's loop over many clans at once; :mod:`clantune_scale.reference` says the same slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from clantune_scale.batched.expression import Expressed, Values
+from clantune_scale.batched.feed import Feed, Reading
+from clantune_scale.batched.model import BatchedModel, Settings, Tensors
+from clantune_scale.batched.optimizers import OPTIMIZERS
+from clantune_scale.batched.sharing import Sharing, clip
+from clantune_scale.batched.state import Layout, State
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.lineage import Lineage, RoundRecord
+from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
+from clantune_scale.core.strategies.base import Decision, Population, Strategy
+from clantune_scale.errors import ConfigError
+
+
+@dataclass
+class Clan:
+    """One clan of a batch: who decides, and what was decided.
+
+    Attributes:
+        strategy: its own, with the run's facts.
+        settings: what its user configured.
+        seed: of its initial weights and its data.
+        population: the genomes in effect and the strategy's memory.
+        clock: its rounds.
+        lineage: the rounds so far.
+        decisions: one per round, None where nothing evolved.
+        num_trained: samples whose gradient was computed, over all members.
+        num_evaluated: examples whose loss was computed for decisions, over all members.
+    """
+
+    strategy: Strategy
+    settings: Settings
+    seed: int
+    population: Population
+    clock: RoundClock
+    lineage: Lineage = field(default_factory=Lineage)
+    decisions: list[Decision | None] = field(default_factory=list)
+    num_trained: int = 0
+    num_evaluated: int = 0
+
+
+class BatchedClans:
+    """Independent clans of one size on one model, in step.
+
+    All clans share the lengths of their rounds, because plans are pure functions of the step; give them
+    strategies of one kind and equal options. Seeds, settings, genomes, decisions and teams are each clan's own.
+
+    Args:
+        model: loss and data.
+        strategies: [clans].
+        settings: [clans], with one optimizer.
+        seeds: [clans], of initial weights and data.
+        num_eval_batches: batches that the common window is cut into.
+        dtype: of weights and optimizer state.
+
+    Attributes:
+        clans: [clans], their decisions so far.
+        num_steps: optimizer steps done.
+        state: of all members.
+
+    Raises:
+        ConfigError: if clans differ in size or optimizer, or a batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        model: BatchedModel,
+        *,
+        strategies: Sequence[Strategy],
+        settings: Sequence[Settings],
+        seeds: Sequence[int],
+        num_eval_batches: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.num_members = _shared({strategy.facts.population_size for strategy in strategies}, "population sizes")
+        self._rule = OPTIMIZERS[_shared({own.optimizer for own in settings}, "optimizers")]
+        if model.batch_size % self.num_members:
+            raise ConfigError(
+                f"a batch of {model.batch_size} samples cannot be shared out evenly by {self.num_members} members. "
+                f"Choose a population size that divides it."
+            )
+        self._model, self._num_eval_batches = model, num_eval_batches
+        self._micro_batch = model.batch_size // self.num_members
+        initial = {seed: model.init(seed) for seed in set(seeds)}
+        self._layout = Layout([parameter.shape for parameter in initial[seeds[0]]])
+        rows = torch.stack([self._layout.flatten(initial[seed]) for seed in seeds]).to(dtype)
+        self.state = State.initial(rows, self.num_members, self._rule.slots)
+        self._leaves = [view.detach().requires_grad_() for view in self._layout.views(self.state.weights)]
+        self._feed = Feed(model, seeds, self.num_members)
+        self.num_steps = 0
+        starts = self._losses(averaged=False)
+        self.clans = [
+            Clan(strategy, own, seed, strategy.init(start), RoundClock(strategy.plan))
+            for strategy, own, seed, start in zip(strategies, settings, seeds, starts, strict=True)
+        ]
+        for clan in self.clans:
+            clan.clock.regroup(0, clan.population.teams)
+        self._before_phase: State | None = None
+        self._last_good = self.state.save() if any(strategy.guards for strategy in strategies) else None
+
+    def run(self, num_steps: int) -> None:
+        """Trains on for ``num_steps`` optimizer steps."""
+        for _ in range(num_steps):
+            self.step()
+
+    def step(self) -> None:
+        """One optimizer step of every member of every clan, and the round's end where it falls."""
+        position = self.clans[0].clock.at(self.num_steps)
+        if position.starts_phase:
+            self._begin_phase(position)
+        hyper = self._expressed.at(self.num_steps)
+        gradient = clip(self._gradient(), hyper["clip"])
+        self._rule.update(self.state, gradient, hyper)
+        self.num_steps += 1
+        for clan, num_samples in zip(self.clans, self._reading.num_samples, strict=True):
+            clan.num_trained += num_samples
+        if position.plan.averages:
+            window = position.plan.averaging_window_steps
+            self.state.update_average(1.0 / max(1.0, min(0.9 * self.num_steps, window)))
+        if position.ends_round:
+            self._end_round(position.plan)
+
+    def evaluate(self, *, averaged: bool = False) -> list[Fitness]:
+        """[clans]: losses on the common window, of averaged weights or of those that train."""
+        return self._losses(averaged=averaged)
+
+    @torch.no_grad()
+    def losses_on(self, examples: Tensors, *, averaged: bool = False, chunk: int = 256) -> torch.Tensor:
+        """[clans, members, examples]: losses on tensors [examples, ...], without what is random in training."""
+        rows = self.state.average if averaged else self.state.weights
+        parameters, count = self._layout.views(rows), len(rows) * self.num_members
+        parts = [
+            self._model.losses(parameters, [column.expand(count, *column.shape) for column in columns], {})
+            for columns in zip(*(tensor.split(chunk) for tensor in examples), strict=True)
+        ]
+        return torch.cat(parts, dim=1).unflatten(0, (-1, self.num_members))
+
+    def _losses(self, *, averaged: bool) -> list[Fitness]:
+        losses = self.losses_on(self._model.validation, averaged=averaged).double()
+        batches = torch.stack([part.mean(dim=-1) for part in losses.tensor_split(self._num_eval_batches, dim=-1)], -1)
+        return [Fitness.from_losses(own) for own in batches.numpy()]
+
+    def _begin_phase(self, position: Position) -> None:
+        plan, clock = position.plan, self.clans[0].clock
+        if position.starts_round and plan.averages and plan.index and not clock.round(plan.index - 1).averages:
+            self.state.update_average(1.0)  # an average that stood still for a round begins anew
+        if not position.phase.keeps and self._before_phase is None:
+            self._before_phase = self.state.save()
+        phases = [clan.clock.at(self.num_steps).phase for clan in self.clans]
+        values = [
+            Values.of(clan.strategy.facts.genes, clan.population.genomes, clan.settings, phase.kind)
+            for clan, phase in zip(self.clans, phases, strict=True)
+        ]
+        self._expressed = Expressed(
+            values,
+            [clan.settings for clan in self.clans],
+            [clan.strategy for clan in self.clans],
+            dtype=self.state.weights.dtype,
+        )
+        counts = [own.micro_batches for own in values]
+        self._reading = Reading.of(phases, counts, self._micro_batch, self.num_members)
+        self._sharing = Sharing.of(phases, self.num_members)
+
+    def _gradient(self) -> torch.Tensor:
+        """[clans, members or 1, size]: what each member applies, its own gradient or its team's mean."""
+        losses = self._model.losses(self._leaves, self._feed.read(self.num_steps, self._reading), self._expressed.knobs)
+        shares = self._reading.shares
+        total = losses.mean(dim=1).sum() if shares is None else (losses * shares.to(losses.dtype)).sum()
+        return self._sharing.shared(torch.autograd.grad(total, self._leaves))
+
+    def _end_round(self, plan: RoundPlan) -> None:
+        """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
+        fitness = self.evaluate(averaged=plan.averages)
+        if self._before_phase is not None:
+            self.state.load(self._before_phase, torch.ones(len(self.clans), dtype=torch.bool))
+            self._before_phase = None
+        for clan, own in zip(self.clans, fitness, strict=True):
+            decision = clan.strategy.evolve(clan.population, plan, own) if plan.evolves else None
+            clan.lineage.append(RoundRecord.of(plan, clan.population.genomes, own, decision))
+            clan.decisions.append(decision)
+        if plan.evolves:
+            self._apply(plan, [clan.decisions[-1] for clan in self.clans])
+
+    def _apply(self, plan: RoundPlan, decisions: Sequence[Decision]) -> None:
+        """Carries out what the clans decided."""
+        restores = torch.tensor([decision.restore for decision in decisions])
+        if self._last_good is not None and bool(restores.any()):
+            self.state.load(self._last_good, restores)
+        self.state.transfer(torch.tensor([decision.donors for decision in decisions]))
+        mixes = torch.tensor([decision.average is not None for decision in decisions])
+        if bool(mixes.any()):
+            alone = (1.0, *[0.0] * (self.num_members - 1))
+            weights = torch.tensor([decision.average or alone for decision in decisions], dtype=torch.float64)
+            self.state.mix(weights.to(self.state.weights.dtype), mixes)
+        if self._last_good is not None and not bool(restores.all()):
+            self._last_good.load(self.state, ~restores)
+        for clan, decision in zip(self.clans, decisions, strict=True):
+            clan.population = decision.population
+            clan.num_evaluated += len(self._model.validation[0]) * self.num_members
+            clan.clock.regroup(plan.index + 1, clan.population.teams)
+
+
+def _shared(values: set, what: str) -> object:
+    """The one value in ``values``."""
+    if len(values) != 1:
+        raise ConfigError(f"clans of one batch have {what} {sorted(values)}. Put those that differ into batches apart.")
+    return values.pop()

@@ -1,0 +1,111 @@
+"""From genomes to hyperparameters of all members of all clans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clantune_scale.batched.model import Settings
+from clantune_scale.batched.optimizers import OPTIMIZERS
+from clantune_scale.core.consensus import consensus
+from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.core.strategies.base import Strategy
+from clantune_scale.errors import ConfigError
+
+_BEYOND_THE_OPTIMIZER = ("clip",)
+
+
+@dataclass(frozen=True)
+class Values:
+    """What one clan's members are given in a phase.
+
+    Attributes:
+        scalars: [members], by target, before schedules.
+        micro_batches: [members] of a step.
+    """
+
+    scalars: tuple[Mapping[str, float], ...]
+    micro_batches: tuple[int, ...]
+
+    @classmethod
+    def of(cls, genes: Sequence[Gene], genomes: Sequence[Genome], settings: Settings, kind: PhaseKind) -> Values:
+        """Every gene's own value, but the clan's for specialized genes while it cooperates.
+
+        Raises:
+            ConfigError: for a gene that belongs to some parameter groups only, or sets what is not there.
+        """
+        shared = {}
+        if kind is PhaseKind.COOPERATIVE:
+            shared = consensus(genomes, [gene for gene in genes if gene.kind == "specialized"])
+        members = tuple(_scalars(genes, dict(genome.values) | shared, settings.base()) for genome in genomes)
+        return cls(members, tuple(round(scalars["accumulation"]) for scalars in members))
+
+
+class Expressed:
+    """A phase's hyperparameters as tensors.
+
+    Args:
+        values: [clans], with the same targets.
+        settings: [clans].
+        strategies: [clans].
+        dtype: of the knobs.
+
+    Attributes:
+        knobs: [clans x members] each, by target: what the model itself takes.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[Values],
+        settings: Sequence[Settings],
+        strategies: Sequence[Strategy],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._settings, self._strategies = settings, strategies
+        rule = OPTIMIZERS[settings[0].optimizer]
+        targets = ("lr", "weight_decay", *rule.defaults, *_BEYOND_THE_OPTIMIZER)
+        self._hyper = {target: _column(values, target) for target in targets}
+        names = [name for name in values[0].scalars[0] if name not in (*targets, "accumulation")]
+        self.knobs = {name: _table(values, name).flatten().to(dtype) for name in names}
+
+    def at(self, step: int) -> dict[str, torch.Tensor]:
+        """[clans, members or 1, 1] float64 each, by name: what the update of that step takes."""
+        return {**self._hyper, "lr": self._hyper["lr"] * self._factors(step)}
+
+    def _factors(self, step: int) -> torch.Tensor:
+        """[clans, 1, 1]: what schedules and the strategies' decay make of every learning rate."""
+        scheduled = {schedule: schedule(step) for schedule in {own.schedule for own in self._settings}}
+        return torch.tensor(
+            [
+                scheduled[own.schedule] * strategy.lr_factor(step)
+                for own, strategy in zip(self._settings, self._strategies, strict=True)
+            ],
+            dtype=torch.float64,
+        ).view(-1, 1, 1)
+
+
+def _scalars(genes: Sequence[Gene], values: Mapping[str, float], base: dict[str, float]) -> dict[str, float]:
+    for gene in genes:
+        if gene.groups is not None or gene.target not in base:
+            raise ConfigError(
+                f"gene {gene.name!r} sets {gene.target!r} in groups {gene.groups}, and batched clans have one parameter "
+                f"group and {', '.join(base)}. Name one of these, without groups."
+            )
+        value = values[gene.name] * base[gene.target] if gene.relative else values[gene.name]
+        base[gene.target] = gene.expressed(value)
+    return base
+
+
+def _table(values: Sequence[Values], target: str) -> torch.Tensor:
+    """[clans, members] float64"""
+    return torch.tensor([[scalars[target] for scalars in own.scalars] for own in values], dtype=torch.float64)
+
+
+def _column(values: Sequence[Values], target: str) -> torch.Tensor:
+    """[clans, members, 1], or [clans, 1, 1] where no clan's members differ."""
+    table = _table(values, target).unsqueeze(-1)
+    return table[:, :1] if bool((table == table[:, :1]).all()) else table
