@@ -10,11 +10,18 @@ from clantune_scale.core.strategies.base import Decision, Population, RunFacts, 
 from clantune_scale.core.strategies.clan import Clan
 from clantune_scale.core.strategies.classic import Classic
 from clantune_scale.core.strategies.control import Control
+from clantune_scale.core.strategies.hdet import HDET
 from clantune_scale.core.strategies.options import read_options, remedy
 from clantune_scale.core.strategies.pbt import PBT
 from clantune_scale.errors import ConfigError
 
-STRATEGIES: dict[str, type[Strategy]] = {"clan": Clan, "classic": Classic, "pbt": PBT, "control": Control}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "clan": Clan,
+    "classic": Classic,
+    "pbt": PBT,
+    "hdet": HDET,
+    "control": Control,
+}
 
 __all__ = ["STRATEGIES", "Decision", "Population", "RunFacts", "Strategy", "build", "strategy_class"]
 
