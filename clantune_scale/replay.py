@@ -1,4 +1,4 @@
-"""Replaying a schedule in a run without a clan: a scheduler for PyTorch and DeepSpeed, and what is set between steps."""
+"""Replaying a schedule in a run without a clan: a scheduler for PyTorch and DeepSpeed, and genes between steps."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.cli.calls import call
 from tests.cli.finished_run import finished_run
 
-__all__ = ["finished_run"]
+__all__ = ["call", "finished_run"]

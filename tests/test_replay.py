@@ -138,7 +138,8 @@ def _replay(rank: int, config: dict, schedule_json: str) -> torch.Tensor:
 def _distances(genes: dict, directory: str, **block: Any) -> tuple[float, float]:
     """How far from the champion the replay ends, and a run without the schedule, as shares of the champion's way."""
     config = ds_config(1, clip=0.5)
-    results = run_ranks(4, in_member_worlds, _clan, clan_config(directory, config, genes=genes, population_size=4, **block))
+    clan = clan_config(directory, config, genes=genes, population_size=4, **block)
+    results = run_ranks(4, in_member_worlds, _clan, clan)
     events = read_events(os.path.join(results[0][0], "events.jsonl"))
     schedule = schedule_from_events(events)
     assert schedule.num_steps == NUM_STEPS

@@ -108,9 +108,11 @@ def _record(event: Event) -> RoundRecord:
 
 
 def _phase(plain: Mapping[str, Any]) -> Phase:
-    return Phase(
-        PhaseKind(plain["kind"]), plain["num_steps"], plain.get("keeps", True), plain.get("batch_factor", 1)
-    )
+    known = {key: value for key, value in plain.items() if key in Phase.__dataclass_fields__}
+    teams = known.pop("teams", None)
+    # Phases had no teams at first.
+    given = {"teams": tuple(teams)} if teams is not None else {}
+    return Phase(**{**known, **given, "kind": PhaseKind(plain["kind"])})
 
 
 def _finite(loss: float | None) -> float | None:

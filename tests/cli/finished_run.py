@@ -44,7 +44,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Two members of one rank, 40 steps, rounds of both kinds, a final decay."""
     parent = tmp_path_factory.mktemp("runs")
     config = clan_config(
-        parent, ds_config(1, clip=0.5), genes=GENES, duty_cycle=0.4, total_steps=NUM_STEPS, checkpoint={"champion": True}
+        parent,
+        ds_config(1, clip=0.5),
+        genes=GENES,
+        duty_cycle=0.4,
+        total_steps=NUM_STEPS,
+        checkpoint={"champion": True},
     )
     os.environ.setdefault("MPLBACKEND", "agg")
     folder, lineage = run_ranks(2, in_member_worlds, _job, config)[0]

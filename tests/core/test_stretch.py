@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from clantune_scale.core.schedule import ClanSchedule, Segment
@@ -23,7 +25,7 @@ def test_a_segment_of_less_than_half_a_step_vanishes_without_a_gap():
     shorter = stretched(SCHEDULE, num_steps=4)
     ends = [(s.start_step, s.end_step) for s in shorter.segments]
     assert ends[0][0] == 0 and ends[-1][1] == 4
-    assert all(before[1] == after[0] for before, after in zip(ends, ends[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(ends))
     assert len(ends) == 2
 
 

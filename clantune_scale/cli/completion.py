@@ -1,0 +1,43 @@
+"""``clantune completion``: what a shell needs to complete our commands, by argcomplete."""
+
+from __future__ import annotations
+
+import argparse
+
+from clantune_scale.cli.command import Answer, Command
+from clantune_scale.errors import ClanError
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answers the shell where it is the one that asks; without argcomplete nobody asks."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    argcomplete.autocomplete(parser)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    try:
+        import argcomplete
+    except ImportError as error:
+        raise ClanError(
+            "completion is argcomplete's, which is not installed. Run `pip install 'clantune-scale[completion]'`."
+        ) from error
+    code = argcomplete.shellcode(["clantune"], shell=arguments.shell)
+    return Answer(code, {"shell": arguments.shell, "code": code})
+
+
+COMMAND = Command(
+    name="completion",
+    summary="print what makes a shell complete clantune's commands",
+    description="Prints shell code that completes clantune's commands and options.",
+    examples="""  eval "$(clantune completion bash)"     # in ~/.bashrc
+  clantune completion fish > ~/.config/fish/completions/clantune.fish""",
+    add_arguments=_add_arguments,
+    run=_run,
+)

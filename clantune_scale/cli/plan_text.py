@@ -1,0 +1,96 @@
+"""A plan in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_PARTS = ("weights", "gradients", "masters", "moments", "average", "device", "host")
+
+
+def describe(data: dict[str, Any]) -> str:
+    """The plan's data as a page of text."""
+    lines = [data["ranks"], data["batch"], f"{data['parameters']:,} trainable parameters, ZeRO {data['zero_stage']}"]
+    lines += ["", *_memory(data["memory"]), "", *_traffic(data["traffic"]), "", *_cost(data)]
+    if "budget" in data:
+        lines += ["", *_budget(data["budget"])]
+    return "\n".join([*lines, *(f"warning: {text}" for text in data["warnings"])])
+
+
+def amount(number: float) -> str:
+    """Bytes with a unit, in powers of 1,000, as vendors count."""
+    size, unit = float(number), 0
+    while abs(size) >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.0f} {_UNITS[unit]}" if unit == 0 else f"{size:.3g} {_UNITS[unit]}"
+
+
+def _memory(memory: dict[str, Any]) -> Iterator[str]:
+    clan, plain = memory["clan"], memory["plain"]
+    yield f"{'memory of a rank':<22}{'clan':>10}{'plain':>10}"
+    for part in _PARTS:
+        name = {"device": "= on the device", "host": "copies on the host"}.get(part, part)
+        yield f"  {name:<20}{amount(clan[part]):>10}{amount(plain[part]):>10}"
+    more = clan["device"] - plain["device"]
+    yield (
+        f"  The price: state is sharded over a member's ranks and not over all of them, {amount(more)} more on each "
+        f"device ({100 * more / plain['device']:.0f} %)."
+    )
+    limit = memory["device_limit"]
+    if limit is not None and clan["device"] > limit:
+        yield f"  It does not fit: a device has {amount(limit)}. Use fewer members, a higher ZeRO stage or more ranks."
+
+
+def _traffic(traffic: dict[str, Any]) -> Iterator[str]:
+    yield f"{'bytes of a member':<26}{'inside it':>12}{'out of it':>12}"
+    for name, part in traffic.items():
+        inside, crossing = amount(part["inside_bytes"]), amount(part["crossing_bytes"])
+        yield f"  {name.replace('_', ' '):<24}{inside:>12}{crossing:>12}"
+
+
+def _cost(data: dict[str, Any]) -> Iterator[str]:
+    cost = data["cost"]
+    yield (
+        f"{cost['num_steps']:,} steps in {cost['num_rounds']:,} rounds, {cost['competitive_steps']:,} competitive, "
+        f"{cost['undone_steps']:,} rolled back"
+    )
+    tokens = data["unique_tokens_lost"]
+    of_tokens = f" ({tokens:,} tokens)" if tokens is not None else ""
+    lost = cost["samples"] - cost["unique_samples"]
+    share = f"{cost['sample_loss_percent']:.2f} %"
+    yield f"samples that are not new or not kept: {lost:,} of {cost['samples']:,}, {share}{of_tokens}"
+    if cost["seconds"] is None:
+        yield "no seconds: give --hardware with --tokens-per-sample, or --measured RUN"
+        return
+    parts = ", ".join(f"{part} {seconds:,.1f}" for part, seconds in cost["seconds"].items())
+    yield f"seconds: {parts}; plain data parallelism {cost['plain_seconds']:,.1f}"
+    yield f"overhead: {cost['time_percent']:.2f} % more time for the same steps, {_overhead(cost)} per new sample"
+    yield f"seconds are from {_source(data)}"
+
+
+def _overhead(cost: dict[str, Any]) -> str:
+    return "no end" if cost["overhead_percent"] is None else f"{cost['overhead_percent']:.2f} %"
+
+
+def _source(data: dict[str, Any]) -> str:
+    if data["measured"]:
+        return f"{data['measured']['num_rounds']} rounds of a run that was measured"
+    hardware = data["hardware"]
+    return (
+        f"{hardware['source']}; assumed: {hardware['compute_share']:.0%} of the compute and "
+        f"{hardware['link_share']:.0%} of the links are reached"
+    )
+
+
+def _budget(budget: dict[str, Any]) -> Iterator[str]:
+    if not budget["fits"]:
+        yield f"nothing fits {budget['percent']:g} %: lengthen round_length, or take fewer fitness.num_samples"
+        return
+    yield f"settings within {budget['percent']:g} %:"
+    yield f"  {'population_size':>15}{'duty_cycle':>12}{'overhead':>10}{'a device':>10}"
+    for row in budget["fits"]:
+        yield (
+            f"  {row['population_size']:>15}{row['duty_cycle']:>12g}{row['overhead_percent']:>8.2f} %"
+            f"{amount(row['device_bytes']):>10}"
+        )

@@ -1,0 +1,115 @@
+"""``clantune validate``: everything that can be known of a run without GPUs, all errors at once."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from clantune_scale.cli.command import Answer, Command
+from clantune_scale.cli.model_arguments import add_config_arguments, read_config, read_model
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import RoundClock
+from clantune_scale.ds_rules import dtype_of, zero_stage
+from clantune_scale.errors import ClanError
+from clantune_scale.preflight import Preflight, preflight
+from clantune_scale.topology import Topology
+
+_SHOWN_MEMBERS = 4
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--strict", action="store_true", help="count warnings as errors")
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    ds_config = read_config(arguments)
+    model, unusable = None, None
+    try:
+        model = read_model(arguments)
+    except ClanError as error:
+        unusable = str(error)
+    found = preflight(ds_config, world_size=arguments.world_size, model=model)
+    if unusable:
+        found.errors.append(unusable)
+    errors = found.errors + (found.warnings if arguments.strict else [])
+    return Answer(_text(found), _data(found, is_valid=not errors), exit_code=1 if errors else 0)
+
+
+def _text(found: Preflight) -> str:
+    lines = [f"{name:<9} {line}" for name, line in _facts(found)]
+    lines += [f"warning: {text}" for text in found.warnings]
+    lines += [f"error: {text}" for text in found.errors]
+    counts = [(len(found.errors), "error"), (len(found.warnings), "warning")]
+    lines.append(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
+    return "\n".join(lines)
+
+
+def _facts(found: Preflight) -> list[tuple[str, str]]:
+    facts = [("engine", f"ZeRO {zero_stage(found.ds_config)}, {dtype_of(found.ds_config)}")]
+    if found.topology:
+        facts.append(("topology", found.topology.describe()))
+        facts += [("", line) for line in _groups(found.topology)]
+    if found.batch:
+        facts.append(("batch", found.batch.describe()))
+    facts += [("gene", _gene(gene)) for gene in found.genes or ()]
+    if found.strategy and found.block:
+        first = RoundClock(found.strategy.plan).round(0)
+        phases = ", ".join(f"{phase.num_steps} {phase.kind.value}" for phase in first.phases)
+        facts.append(("strategy", f"{found.block.strategy.name}; the first round: {phases} steps"))
+    return facts
+
+
+def _groups(topology: Topology) -> list[str]:
+    """The ranks of the first members and columns, and of the group that averages gradients."""
+    shown = range(min(topology.population_size, _SHOWN_MEMBERS))
+    members = [f"member {m}: ranks {_span(topology.member_ranks(m))}" for m in shown]
+    more = topology.population_size - len(members)
+    lines = members + [f"and {more} more members"] * bool(more)
+    lines.append(f"column 0 of {topology.member_size}: ranks {_span(topology.column_ranks(0))}")
+    return [*lines, f"gradients are averaged over {len(topology.gradient_ranks(0))} ranks"]
+
+
+def _span(ranks: list[int]) -> str:
+    is_block = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
+    if is_block:
+        return f"{ranks[0]} to {ranks[-1]}"
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+def _gene(gene: Gene) -> str:
+    low, high = gene.bounds
+    groups = f" on {', '.join(gene.groups)}" if gene.groups else ""
+    mode = "relative" if gene.relative else "absolute"
+    return f"{gene.name}{groups}: {gene.kind}, {mode}, {low:g} to {high:g} ({gene.scale}), starts at {gene.initial:g}"
+
+
+def _data(found: Preflight, *, is_valid: bool) -> dict[str, Any]:
+    topology = found.topology
+    return {
+        "valid": is_valid,
+        "errors": found.errors,
+        "warnings": found.warnings,
+        "topology": topology and {**asdict(topology), "world_size": topology.world_size},
+        "members": topology and [topology.member_ranks(m) for m in range(topology.population_size)],
+        "batch": found.batch and asdict(found.batch),
+        "genes": found.genes and [asdict(gene) for gene in found.genes],
+    }
+
+
+COMMAND = Command(
+    name="validate",
+    summary="everything that can be known of a run without GPUs",
+    description="""Checks a DeepSpeed config with its clantune block: misspelt keys, settings that DeepSpeed or the clan
+refuse, topology, batch arithmetic, strategy and options, and, with --model, that every gene binds to something.
+All errors are shown at once; the exit code is 1 where there are any. With --model the model is built on the meta
+device, so that a large one needs no memory; a factory that returns (module, parameter_groups) lets genes with
+"groups" be checked too.""",
+    examples="""  clantune validate ds.json --world-size 64
+  clantune validate ds.json --world-size 64 --model my_models:gpt --json | jq .errors
+  clantune validate configs/quickstart.json --world-size 4 --model launch/gpt.py:GPT \\
+      --model-args '{"context": 128, "width": 64, "num_layers": 2, "num_heads": 4}'""",
+    add_arguments=_add_arguments,
+    run=_run,
+)

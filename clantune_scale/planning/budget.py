@@ -1,0 +1,126 @@
+"""Which population sizes and duty cycles fit a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clantune_scale.batch import split_batch
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.strategies import build
+from clantune_scale.errors import ConfigError
+from clantune_scale.planning.cost import Cost, cost_of, pace_of
+from clantune_scale.planning.hardware import Hardware
+from clantune_scale.planning.job import Job, describe_job
+from clantune_scale.planning.measured import Measured
+from clantune_scale.planning.memory import RankMemory, rank_memory
+from clantune_scale.preflight import run_facts
+
+_DUTIES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, apart from how the clan is set: the model, and what nobody can read off a config."""
+
+    parameters: tuple[int, ...]
+    groups: tuple[int, ...] | None = None
+    other_bytes: int = 0
+    tokens_per_sample: int | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One way to set a clan, and what it costs.
+
+    Attributes:
+        population_size, duty_cycle: the setting.
+        job: what follows from it.
+        memory: of a rank.
+        cost: of the run.
+    """
+
+    population_size: int
+    duty_cycle: float
+    job: Job
+    memory: RankMemory
+    cost: Cost
+
+
+def forecast(
+    ds_config: Mapping[str, Any],
+    block: ClanConfig,
+    genes: tuple[Gene, ...],
+    size: Size,
+    *,
+    world_size: int,
+    num_steps: int,
+    hardware: Hardware | None,
+    measured: Measured | None,
+) -> Forecast:
+    """What a block costs on so many ranks.
+
+    Raises:
+        ConfigError: if ranks or batch do not divide.
+    """
+    dp, rest = divmod(world_size, block.population_size)
+    if rest or not dp:
+        raise ConfigError(f"{world_size} ranks do not divide among {block.population_size} members. Change one.")
+    _, batch = split_batch(ds_config, population_size=block.population_size, dp_size=dp)
+    facts = run_facts(block, genes, ds_config, total_steps=num_steps)
+    strategy = build(block.strategy.name, facts, block.strategy.options)
+    job = describe_job(
+        ds_config,
+        block,
+        batch,
+        strategy,
+        parameters=size.parameters,
+        groups=size.groups,
+        other_bytes=size.other_bytes,
+        tokens_per_sample=size.tokens_per_sample,
+    )
+    cost = cost_of(job, strategy, num_steps, pace_of(job, hardware, measured))
+    memory = rank_memory(job, rolls_back=cost.undone_steps > 0)
+    return Forecast(block.population_size, block.duty_cycle, job, memory, cost)
+
+
+def fitting(
+    ds_config: Mapping[str, Any],
+    block: ClanConfig,
+    genes: tuple[Gene, ...],
+    size: Size,
+    *,
+    budget_percent: float,
+    **how: Any,
+) -> list[Forecast]:
+    """Every population size and duty cycle whose overhead is within the budget and whose state fits the devices.
+
+    Args:
+        ds_config, block, genes, size: as for :func:`forecast`; the block's own two values are replaced.
+        budget_percent: largest overhead per unique sample.
+        **how: the rest of :func:`forecast`'s arguments.
+
+    Returns:
+        Largest populations first, and of one size the largest duty cycle first.
+    """
+    has_specialized = any(gene.kind == "specialized" for gene in genes)
+    duties = _DUTIES if has_specialized else (block.duty_cycle,)
+    found = []
+    for population_size in range(2, how["world_size"] + 1):
+        for duty in duties:
+            changed = block.model_copy(update={"population_size": population_size, "duty_cycle": duty})
+            try:
+                one = forecast(ds_config, changed, genes, size, **how)
+            except ConfigError:
+                continue  # this many members cannot share these ranks or this batch
+            if _fits(one, budget_percent, how["hardware"]):
+                found.append(one)
+    return sorted(found, key=lambda one: (-one.population_size, -one.duty_cycle))
+
+
+def _fits(one: Forecast, budget_percent: float, hardware: Hardware | None) -> bool:
+    overhead = one.cost.overhead_percent
+    is_small = hardware is None or one.memory.device <= hardware.memory_bytes
+    return overhead is not None and overhead <= budget_percent and is_small

@@ -1,0 +1,152 @@
+"""A run as the planner sees it: how large the model is, how it is sharded, what the strategy keeps.
+
+A rank is the first of its member: the last one's shard may be smaller by the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clantune_scale.batch import BatchPlan
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.strategies import Strategy
+from clantune_scale.ds_rules import dtype_of, zero_stage
+
+_WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Below this many elements ZeRO 3 keeps a parameter whole on every rank (DeepSpeed's default).
+_PERSISTENCE = 100_000
+_MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lion": 1, "adagrad": 1}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's share of work and state is computed from this.
+
+    Attributes:
+        parameters: elements of each trainable parameter; one number for all where the model is not known.
+        groups: elements of each of the optimizer's groups.
+        other_bytes: frozen parameters and buffers.
+        stage: ZeRO's, 0 to 3.
+        width: bytes of a weight that the model computes with, and of a gradient on the wire.
+        moments: optimizer states of 4 bytes per weight.
+        population_size, dp: members, and data-parallel ranks of one.
+        micro_batch, accumulation: as in :class:`BatchPlan`.
+        averages, guards: what the strategy keeps.
+        num_samples, eval_batch: of the validation window.
+        tokens_per_sample: for compute; None where nobody said.
+        persistence: largest parameter that ZeRO 3 does not partition for computing.
+    """
+
+    parameters: tuple[int, ...]
+    groups: tuple[int, ...]
+    other_bytes: int
+    stage: int
+    width: int
+    moments: int
+    population_size: int
+    dp: int
+    micro_batch: int
+    accumulation: int
+    averages: bool
+    guards: bool
+    num_samples: int
+    eval_batch: int
+    tokens_per_sample: int | None = None
+    persistence: int = _PERSISTENCE
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable elements."""
+        return sum(self.parameters)
+
+    @property
+    def world_size(self) -> int:
+        return self.population_size * self.dp
+
+    @property
+    def clan_batch(self) -> int:
+        """Samples of a cooperative step."""
+        return self.world_size * self.micro_batch * self.accumulation
+
+    @property
+    def padded(self) -> int:
+        """Elements of the flat buffers that the member shards, padding included."""
+        if self.stage == 3:
+            return sum(_up(size, self.dp) for size in self.parameters)
+        # ZeRO 1 and 2 align each group's buffer to twice the degree (nccl_start_alignment_factor).
+        return sum(_up(size, 2 * self.dp) for size in self.groups) if self.stage else self.num_parameters
+
+    @property
+    def shard(self) -> int:
+        """Elements of fp32 weights that one rank updates."""
+        return self.padded // self.dp if self.stage else self.num_parameters
+
+    @property
+    def persistent(self) -> int:
+        """ZeRO 3: padded elements of parameters that stay whole on every rank."""
+        return sum(_up(size, self.dp) for size in self.parameters if size <= self.persistence)
+
+    @property
+    def num_eval_batches(self) -> int:
+        """Batches of the validation window, over all ranks of a member."""
+        size = max(min(self.eval_batch, self.num_samples // self.dp), 1)
+        return self.num_samples // (size * self.dp) * self.dp
+
+    def without_clan(self) -> Job:
+        """Plain data parallelism on the same ranks."""
+        return replace(self, population_size=1, dp=self.world_size, averages=False, guards=False)
+
+
+def describe_job(
+    ds_config: Mapping[str, Any],
+    block: ClanConfig,
+    batch: BatchPlan,
+    strategy: Strategy,
+    *,
+    parameters: Sequence[int],
+    groups: Sequence[int] | None = None,
+    other_bytes: int = 0,
+    tokens_per_sample: int | None = None,
+) -> Job:
+    """The job that a checked config asks for.
+
+    Args:
+        ds_config: the DeepSpeed config.
+        block: its clantune block.
+        batch: how the batch is divided.
+        strategy: built for the run.
+        parameters: elements of each trainable parameter.
+        groups: elements of each of the optimizer's groups; one group where None.
+        other_bytes: frozen parameters and buffers.
+        tokens_per_sample: None where it is not known.
+    """
+    zero = ds_config.get("zero_optimization") or {}
+    optimizer = ds_config.get("optimizer") or {}
+    name = str(optimizer.get("type", "adamw")).lower()
+    moments = _MOMENTS.get(name, 2)
+    if name == "sgd" and not optimizer.get("params", {}).get("momentum"):
+        moments = 0
+    return Job(
+        parameters=tuple(parameters),
+        groups=tuple(groups or (sum(parameters),)),
+        other_bytes=other_bytes,
+        stage=zero_stage(ds_config),
+        width=_WIDTH[dtype_of(ds_config)],
+        moments=moments,
+        population_size=block.population_size,
+        dp=batch.dp_size,
+        micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
+        averages=strategy.averages,
+        guards=strategy.guards,
+        num_samples=block.fitness.num_samples,
+        eval_batch=block.fitness.batch_size or batch.micro_batch,
+        tokens_per_sample=tokens_per_sample,
+        persistence=zero.get("stage3_param_persistence_threshold", _PERSISTENCE),
+    )
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,63 @@
+"""Seconds from a run that was, in place of a hardware table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clantune_scale.errors import ClanError
+from clantune_scale.tracking.history import rounds_of, start_of
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run took.
+
+    Attributes:
+        step_s: an optimizer step of a cooperative phase.
+        competitive_step_s: one of a competitive phase; the cooperative one's where the run had none.
+        evaluation_s: the validation window, once.
+        transfer_s: a round's clones and copies.
+        samples_per_rank: of its validation window, by which evaluation is scaled.
+        num_rounds: that it was taken from.
+    """
+
+    step_s: float
+    competitive_step_s: float
+    evaluation_s: float
+    transfer_s: float
+    samples_per_rank: float
+    num_rounds: int
+
+
+def measure(events: Sequence[Mapping[str, Any]]) -> Measured:
+    """Means over a run's rounds, the first left out where there are others: it pays for the start.
+
+    Raises:
+        ClanError: if no round was finished.
+    """
+    rounds = rounds_of(events)
+    if not rounds:
+        raise ClanError("the run that is to be measured has no finished round. Give one that has.")
+    rounds = rounds[1:] or rounds
+    start = start_of(events)
+    step_s = _per_step(rounds, "cooperative")
+    competitive_s = _per_step(rounds, "competitive")
+    return Measured(
+        step_s=step_s if step_s is not None else competitive_s or 0.0,
+        competitive_step_s=competitive_s if competitive_s is not None else step_s or 0.0,
+        evaluation_s=_mean(rounds, "evaluation"),
+        transfer_s=_mean(rounds, "transfer"),
+        samples_per_rank=start["config"]["fitness"]["num_samples"] / start["batch"]["dp_size"],
+        num_rounds=len(rounds),
+    )
+
+
+def _per_step(rounds: Sequence[Mapping[str, Any]], kind: str) -> float | None:
+    steps = sum(phase["num_steps"] for event in rounds for phase in event["phases"] if phase["kind"] == kind)
+    return sum(event["seconds"].get(kind, 0.0) for event in rounds) / steps if steps else None
+
+
+def _mean(rounds: Sequence[Mapping[str, Any]], part: str) -> float:
+    return sum(event["seconds"].get(part, 0.0) for event in rounds) / len(rounds)

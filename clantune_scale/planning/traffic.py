@@ -1,0 +1,139 @@
+"""What ranks send each other, collective by collective: exact in elements, and by rings in bytes on the wire.
+
+Collectives of a few numbers (norms, votes, decisions) are left out. The tests count what is predicted here in
+real runs, for ZeRO 0 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from clantune_scale.planning.job import Job
+from clantune_scale.planning.memory import state_bytes
+
+#: clan: all (member, data) ranks; member: the ranks of one; column: one rank of each member.
+Scope = Literal["clan", "member", "column"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One or more calls that together move a whole tensor.
+
+    Attributes:
+        operation: what is done.
+        scope: among whom.
+        elements: of the whole tensor: what is reduced, the gathered result, what is scattered, what is sent.
+        width: bytes of an element.
+    """
+
+    operation: Operation
+    scope: Scope
+    elements: int
+    width: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.elements * self.width
+
+    def wire_bytes(self, job: Job) -> float:
+        """What one rank sends, by a ring (Patarasuk and Yuan 2009)."""
+        ranks = ranks_in(self.scope, job)
+        if self.operation == "send":
+            return float(self.payload_bytes)
+        passes = 2 if self.operation == "all_reduce" else 1
+        return passes * (ranks - 1) / ranks * self.payload_bytes
+
+
+def ranks_in(scope: Scope, job: Job) -> int:
+    """How many ranks a scope has."""
+    return {"clan": job.world_size, "member": job.dp, "column": job.population_size}[scope]
+
+
+def step_traffic(job: Job, *, cooperates: bool = True, is_looked_at: bool = False) -> Iterator[Collective]:
+    """One optimizer step.
+
+    Args:
+        job: with a clan; :meth:`Job.without_clan` gives plain data parallelism's.
+        cooperates: whether members share gradients.
+        is_looked_at: whether it is the last step of a phase, in which members' own gradients are compared with
+            the clan's.
+    """
+    crosses = cooperates and job.population_size > 1
+    if job.stage == 3:
+        yield from _sharded_step(job, crosses=crosses)
+        return
+    # ZeRO 2 reduces every micro-batch; the others once, when all are done.
+    reductions = job.accumulation if job.stage == 2 else 1
+    gradients = job.num_parameters * reductions
+    yield Collective("all_reduce", "clan" if crosses else "member", gradients, job.width)
+    if is_looked_at and crosses:
+        yield Collective("all_reduce", "member", gradients, job.width)
+    yield from _refresh(job)
+
+
+def evaluation_traffic(job: Job, *, averaged: bool) -> Iterator[Collective]:
+    """One look at the validation window, and its losses."""
+    if averaged:
+        yield from _refresh(job)
+        yield from _refresh(job)
+    if job.stage == 3:
+        passes = job.num_eval_batches // job.dp
+        yield Collective("all_gather", "member", (job.padded - job.persistent) * passes, job.width)
+    if job.dp > 1:
+        yield Collective("all_gather", "member", job.num_eval_batches, 8)
+    yield Collective("all_gather", "column", job.num_eval_batches * job.population_size, 8)
+
+
+def drift_traffic(job: Job) -> Iterator[Collective]:
+    """How far members are from each other, once a round: the fp32 weights down the column."""
+    yield Collective("all_reduce", "column", job.shard, 4)
+
+
+def clone_traffic(job: Job) -> Iterator[Collective]:
+    """What a rank sends on to the next in a clone's chain, and what a recipient does then."""
+    yield Collective("send", "column", state_bytes(job), 1)
+    yield from _refresh(job)
+
+
+def crossing_bytes(collectives: Iterable[Collective], job: Job) -> float:
+    """Bytes that leave a member, over all its ranks; a ring over the clan crosses each boundary once."""
+    total = 0.0
+    for collective in collectives:
+        if collective.scope == "column":
+            total += collective.wire_bytes(job) * job.dp
+        elif collective.scope == "clan":
+            total += collective.wire_bytes(job)
+    return total
+
+
+def inside_bytes(collectives: Iterable[Collective], job: Job) -> float:
+    """Bytes that ranks of a member send to each other, over all its ranks."""
+    total = 0.0
+    for collective in collectives:
+        if collective.scope == "member":
+            total += collective.wire_bytes(job) * job.dp
+        elif collective.scope == "clan":
+            total += collective.wire_bytes(job) * (job.dp - 1)
+    return total
+
+
+def _sharded_step(job: Job, *, crosses: bool) -> Iterator[Collective]:
+    partitioned = job.padded - job.persistent
+    if partitioned:
+        # Once for the forward and once for the backward pass of every micro-batch.
+        yield Collective("all_gather", "member", 2 * partitioned * job.accumulation, job.width)
+    yield Collective("reduce_scatter", "member", job.padded * job.accumulation, job.width)
+    if crosses:
+        yield Collective("all_reduce", "column", job.padded // job.dp * job.accumulation, job.width)
+    yield from _refresh(job)
+
+
+def _refresh(job: Job) -> Iterator[Collective]:
+    """The model's weights from the masters."""
+    if job.stage in (1, 2):
+        yield Collective("all_gather", "member", job.padded, job.width)
+    elif job.stage == 3 and job.persistent:
+        yield Collective("all_gather", "member", job.persistent, job.width)

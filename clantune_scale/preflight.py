@@ -1,0 +1,198 @@
+"""Everything about a run that can be known before it: all errors at once, and what follows where there are none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from clantune_scale.batch import ACCUMULATION, BatchPlan, split_batch
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.strategies import RunFacts, Strategy, build
+from clantune_scale.ds_config import BLOCK, extract, parse_block
+from clantune_scale.ds_rules import EngineFacts, config_refusals, refusals
+from clantune_scale.errors import ClanError, NoEffectWarning
+from clantune_scale.genes import CATALOGUE, build_gene, target_of
+from clantune_scale.topology import Topology
+
+if TYPE_CHECKING:
+    from clantune_scale.model_spec import LoadedModel
+
+_IN_PAIR = {"beta1": 0, "beta2": 1}
+# torch's defaults, where the optimizer's block does not say.
+_DEFAULTS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.0, "lr": 1e-3, "weight_decay": 0.0}
+
+
+@dataclass
+class Preflight:
+    """What is known of a run that has not started; parts that errors hide are None.
+
+    Attributes:
+        errors: each a sentence and its remedy; the run would not start, or train on wrong gradients.
+        warnings: what would have no effect, or another than it seems.
+        ds_config: the DeepSpeed config without the block.
+    """
+
+    ds_config: Mapping[str, Any]
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    block: ClanConfig | None = None
+    topology: Topology | None = None
+    batch: BatchPlan | None = None
+    genes: tuple[Gene, ...] | None = None
+    strategy: Strategy | None = None
+
+
+def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None) -> Preflight:
+    """Checks a DeepSpeed config with its block against a number of ranks and, where there is one, a model.
+
+    Args:
+        ds_config: loaded, the ``clantune`` block in it.
+        world_size: ranks that the launcher will start.
+        model: for genes that bind to its modules and groups.
+    """
+    rest = {key: value for key, value in ds_config.items() if key != BLOCK}
+    found = Preflight(rest)
+    _attempt(found, lambda: extract(rest))
+    found.errors += config_refusals(rest)
+    if model is not None and model.has_moe:
+        found.errors += refusals(EngineFacts(has_moe=True))
+    if BLOCK not in ds_config:
+        found.errors.append(f'the config has no "{BLOCK}" block. Add at least "{BLOCK}": {{"population_size": 4}}.')
+        return found
+    found.block = _attempt(found, lambda: parse_block(ds_config[BLOCK]))
+    _check_ranks(found, _population_size(ds_config[BLOCK]), world_size)
+    if found.block is None:
+        return found
+    _check_window(found, found.block)
+    if not found.block.enabled:
+        found.warnings.append(f"{BLOCK}.enabled is false: the run is plain DeepSpeed.")
+    _check_genes(found, found.block, model)
+    if found.genes is not None:
+        _check_strategy(found, found.block, found.genes)
+    return found
+
+
+def _attempt(found: Preflight, check: Any) -> Any:
+    """What ``check()`` returns; where it raises, its sentences go to the errors and None comes back."""
+    try:
+        return check()
+    except ClanError as error:
+        head, *listed = str(error).split("\n  - ")
+        found.errors += listed or [head]
+        return None
+
+
+def _population_size(block: Any) -> int | None:
+    """The population size of a block that may have errors elsewhere."""
+    size = block.population_size if isinstance(block, ClanConfig) else None
+    if isinstance(block, Mapping):
+        size = block.get("population_size")
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
+
+
+def _check_ranks(found: Preflight, population_size: int | None, world_size: int) -> None:
+    if population_size is None:
+        return
+    found.topology = _attempt(found, lambda: Topology.from_world(world_size, population_size=population_size))
+    if found.topology is None:
+        return
+    dp = found.topology.dp
+    split = _attempt(found, lambda: split_batch(found.ds_config, population_size=population_size, dp_size=dp))
+    found.batch = split[1] if split else None
+
+
+def _check_window(found: Preflight, block: ClanConfig) -> None:
+    dp = found.topology.dp if found.topology else 1
+    if block.fitness.num_samples < dp:
+        found.errors.append(
+            f"clantune.fitness.num_samples is {block.fitness.num_samples}, fewer than the {dp} data-parallel ranks of "
+            f"a member, each of which takes at least one. Set it to {dp} or more."
+        )
+
+
+def _check_genes(found: Preflight, block: ClanConfig, model: LoadedModel | None) -> None:
+    if model is not None:
+        found.genes = _bound(found, block, model)
+        return
+    genes = []
+    for name, config in block.genes.items():
+        value = _found_in_config(target_of(name, config), found)
+        genes.append(_attempt(found, lambda n=name, c=config, v=value: build_gene(n, c, found=v)))
+    found.genes = None if None in genes else tuple(genes)
+
+
+def _bound(found: Preflight, block: ClanConfig, model: LoadedModel) -> tuple[Gene, ...] | None:
+    """The genes as the engine would bind them; those without effect become warnings."""
+    from clantune_scale.expression import bind_genes
+    from clantune_scale.model_spec import ConfigBackend
+
+    accumulation = found.batch.accumulation if found.batch else int(found.ds_config.get(ACCUMULATION) or 1)
+    backend = _attempt(found, lambda: ConfigBackend(model, found.ds_config, accumulation))
+    # Setters live in the script: a gene that is described in full is taken to have one.
+    targets = {target_of(name, config) for name, config in block.genes.items()} - CATALOGUE.keys()
+    setters = {target: lambda value: None for target in targets}
+    genes: list[Gene] = []
+    complete = backend is not None
+    for name, config in block.genes.items() if backend is not None else ():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NoEffectWarning)
+            one = _attempt(
+                found,
+                lambda n=name, c=config: bind_genes(
+                    {n: c}, backend, {t: s for t, s in setters.items() if t == target_of(n, c)}
+                ),
+            )
+        found.warnings += [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+        complete = complete and one is not None
+        genes += one or ()
+    return tuple(genes) if complete else None
+
+
+def _found_in_config(target: str, found: Preflight) -> float | None:
+    """The value that an engine of this config would have for a target."""
+    if target == "clip":
+        return float(found.ds_config.get("gradient_clipping") or 1.0)
+    if target == "accumulation":
+        return float(found.batch.accumulation) if found.batch else 1.0
+    if target == "dropout":
+        return CATALOGUE["dropout"].initial
+    if target not in _DEFAULTS:
+        return None
+    params = (found.ds_config.get("optimizer") or {}).get("params", {})
+    if target in _IN_PAIR:
+        pair = params.get("betas")
+        return float(pair[_IN_PAIR[target]]) if pair else _DEFAULTS[target]
+    return float(params.get(target, _DEFAULTS[target]))
+
+
+def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]) -> None:
+    facts = run_facts(block, genes, found.ds_config)
+    found.strategy = _attempt(found, lambda: build(block.strategy.name, facts, block.strategy.options))
+    specialized = [gene.name for gene in genes if gene.kind == "specialized"]
+    if specialized and block.duty_cycle == 0:
+        found.warnings.append(
+            f"duty_cycle is 0, so that {', '.join(specialized)} never shows and cannot be selected. Raise it."
+        )
+    if block.population_size == 1:
+        found.warnings.append("population_size is 1: a clan of one has nobody to choose from.")
+    if facts.total_steps is None:
+        found.warnings.append("total_steps is not known: genes never freeze and nothing decays at the end. Set it.")
+
+
+def run_facts(
+    block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any], *, total_steps: int | None = None
+) -> RunFacts:
+    """What the strategy of such a run would know."""
+    scheduler = ds_config.get("scheduler") or {}
+    return RunFacts(
+        population_size=block.population_size,
+        genes=genes,
+        seed=block.seed,
+        round_length_steps=block.round_length,
+        duty_cycle=block.duty_cycle,
+        total_steps=total_steps or block.total_steps or scheduler.get("params", {}).get("total_num_steps"),
+        has_schedule=bool(scheduler),
+    )

@@ -1,0 +1,122 @@
+"""A schedule in the words of others: CSV, and what DeepSpeed's own schedulers can say of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clantune_scale.core.schedule import ClanSchedule
+
+_NUM_COMPARED = 1000
+_NEAR = 1.05
+
+
+def to_csv(schedule: ClanSchedule) -> str:
+    """One row per stretch of equal values: steps, the factor on learning rates at both ends, each gene, undone."""
+    names = [gene["name"] for gene in schedule.genes]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["start_step", "end_step", *names, "lr_factor_start", "lr_factor_end", "undone"])
+    for segment in schedule.segments:
+        values = [segment.values[name] for name in names]
+        writer.writerow([segment.start_step, segment.end_step, *values, *segment.lr_factor, segment.undone])
+    return out.getvalue().rstrip("\n")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What DeepSpeed's config can hold of a schedule.
+
+    Attributes:
+        config: to be merged into a DeepSpeed config; empty where nothing of it can be said.
+        lost: what it leaves out, a sentence each.
+        worst_rate_ratio: the largest ratio, either way up, between its learning rate and the schedule's, from the
+            third step on and while the schedule's is above a hundredth of its peak; None where it has no rate.
+    """
+
+    config: dict[str, Any]
+    lost: tuple[str, ...]
+    worst_rate_ratio: float | None = None
+
+
+def to_deepspeed(schedule: ClanSchedule, *, base_lr: float | None) -> Fragment:
+    """The nearest ``WarmupDecayLR`` or ``WarmupLR``: straight up to the rate at the decay's start, then as found.
+
+    Args:
+        schedule: the one to approximate.
+        base_lr: the rate that a relative gene multiplies; None where it is not known or not constant.
+    """
+    lost = _lost_genes(schedule)
+    gene = next((g for g in schedule.described_genes if g.target == "lr" and g.groups is None), None)
+    if gene is None:
+        return Fragment({}, (*lost, "the schedule has no learning rate for all groups"))
+    if gene.relative and base_lr is None:
+        return Fragment(
+            {},
+            (*lost, "the run had a schedule of its own beside the gene: keep that one, with ClanScheduleLR(own=...)"),
+        )
+    base = base_lr if gene.relative and base_lr is not None else 1.0
+    rates = [base * schedule.value_at(gene.name, s) * schedule.lr_factor_at(s) for s in range(schedule.num_steps)]
+    candidates = _candidates(rates, _decay_start(schedule))
+    ratios = [_worst_ratio(rates, [deepspeed_rate(one, step) for step in range(len(rates))]) for one in candidates]
+    ratio, params = min(zip(ratios, candidates, strict=True), key=lambda pair: pair[0])
+    if ratio > _NEAR:
+        lost = (*lost, f"the steps of the learning rate: the straight lines are off by a factor of up to {ratio:.2f}")
+    kind = "WarmupDecayLR" if "total_num_steps" in params else "WarmupLR"
+    return Fragment({"scheduler": {"type": kind, "params": params}}, lost, ratio)
+
+
+def _candidates(rates: Sequence[float], decay_start: int) -> list[dict[str, Any]]:
+    """The few settings that can be near: up from zero or from the first rate, until the decay or at once.
+
+    ``WarmupDecayLR`` goes down again to where it came up from, so that a decay to zero must start from zero.
+    """
+    decays = decay_start < len(rates)
+    top = rates[min(decay_start, len(rates) - 1)]
+    candidates = []
+    for low in (0.0, rates[0]):
+        for warm in (2, max(decay_start if decays else _last_move(rates), 2)):
+            params = {"warmup_min_lr": low, "warmup_max_lr": top, "warmup_num_steps": warm, "warmup_type": "linear"}
+            candidates.append(params | ({"total_num_steps": len(rates)} if decays else {}))
+    return candidates
+
+
+def deepspeed_rate(params: dict[str, Any], step: int) -> float:
+    """The rate that DeepSpeed 0.19's ``WarmupLR`` or ``WarmupDecayLR`` gives the step after ``step`` completed ones."""
+    # Its first call to step() comes after the first update, so that it runs one step behind.
+    behind = max(step - 1, 0)
+    low, high, warm = params["warmup_min_lr"], params["warmup_max_lr"], params["warmup_num_steps"]
+    share = 1.0
+    if behind < warm:
+        share = behind / warm
+    elif "total_num_steps" in params:
+        total = params["total_num_steps"]
+        share = max(0.0, (total - behind) / max(1.0, total - warm))
+    return low + (high - low) * share
+
+
+def _lost_genes(schedule: ClanSchedule) -> tuple[str, ...]:
+    names = [g.name for g in schedule.described_genes if g.target != "lr" or g.groups is not None]
+    return (f"{', '.join(names)}: no scheduler of DeepSpeed's sets them",) if names else ()
+
+
+def _decay_start(schedule: ClanSchedule) -> int:
+    """The step from which the factor on learning rates falls; the schedule's end where it never does."""
+    falling = [s for s in schedule.segments if s.lr_factor[1] < s.lr_factor[0]]
+    return falling[0].start_step if falling else schedule.num_steps
+
+
+def _last_move(rates: Sequence[float]) -> int:
+    """The last step whose rate is another than the one before it."""
+    return next((step for step in range(len(rates) - 1, 0, -1) if rates[step] != rates[step - 1]), 0)
+
+
+def _worst_ratio(wanted: Sequence[float], said: Sequence[float]) -> float:
+    floor = max(wanted) / 100
+    stride = max(len(wanted) // _NUM_COMPARED, 1)
+    # In its first two steps every one of DeepSpeed's warm-ups is at its lowest rate.
+    pairs = [(a, max(b, floor)) for a, b in zip(wanted[3::stride], said[3::stride], strict=True) if a > floor]
+    return max((max(a / b, b / a) for a, b in pairs), default=1.0)

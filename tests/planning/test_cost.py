@@ -1,0 +1,129 @@
+"""Samples, seconds and settings within a budget: by hand, and against a run that was really made."""
+
+from __future__ import annotations
+
+import pytest
+
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.schedule import gene_from_plain
+from clantune_scale.errors import ClanError
+from clantune_scale.planning.budget import Size, fitting, forecast
+from clantune_scale.planning.hardware import Hardware
+from clantune_scale.planning.measured import measure
+from clantune_scale.tracking import read_events
+
+DS = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+LR = Gene("lr", relative=True)
+DROPOUT = Gene("dropout", kind="specialized", scale="linear", bounds=(0.0, 0.5), initial=0.1)
+# A million operations a second, links of a thousand bytes: numbers that can be checked by hand.
+SLOW = Hardware(1e6, 1e9, 1e3, 1e2, 1e4, devices_per_node=4, compute_share=0.5, link_share=1.0)
+
+
+def _forecast(hardware=None, measured=None, *, genes=(LR,), num_steps=100, world_size=8, **block):
+    block = ClanConfig.model_validate({"population_size": 4, "strategy": "control", **block})
+    size = Size((100,), tokens_per_sample=10)
+    return forecast(
+        DS, block, genes, size, world_size=world_size, num_steps=num_steps, hardware=hardware, measured=measured
+    )
+
+
+def test_a_clan_that_cooperates_loses_no_sample():
+    cost = _forecast(round_length=20).cost
+    assert (cost.num_rounds, cost.competitive_steps) == (5, 0)
+    assert cost.samples == cost.unique_samples == 100 * 64
+    assert cost.overhead_percent is None  # no time without hardware
+
+
+def test_competitive_steps_see_a_share_of_the_batch_and_rolled_back_ones_nothing():
+    kept = _forecast(strategy="classic", round_length=20, duty_cycle=0.1).cost
+    assert (kept.competitive_steps, kept.undone_steps) == (10, 0)
+    assert kept.samples - kept.unique_samples == 10 * 64 * 3 // 4
+    undone = _forecast(genes=(DROPOUT,), strategy={"name": "clan", "options": {"growth": 0.0}}, duty_cycle=0.1).cost
+    assert undone.undone_steps == undone.competitive_steps > 0
+    assert undone.samples - undone.unique_samples == undone.undone_steps * 64
+
+
+def test_seconds_by_hand():
+    one = _forecast(SLOW, round_length=50)
+    # micro-batch 2 x accumulation 4 x 10 tokens, 6 operations per weight, half a million of them a second
+    compute_s = 6 * 100 * 80 / 0.5e6
+    assert one.job.accumulation == 4
+    # An all-reduce of 100 floats over 8 ranks on two nodes at 100 B/s; an all-gather over the member's two at 1000 B/s.
+    sending_s = 2 * 7 / 8 * 400 / 100 + 1 / 2 * 400 / 1000
+    assert one.cost.seconds["training"] == pytest.approx(100 * (compute_s + sending_s))
+    plain_s = compute_s + (2 * 7 / 8 * 400 + 7 / 8 * 448) / 100  # its all-gather goes over all 8, padded to 16
+    assert one.cost.plain_seconds == pytest.approx(100 * plain_s)
+    assert one.cost.time_percent == pytest.approx(100 * (sum(one.cost.seconds.values()) / (100 * plain_s) - 1))
+
+
+def test_what_fits_a_budget_costs_at_most_that_and_the_rest_does_not():
+    block = ClanConfig.model_validate({"population_size": 4, "strategy": "classic", "round_length": 20})
+    how = {"world_size": 8, "num_steps": 100, "hardware": SLOW, "measured": None}
+    size = Size((100,), tokens_per_sample=1000)
+    fits = fitting(DS, block, (LR, DROPOUT), size, budget_percent=60.0, **how)
+    chosen = {(one.population_size, one.duty_cycle) for one in fits}
+    assert fits and all(one.cost.overhead_percent <= 60.0 for one in fits)
+    assert {8 % one.population_size for one in fits} == {0}
+    for population_size in (2, 4, 8):
+        for duty in (0.0, 0.1, 0.3):
+            other = block.model_copy(update={"population_size": population_size, "duty_cycle": duty})
+            overhead = forecast(DS, other, (LR, DROPOUT), size, **how).cost.overhead_percent
+            assert ((population_size, duty) in chosen) == (overhead <= 60.0)
+    assert fits[0].population_size == max(one.population_size for one in fits)
+
+
+def test_what_does_not_fit_the_device_is_left_out():
+    block = ClanConfig.model_validate({"population_size": 4, "strategy": "control"})
+    how = {"world_size": 8, "num_steps": 100, "hardware": SLOW, "measured": None}
+    small = {**how, "hardware": Hardware(1e6, 1900, 1e3, 1e2, 1e4)}
+    size = Size((100,), tokens_per_sample=1000)
+    everything = fitting(DS, block, (LR,), size, budget_percent=1e9, **how)
+    some = fitting(DS, block, (LR,), size, budget_percent=1e9, **small)
+    # 100 weights and gradients of 4 bytes, masters and two moments of a shard: 800 + 1200 / dp.
+    assert [one.population_size for one in everything] == [8, 4, 2]
+    assert [one.population_size for one in some] == [4, 2]
+
+
+def test_the_rounds_that_are_foretold_are_those_that_were(finished_run):
+    """Their seconds are then the run's own means: what is left to chance is how busy the machine is."""
+    events = read_events(finished_run.folder / "events.jsonl")
+    rounds = [event for event in events if event["kind"] == "round_end"]
+    phases = [phase for event in rounds for phase in event["phases"]]
+    start, measured = events[0], measure(events)
+    block = ClanConfig.model_validate(start["config"])
+    genes = tuple(gene_from_plain(gene) for gene in start["genes"])
+    one = forecast(
+        {"train_micro_batch_size_per_gpu": 4},
+        block,
+        genes,
+        Size((1208,)),
+        world_size=2,
+        num_steps=start["total_steps"],
+        hardware=None,
+        measured=measured,
+    )
+    assert one.cost.num_rounds == len(rounds)
+    assert one.cost.competitive_steps == sum(p["num_steps"] for p in phases if p["kind"] == "competitive")
+    assert one.cost.undone_steps == sum(p["num_steps"] for p in phases if not p["keeps"])
+    later = rounds[1:]
+    assert measured.evaluation_s == pytest.approx(sum(e["seconds"]["evaluation"] for e in later) / len(later))
+    assert one.cost.seconds["evaluation"] == pytest.approx(measured.evaluation_s * (len(rounds) + 2))
+    assert one.cost.seconds["training"] == pytest.approx(
+        measured.step_s * (one.cost.num_steps - one.cost.competitive_steps)
+        + measured.competitive_step_s * one.cost.competitive_steps
+    )
+
+
+def test_evaluation_that_was_measured_is_scaled_by_samples_per_rank(finished_run):
+    measured = measure(read_events(finished_run.folder / "events.jsonl"))
+    assert measured.samples_per_rank == 64
+    once = _forecast(measured=measured, fitness={"num_samples": 64}, world_size=4)
+    twice = _forecast(measured=measured, fitness={"num_samples": 128}, world_size=4)
+    assert twice.cost.seconds["evaluation"] == pytest.approx(2 * once.cost.seconds["evaluation"])
+    assert twice.cost.seconds["training"] == once.cost.seconds["training"]
+
+
+def test_a_run_without_a_round_cannot_be_measured():
+    with pytest.raises(ClanError, match="no finished round"):
+        measure([{"kind": "run_start"}])

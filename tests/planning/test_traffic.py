@@ -1,0 +1,113 @@
+"""What is predicted is what is sent: exact in elements and widths, for every ZeRO stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.planning.budget import Size, forecast
+from clantune_scale.planning.memory import rank_memory, state_bytes
+from clantune_scale.planning.traffic import (
+    Collective,
+    clone_traffic,
+    crossing_bytes,
+    drift_traffic,
+    evaluation_traffic,
+    inside_bytes,
+    step_traffic,
+)
+from tests.backends.small_runs import ds_config, in_member_worlds
+from tests.planning import counted
+from tests.ranks import run_ranks
+from tests.small_clans import clan_config
+
+GENES = {"lr": {}, "dropout": {"initial": 0.1}}
+CASES = {
+    "0": (0, "fp32", {}),
+    "1": (1, "fp32", {}),
+    "2": (2, "fp32", {}),
+    "3": (3, "fp32", {}),
+    "3, nothing kept whole": (3, "fp32", {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}),
+    "0 in bf16": (0, "bf16", {}),
+    "2 in bf16": (2, "bf16", {}),
+    "3 in bf16": (3, "bf16", {}),
+}
+
+
+def _forecast(config: dict, sizes: list[int]):
+    block = ClanConfig.model_validate(config["clantune"])
+    genes = (
+        Gene("lr", relative=True),
+        Gene("dropout", kind="specialized", scale="linear", bounds=(0, 0.5), initial=0.1),
+    )
+    rest = {key: value for key, value in config.items() if key != "clantune"}
+    return forecast(rest, block, genes, Size(tuple(sizes)), world_size=4, num_steps=18, hardware=None, measured=None)
+
+
+def _elements(collectives: list[Collective]) -> dict[counted.Key, int]:
+    total: Counter[counted.Key] = Counter()
+    for one in collectives:
+        if one.elements > counted.FEW[one.width]:
+            total[one.operation, one.scope, one.width] += one.elements
+    return dict(total)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
+    stage, dtype, extra = CASES[case]
+    config = clan_config(
+        tmp_path,
+        ds_config(stage, dtype=dtype, accumulation=2, clip=0.5) | extra,
+        genes=GENES,
+        duty_cycle=0.5,
+        round_length=counted.ROUND,
+        strategy={"name": "clan", "options": {"growth": 0.0}},
+        fitness={"num_samples": 64, "batch_size": 1},
+    )
+    results = run_ranks(4, in_member_worlds, counted.job, config)
+    predicted = _forecast(config, results[0]["sizes"])
+    job = predicted.job
+    assert (job.population_size, job.dp, job.accumulation) == (2, 2, 2)
+    for rank, found in enumerate(results):
+        if stage == 3 and rank % 2 == 1:
+            # The plan is of a member's first rank. The second has the padding: it reduces one element less per
+            # micro-batch and reduction down the column (3 elements of `shift` over 2 ranks).
+            for kind in ("cooperative", "cooperative_last", "cooperative_last_round_end"):
+                found[kind]["all_reduce", "column", job.width] += job.accumulation
+        assert found["cooperative"] == _elements([*step_traffic(job)])
+        assert found["cooperative_last"] == _elements([*step_traffic(job, is_looked_at=True)])
+        assert found["competitive"] == _elements([*step_traffic(job, cooperates=False)])
+        at_end = [*step_traffic(job, is_looked_at=True), *evaluation_traffic(job, averaged=True), *drift_traffic(job)]
+        donors = found["donors"][-1]  # the third round cooperates throughout
+        clone, *refresh = clone_traffic(job)
+        is_donor = donors.count(found["member"]) > 1
+        receives = donors[found["member"]] != found["member"]
+        at_end += [clone] * is_donor + refresh * receives
+        assert found["cooperative_last_round_end"] == _elements(at_end)
+        assert found["state_bytes"] == state_bytes(job)
+        assert rank_memory(job).host == found["kept_bytes"] and found["averages"] is job.averages is True
+    assert any(found["donors"][-1] != (0, 1) for found in results), "nobody was cloned, and nothing was seen of it"
+
+
+def test_rings_send_by_their_length():
+    config = clan_config("runs", ds_config(0), population_size=2)
+    job = _forecast(config, [1000]).job
+    reduce = Collective("all_reduce", "clan", 1000, 4)
+    assert reduce.wire_bytes(job) == 2 * 3 / 4 * 4000
+    assert crossing_bytes([reduce], job) == 6000 and inside_bytes([reduce], job) == 6000
+    down = Collective("all_reduce", "column", 500, 4)
+    assert crossing_bytes([down], job) == 2 * (2 * 1 / 2 * 2000) and inside_bytes([down], job) == 0
+    within = Collective("all_gather", "member", 1000, 4)
+    assert crossing_bytes([within], job) == 0 and inside_bytes([within], job) == 2 * (1 / 2 * 4000)
+
+
+def test_a_cooperative_step_sends_what_plain_data_parallelism_does_below_zero_3():
+    for stage in (0, 1, 2):
+        job = _forecast(clan_config("runs", ds_config(stage), population_size=2), [1000]).job
+        plain = job.without_clan()
+        ours = [one.payload_bytes for one in step_traffic(job) if one.scope == "clan"]
+        theirs = [one.payload_bytes for one in step_traffic(plain) if one.operation == "all_reduce"]
+        assert ours == theirs
