@@ -50,6 +50,11 @@ class Tracking:
             tracking._start(config, run_dir)
         return tracking
 
+    @property
+    def num_waiting(self) -> int:
+        """Events that MLflow has not yet been sent."""
+        return self._mlflow.num_waiting if self._mlflow is not None else 0
+
     def emit(self, kind: str, step: int, **fields: Any) -> None:
         """Records an event.
 

@@ -40,6 +40,11 @@ class Background:
         """Why the recording stopped; None while it works."""
         return self._failure
 
+    @property
+    def num_waiting(self) -> int:
+        """Events that are queued and not yet taken up."""
+        return self._queue.qsize()
+
     def put(self, event: Event) -> None:
         """Queues an event and returns at once."""
         if self._failure is not None:

@@ -24,6 +24,8 @@ from clantune_scale.tracking.system_metrics import start_monitor
 
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
+# Its pages open on runs and charts, not on what MLflow has for language model applications.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _SETTINGS = ("config", "topology", "batch", "total_steps", "resumed_from", "start_genome", "tokens_per_sample")
 
 
@@ -80,7 +82,7 @@ class MlflowRecorder:
             return found.experiment_id
         # MLflow would put a local store's artifacts into the current folder.
         location = (self._run_dir.parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
-        return self._client.create_experiment(experiment, artifact_location=location)
+        return self._client.create_experiment(experiment, artifact_location=location, tags=_KIND)
 
     def _start(self, event: Event) -> None:
         tags = {"clantune.run_id": event["run_id"], "clantune.run_dir": str(self._run_dir)}

@@ -37,7 +37,7 @@ _UNJOINED = {"linestyle": ""}
 _STYLE = {
     "font.size": 11,
     "axes.titlesize": 11,
-    "legend.fontsize": 10,
+    "legend.fontsize": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

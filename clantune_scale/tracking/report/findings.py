@@ -91,7 +91,8 @@ def _effect(run: Run, gene: Gene, told: Influence) -> Iterator[str]:
     chance = f"{told.chance:.0%} would be chance with {run.num_members} members"
     share = f"{told.explained:.0%} of the differences in loss between members go with it"
     if told.is_clear:
-        yield f"It mattered: {share} ({chance})."
+        shared = " Genes that are copied together share the credit." if len(run.genes) > 1 else ""
+        yield f"It mattered: {share} ({chance}).{shared}"
     else:
         yield f"It did not show: {share}, not clearly above chance ({chance}); at its very optimum it would not either."
 
@@ -138,7 +139,9 @@ def _strikes(run: Run) -> Iterator[str]:
     by_member = np.nansum(run.measured["strikes"], axis=0)
     lost = (~np.isfinite(run.loss)).sum(axis=0)
     if by_member.any():
-        worst = ", ".join(f"member {member}: {int(by_member[member])}" for member in np.argsort(-by_member)[:4])
+        worst = ", ".join(
+            f"member {member}: {int(by_member[member])}" for member in np.argsort(-by_member)[:4] if by_member[member]
+        )
         yield f"{int(by_member.sum())} micro-batches had a loss that was not finite ({worst})."
     if lost.any():
         yield (

@@ -60,7 +60,7 @@ def influence(run: Run, gene: Gene) -> Influence:
     margin = 0.01 * (high - low)
     exploring = values[: frozen if frozen is not None else None]
     shares = _explained(exploring, run.loss[: len(exploring)])
-    error = float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) >= _MIN_ROUNDS else np.inf
+    error = _standard_error(shares) if len(shares) >= _MIN_ROUNDS else np.inf
     chance = 1.0 / max(run.num_members - 1, 1)
     return Influence(
         first=gene.initial,
@@ -72,6 +72,18 @@ def influence(run: Run, gene: Gene) -> Influence:
         at_low=float((values <= low + margin).mean()),
         at_high=float((values >= high - margin).mean()),
     )
+
+
+def _standard_error(series: np.ndarray) -> float:
+    """Of the mean of values that follow each other: members keep their genomes, so that rounds repeat each other.
+
+    For a first-order autoregressive series the variance of the mean grows by (1 + r) / (1 - r), r the correlation of
+    neighbours.
+    """
+    off = series - series.mean()
+    correlation = float((off[1:] * off[:-1]).sum() / max((off**2).sum(), 1e-12))
+    inflation = (1 + min(max(correlation, 0.0), 0.95)) / (1 - min(max(correlation, 0.0), 0.95))
+    return float(series.std(ddof=1) * np.sqrt(inflation / len(series)))
 
 
 def _explained(values: np.ndarray, loss: np.ndarray) -> np.ndarray:
