@@ -5,7 +5,7 @@ import re
 import pytest
 
 from clantune_scale.bench.ranks import Ranks
-from clantune_scale.bench.sharing import Measurement, main, table
+from clantune_scale.bench.sharing import Measurement, Setting, _in_turns, main, table
 from clantune_scale.errors import ClanError
 
 
@@ -16,6 +16,26 @@ def test_ratios_are_taken_pair_by_pair():
     assert measured.ratio("cooperative") == pytest.approx((1.5, 1.5, 1.55))
     assert measured.ratio("competitive") == pytest.approx((0.9, 1.0, 1.0))
     assert table([measured]).splitlines()[2] == "| 2 | 200.0 | 1.50 (1.50 to 1.55) | 1.00 (0.90 to 1.00) | 3, 3, 4 |"
+
+
+class FakeRanks:
+    """Two ranks, of which the second takes twice as long."""
+
+    def __init__(self, calls: list) -> None:
+        self.calls = calls
+
+    def train(self, kind: str, num_steps: int) -> list:
+        self.calls.append((kind, num_steps))
+        return [5, 5] if num_steps == 0 else [0.1, 0.2]
+
+
+def test_the_order_turns_round_and_the_slowest_rank_counts():
+    calls: list = []
+    kinds = ("flat", "cooperative", "competitive")
+    measured = _in_turns({kind: FakeRanks(calls) for kind in kinds}, Setting(steps=7), 1, 2)
+    assert [kind for kind, num_steps in calls if num_steps == 7] == [*kinds, *reversed(kinds)]
+    assert measured.seconds == {kind: [0.2, 0.2] for kind in kinds}
+    assert measured.collectives == {kind: 5 for kind in kinds}
 
 
 def test_the_command_prints_a_row_for_each_stage(capfd):
