@@ -21,6 +21,7 @@ __all__ = [
     "ClanConfig",
     "ClanError",
     "ClanSchedule",
+    "ClanScheduleLR",
     "ConfigError",
     "DivergenceError",
     "EvaluationError",
@@ -35,6 +36,7 @@ __all__ = [
 # Imported when first used: DeepSpeed alone takes seconds, and who validates a config need not wait for it.
 _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
+    "ClanScheduleLR": "clantune_scale.replay",
     "initialize": "clantune_scale.backends.deepspeed.initialize",
     "join": "clantune_scale.world",
 }

@@ -35,7 +35,8 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
     more = clan["device"] - plain["device"]
     yield (
         f"  The price: state is sharded over a member's ranks and not over all of them, {amount(more)} more on each "
-        f"device ({100 * more / plain['device']:.0f} %)."
+        f"device ({100 * more / plain['device']:.0f} %). Activations and buffers, which a clan leaves as they are, come "
+        f"on top."
     )
     limit = memory["device_limit"]
     if limit is not None and clan["device"] > limit:

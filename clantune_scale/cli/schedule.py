@@ -73,8 +73,7 @@ COMMAND = Command(
     summary="the schedule that a run found",
     description="""Prints what the champion's ancestors trained with, step by step, to be replayed without a clan:
 
-  from clantune_scale import ClanSchedule
-  from clantune_scale.replay import ClanScheduleLR
+  from clantune_scale import ClanSchedule, ClanScheduleLR
   schedule = ClanSchedule.from_json(open("schedule.json").read())
   deepspeed.initialize(..., lr_scheduler=lambda optimizer: ClanScheduleLR(optimizer, schedule))
 

@@ -171,5 +171,6 @@ def _unique(phase: Phase, taken: int, job: Job) -> float:
 
 
 def _sending_s(collectives: Iterable[Collective], job: Job, hardware: Hardware) -> float:
-    last = {"member": job.dp - 1, "clan": job.world_size - 1, "column": job.world_size - job.dp}
-    return sum(c.wire_bytes(job) / hardware.bytes_s(0, last[c.scope]) for c in collectives)
+    everyone = range(job.world_size)
+    ranks = {"member": everyone[: job.dp], "clan": everyone, "column": everyone[:: job.dp]}
+    return sum(c.wire_bytes(job) / hardware.bytes_s(ranks[c.scope]) for c in collectives)

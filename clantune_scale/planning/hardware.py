@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -37,10 +39,15 @@ class Hardware:
     link_share: float = 0.8
     source: str = "your own figures"
 
-    def bytes_s(self, first: int, last: int) -> float:
-        """Rate between the ranks from ``first`` to ``last``: the network's where they are on several nodes."""
-        is_one_node = first // self.devices_per_node == last // self.devices_per_node
-        return (self.node_bytes_s if is_one_node else self.network_bytes_s) * self.link_share
+    def bytes_s(self, ranks: Sequence[int]) -> float:
+        """What one rank of a ring over ``ranks`` can pass on in a second.
+
+        Between nodes, collective libraries lay as many rings as the group has devices on a node, each over its
+        own device's share of the network.
+        """
+        num_on_first = sum(rank // self.devices_per_node == ranks[0] // self.devices_per_node for rank in ranks)
+        between = math.inf if num_on_first == len(ranks) else self.network_bytes_s * num_on_first
+        return min(self.node_bytes_s, between) * self.link_share
 
 
 _NOMINAL = "vendor's nominal figures, not measured"

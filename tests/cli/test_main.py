@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +89,20 @@ def test_commands_that_look_at_a_run_load_neither_torch_nor_deepspeed(finished_r
         [sys.executable, "-c", script, "schedule", str(finished_run.folder)], capture_output=True, text=True, check=True
     )
     assert done.stderr.split() == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("schedule",), ("schedule", "--format", "deepspeed"), ("lineage",), ("watch", "--json"), ("report",)]
+)
+def test_a_run_of_the_first_schema_is_read(arguments, call, tmp_path):
+    """Whole, and from its events alone as a run that goes on has them."""
+    kept = Path(__file__).parents[1] / "tracking/data/schema_1"
+    for name in ("whole", "alone"):
+        shutil.copytree(kept, tmp_path / name)
+    for path in (tmp_path / "alone").iterdir():
+        if path.name != "events.jsonl":
+            path.unlink()
+    command, *options = arguments
+    for name in ("whole", "alone"):
+        said = call(command, tmp_path / name, *options)
+        assert said.code == 0 and said.out, said.err

@@ -49,10 +49,11 @@ def test_seconds_by_hand():
     # micro-batch 2 x accumulation 4 x 10 tokens, 6 operations per weight, half a million of them a second
     compute_s = 6 * 100 * 80 / 0.5e6
     assert one.job.accumulation == 4
-    # An all-reduce of 100 floats over 8 ranks on two nodes at 100 B/s; an all-gather over the member's two at 1000 B/s.
-    sending_s = 2 * 7 / 8 * 400 / 100 + 1 / 2 * 400 / 1000
+    # An all-reduce of 100 floats over 8 ranks on two nodes, four links of 100 B/s between them; an all-gather over
+    # the member's two ranks at 1000 B/s.
+    sending_s = 2 * 7 / 8 * 400 / 400 + 1 / 2 * 400 / 1000
     assert one.cost.seconds["training"] == pytest.approx(100 * (compute_s + sending_s))
-    plain_s = compute_s + (2 * 7 / 8 * 400 + 7 / 8 * 448) / 100  # its all-gather goes over all 8, padded to 16
+    plain_s = compute_s + (2 * 7 / 8 * 400 + 7 / 8 * 448) / 400  # its all-gather goes over all 8, padded to 16
     assert one.cost.plain_seconds == pytest.approx(100 * plain_s)
     assert one.cost.time_percent == pytest.approx(100 * (sum(one.cost.seconds.values()) / (100 * plain_s) - 1))
 

@@ -23,8 +23,10 @@ def test_presets_say_that_they_are_nominal():
 
 def test_links_are_the_networks_where_ranks_are_on_several_nodes():
     hardware = read_hardware(json.dumps(OWN))
-    assert hardware.bytes_s(0, 1) == 10e9 * hardware.link_share
-    assert hardware.bytes_s(0, 2) == 1e9 * hardware.link_share
+    share = hardware.link_share
+    assert hardware.bytes_s([0, 1]) == 10e9 * share
+    assert hardware.bytes_s([0, 2, 4]) == 1e9 * share
+    assert hardware.bytes_s([0, 1, 2, 3]) == 2e9 * share  # two rings, one over each device's own link
 
 
 def test_json_may_be_a_file_and_start_from_a_preset(tmp_path):
