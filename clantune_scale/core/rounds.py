@@ -122,6 +122,8 @@ class RoundClock:
             index: of the first round that has them.
             teams: by member; None leaves competitive phases as the strategy plans them.
         """
+        if index:
+            self.round(index - 1)  # what comes before keeps the teams that it had
         del self._plans[index:]
         self._teams = teams
 

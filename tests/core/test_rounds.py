@@ -36,6 +36,9 @@ def test_members_regroup_from_a_round_on_also_in_plans_that_were_made_ahead():
     assert [clock.round(index).phases[1].teams for index in range(4)] == [None, None, (0, 0, 1), (0, 0, 1)]
     assert clock.at(23).phase == Phase(PhaseKind.COMPETITIVE, 2, batch_factor=2, teams=(0, 0, 1))
     assert clock.round(3).phases[0] == plan(3, 15).phases[0]  # cooperation knows no teams
+    fresh = RoundClock(plan)
+    fresh.regroup(2, (0, 0, 1))  # after a resume, say: nothing was planned yet
+    assert [fresh.round(index).phases[1].teams for index in range(3)] == [None, None, (0, 0, 1)]
     clock.regroup(3, None)
     assert [clock.round(index).phases[1].teams for index in range(4)] == [None, None, (0, 0, 1), None]
 

@@ -10,6 +10,7 @@ from clantune_scale.core.strategies.base import Decision, Population, RunFacts, 
 from clantune_scale.core.strategies.clan import Clan
 from clantune_scale.core.strategies.classic import Classic
 from clantune_scale.core.strategies.control import Control
+from clantune_scale.core.strategies.halving import Halving
 from clantune_scale.core.strategies.hdet import HDET
 from clantune_scale.core.strategies.options import read_options, remedy
 from clantune_scale.core.strategies.pbt import PBT
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "classic": Classic,
     "pbt": PBT,
     "hdet": HDET,
+    "halving": Halving,
     "control": Control,
 }
 

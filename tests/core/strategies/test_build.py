@@ -27,7 +27,7 @@ def test_strategies_are_found_by_name_and_by_import_path():
     ("name", "options", "message"),
     [
         ("clann", {}, "there is no strategy 'clann'. Did you mean 'clan'?"),
-        ("zzz", {}, "Choose from: clan, classic, control"),
+        ("zzz", {}, "Choose from: clan, classic, control, halving, hdet, pbt"),
         ("clan", {"growht": 1}, "strategy 'clan' has no option 'growht'. Did you mean 'growth'?"),
         ("clan", {"growth": "much"}, "option clan.growth is 'much', a str. Give a float."),
         ("clan", {"growth": True}, "option clan.growth is True, a bool"),

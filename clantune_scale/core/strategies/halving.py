@@ -1,0 +1,203 @@
+"""Successive halving with warm start: a race in which whoever drops out lends its ranks to one who goes on.
+
+Karnin et al. 2013 and Jamieson and Talwalkar 2016 stop the worse half of all runs ever earlier, so that what is
+promising gets the budget. Here nobody stops: members start apart, each with values and gradients of its own; at a
+rung's end the fittest go on from where they are (nothing is trained again), and a retired member becomes a copy
+of one of them and joins its team, which shares gradients and splits the data. Every team therefore trains on a
+larger part of the clan's batch from rung to rung, no rank ever waits, and the last team, of all members, is plain
+data parallelism with the winner's genome.
+
+A member on its own trains on a P-th of the clan's batch: what wins there is right for small batches, and the
+race should be short.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from clantune_scale.core import mutation
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
+from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
+from clantune_scale.core.strategies.lengths import round_end
+from clantune_scale.core.strategies.options import require
+from clantune_scale.core.strategies.selection import survivors
+from clantune_scale.core.strategies.teams import captains_of, join
+from clantune_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HalvingOptions:
+    """Options of ``halving``.
+
+    Attributes:
+        budgets: share of the run that each rung gets, from S0 on; each above 0, together 1.
+        survival: for each rung but the last, the share of its teams that goes on to the next, 0 to 1 and one
+            team at least: 1 lets pass whoever is sane, 0 leaves the fittest alone.
+        factor: the first values lie within this factor of what the user configured, either way (the odds
+            within it where a scale is logit); at least 1, or 0 for all of the gene's bounds. Genes on a
+            linear scale take all of their bounds in any case.
+        max_rise: a member whose loss rises above that at its rung's start by more than this share of it
+            retires at the next evaluation; above 0.
+        decay: of learning rates over the last rung: ``"linear"`` to zero at the run's end, ``"none"``, or
+            ``"auto"``, which is linear unless the user's own schedule is attached.
+        num_reports: rounds (evaluations) in the last rung, where they are not shorter than the user's; at least 1.
+    """
+
+    budgets: tuple[float, ...] = (0.01, 0.03, 0.06, 0.9)
+    survival: tuple[float, ...] = (1.0, 0.5, 0.0)
+    factor: float = 16.0
+    max_rise: float = 0.1
+    decay: Literal["auto", "linear", "none"] = "auto"
+    num_reports: int = 10
+
+    def __post_init__(self) -> None:
+        positive = bool(self.budgets) and min(self.budgets) > 0
+        require(positive and math.isclose(sum(self.budgets), 1.0), "budgets", self.budgets, "above 0 and together 1")
+        shares = all(0 <= share <= 1 for share in self.survival)
+        wanted = f"one share (0 to 1) for each rung but the last, {len(self.budgets) - 1} in all"
+        require(shares and len(self.survival) == len(self.budgets) - 1, "survival", self.survival, wanted)
+        require(self.factor == 0 or self.factor >= 1, "factor", self.factor, "at least 1, or 0")
+        require(self.max_rise > 0, "max_rise", self.max_rise, "above 0")
+        require(self.num_reports >= 1, "num_reports", self.num_reports, "at least 1")
+
+
+class Halving(Strategy):
+    """Successive halving by teams.
+
+    ``Population.memory`` holds ``num_entrants`` (teams at the rung's start) and ``reference`` (by member, its
+    team's loss there; None where that was not finite).
+
+    Raises:
+        ConfigError: if the run's length is not known, or too short for the rungs.
+    """
+
+    Options = HalvingOptions
+
+    def __init__(self, facts: RunFacts, options: HalvingOptions | None = None) -> None:
+        super().__init__(facts)
+        self.options = options or HalvingOptions()
+        if facts.total_steps is None:
+            raise ConfigError(
+                "strategy 'halving' divides the run into rungs, and the run's length is not known. Set total_steps."
+            )
+        ends = [round(share * facts.total_steps) for share in accumulate(self.options.budgets)]
+        if len(set(ends) | {0}) < len(ends) + 1:
+            raise ConfigError(
+                f"strategy 'halving' has {len(ends)} rungs that end after {ends} steps. "
+                f"Each needs a step at least: raise total_steps, or the smallest of options.budgets."
+            )
+        self._ends = ends
+
+    def plan(self, index: int, start_step: int) -> RoundPlan:
+        """Competition throughout; ``Population.teams`` says who shares gradients with whom in it."""
+        rung = bisect_right(self._ends, start_step)
+        boundary = self._ends[rung] if rung < len(self._ends) else None
+        length = self.facts.round_length_steps
+        if rung == len(self._ends) - 1:
+            length = max(length, math.ceil((self._ends[-1] - self._last_start) / self.options.num_reports))
+        end = round_end(start_step, length, boundary)
+        return RoundPlan(
+            index,
+            start_step,
+            (Phase(PhaseKind.COMPETITIVE, end - start_step),),
+            explores=tuple(gene.name for gene in self.facts.genes),
+            evolves=end != self._ends[-1],
+        )
+
+    def lr_factor(self, step: int) -> float:
+        """1 until the last rung, then linear to 0 at the end of the run, where the decay is ours."""
+        decay, end = self.options.decay, self._ends[-1]
+        if decay == "none" or (decay == "auto" and self.facts.has_schedule):
+            return 1.0
+        return min(max((end - step) / (end - self._last_start), 0.0), 1.0)
+
+    def init(self, start: Fitness) -> Population:
+        """Everyone alone: member 0 as the user configured it, the others stratified over the genes' ranges.
+
+        Each gene's range is cut into as many strata as there are other members, evenly in its scale, and a
+        permutation of its own deals them out (a Latin hypercube): no part of a range goes unseen.
+        """
+        size = self.facts.population_size
+        initial = Genome.initial(self.facts.genes)
+        values = [dict(initial.values) for _ in range(size)]
+        for gene in self.facts.genes:
+            name = f"halving:{gene.name}"
+            strata = mutation.permutation(self.facts.seed, -1, mutation.CLAN, name, count=size - 1)
+            low, high = _span(gene, self.options.factor)
+            for member, stratum in enumerate(strata, start=1):
+                place = (stratum + mutation.uniform(self.facts.seed, -1, member, name)) / (size - 1)
+                values[member][gene.name] = gene.expressed(gene.decode(low + place * (high - low)))
+        memory = {"num_entrants": size, "reference": [_finite(loss) for loss in start.mean]}
+        genomes = tuple(Genome(own, initial.step_sizes) for own in values)
+        return Population(genomes, memory, teams=tuple(range(size)))
+
+    def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
+        """Retires who is broken and, at a rung's end, the less fit; their members join the teams that go on.
+
+        Raises:
+            EvaluationError: if no member's losses are finite; the message names the round.
+        """
+        teams = tuple(population.teams or range(fitness.num_members))
+        captains = captains_of(teams, survivors(fitness, plan.index))
+        reference = population.memory["reference"]
+        failing = {team for team, captain in captains[1:] if self._rises(fitness.mean[captain], reference[captain])}
+        staying = [(team, captain) for team, captain in captains if team not in failing]
+        ends_rung = plan.end_step in self._ends[:-1]
+        if ends_rung:
+            staying = staying[: self._num_survivors(plan.end_step, population.memory["num_entrants"])]
+        joined = join(teams, [team for team, _ in staying])
+        captain_of = dict(staying)
+        donors = tuple(
+            member if team == before and fitness.is_finite[member] else captain_of[team]
+            for member, (team, before) in enumerate(zip(joined, teams, strict=True))
+        )
+        losses = [_finite(loss) for loss in fitness.mean] if ends_rung else reference
+        memory = {
+            "num_entrants": len(staying) if ends_rung else population.memory["num_entrants"],
+            "reference": [losses[captain_of[team]] for team in joined],
+        }
+        genomes = tuple(population.genomes[captain_of[team]] for team in joined)
+        reasons = tuple(
+            _reason(before, team, before in failing, joined.count(team), is_finite=bool(finite))
+            for before, team, finite in zip(teams, joined, fitness.is_finite, strict=True)
+        )
+        return Decision(Population(genomes, memory, joined), donors, reasons=reasons)
+
+    @property
+    def _last_start(self) -> int:
+        """The step at which the last rung starts."""
+        return self._ends[-2] if len(self._ends) > 1 else 0
+
+    def _num_survivors(self, end_step: int, num_entrants: int) -> int:
+        share = self.options.survival[self._ends.index(end_step)]
+        return max(1, math.ceil(share * num_entrants - 1e-9))  # 0.3 x 10 is a hair above 3
+
+    def _rises(self, loss: float, reference: float | None) -> bool:
+        """The proxy check on the slope: whether the loss has gone up since the rung's start, and by too much."""
+        return reference is not None and loss > reference + self.options.max_rise * abs(reference)
+
+
+def _span(gene: Gene, factor: float) -> tuple[float, float]:
+    """The range of the gene's first values, in scale units."""
+    low, high = (gene.encode(bound) for bound in gene.bounds)
+    if factor == 0 or gene.scale == "linear":
+        return low, high
+    centre, reach = gene.encode(gene.initial), math.log(factor)
+    return max(low, centre - reach), min(high, centre + reach)
+
+
+def _reason(before: int, team: int, rises: bool, size: int, *, is_finite: bool) -> str:
+    if team == before:
+        return f"goes on in team {team} of {size}" if is_finite else f"repaired by team {team}"
+    why = "not finite" if not is_finite else "loss rises" if rises else "less fit"
+    return f"retires ({why}), joins team {team} of {size}"
+
+
+def _finite(loss: float) -> float | None:
+    return float(loss) if math.isfinite(loss) else None
