@@ -15,29 +15,38 @@ from clantune_scale.core.lineage import Lineage, RoundRecord
 def family_graph(lineage: Lineage) -> Any:
     """A networkx ``DiGraph``: a node ``r<round>m<member>`` per member and round, an edge from a state to its heir.
 
-    Nodes hold round, member, steps, loss and each gene (``gene_<name>``); edges say whether they are clones.
-    Members of a restored round have no heirs: those of the next descend from the round before.
+    Nodes hold round, member, steps, loss and each gene (``gene_<name>``); edges say whether they are clones, and
+    how large a share of the heir's weights they are (below 1 where members were averaged). Members of a restored
+    round have no heirs: those of the next descend from the round before.
     """
     # networkx takes a third of a second to import; most commands do not need it.
     import networkx
 
     graph = networkx.DiGraph()
-    previous: RoundRecord | None = None
-    carriers: dict[int, str] = {}
+    carried: dict[int, dict[tuple[int, int], float]] = {}
     for record in lineage:
         for member in range(len(record.genomes)):
             name = f"r{record.index}m{member}"
             graph.add_node(name, **_attributes(record, member))
-            if previous is not None and member in carriers:
-                graph.add_edge(carriers[member], name, clone=not carriers[member].endswith(f"m{member}"))
-        before = carriers
-        carriers = {
-            member: before.get(donor, "") if record.restored else f"r{record.index}m{donor}"
-            for member, donor in enumerate(record.donors)
-        }
-        carriers = {member: carrier for member, carrier in carriers.items() if carrier}
-        previous = record
+            for (index, parent), share in carried.get(member, {}).items():
+                graph.add_edge(f"r{index}m{parent}", name, clone=parent != member and share == 1.0, share=share)
+        carried = {member: _carried(record, member, carried) for member in range(len(record.genomes))}
     return graph
+
+
+def _carried(
+    record: RoundRecord, member: int, before: dict[int, dict[tuple[int, int], float]]
+) -> dict[tuple[int, int], float]:
+    """What a member carries after a round: (round, member) of the states in it, and their shares."""
+    if record.restored:
+        return before.get(record.donors[member], {})
+    if record.average is None:
+        return {(record.index, record.donors[member]): 1.0}
+    shares: dict[tuple[int, int], float] = {}
+    for holder, weight in enumerate(record.average):
+        state = (record.index, record.donors[holder])
+        shares[state] = shares.get(state, 0.0) + weight
+    return {state: share for state, share in shares.items() if share}
 
 
 def _attributes(record: RoundRecord, member: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from clantune_scale.cli.opened_run import open_run
 from clantune_scale.cli.plan_text import describe
 from clantune_scale.errors import ClanError
 from clantune_scale.planning.budget import Forecast, Size, fitting, forecast
+from clantune_scale.planning.cost import Cost
 from clantune_scale.planning.hardware import PRESETS, read_hardware
 from clantune_scale.planning.measured import measure
 from clantune_scale.planning.memory import rank_memory, state_bytes
@@ -85,6 +86,7 @@ def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any
         "round_end": _traffic(round_end, job),
         "clone": _traffic(clone_traffic(job), job),
     }
+    parts["mean_round"] = _mean_round(parts, cost)
     hardware, measured = how["hardware"], how["measured"]
     return {
         "ranks": found.topology and found.topology.describe(),
@@ -119,6 +121,20 @@ def _traffic(collectives: Any, job: Any) -> dict[str, Any]:
         "inside_bytes": inside_bytes(listed, job),
         "crossing_bytes": crossing_bytes(listed, job),
     }
+
+
+def _mean_round(parts: dict[str, dict[str, Any]], cost: Cost) -> dict[str, Any]:
+    """All of a run's bytes, divided by its rounds: each ends with an evaluation and is taken to end with a clone."""
+    rounds, competitive = cost.num_rounds, cost.competitive_steps
+    times = {
+        "cooperative_step": cost.num_steps - competitive - rounds,
+        "last_cooperative_step": rounds,
+        "competitive_step": competitive,
+        "round_end": rounds,
+        "clone": rounds,
+    }
+    totals = {key: sum(parts[name][key] * n for name, n in times.items()) for key in ("inside_bytes", "crossing_bytes")}
+    return {key: total / rounds for key, total in totals.items()}
 
 
 def _tokens_lost(one: Forecast) -> int | None:

@@ -35,9 +35,9 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
     more = clan["device"] - plain["device"]
     yield (
         f"  The price: state is sharded over a member's ranks and not over all of them, {amount(more)} more on each "
-        f"device ({100 * more / plain['device']:.0f} %). Activations and buffers, which a clan leaves as they are, come "
-        f"on top."
+        f"device ({100 * more / plain['device']:.0f} %)."
     )
+    yield "  Activations and buffers come on top; a clan leaves them as they are."
     limit = memory["device_limit"]
     if limit is not None and clan["device"] > limit:
         yield f"  It does not fit: a device has {amount(limit)}. Use fewer members, a higher ZeRO stage or more ranks."

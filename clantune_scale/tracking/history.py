@@ -104,6 +104,7 @@ def _record(event: Event) -> RoundRecord:
         losses=tuple(_finite(m["loss"]) for m in members),
         donors=tuple(m["donor"] for m in members),
         restored=event.get("restored", False),
+        average=tuple(event["average"]) if event.get("average") else None,
     )
 
 

@@ -56,3 +56,12 @@ def test_after_a_restored_round_the_next_descends_from_the_one_before():
     assert list(graph.successors("r1m0")) == []
     assert list(graph.predecessors("r2m0")) == ["r0m1"]
     assert "loss" not in graph.nodes["r0m1"]  # GraphML knows no null
+
+
+def test_an_average_has_all_its_parents_with_their_shares():
+    genomes = (Genome({"lr": 1.0}), Genome({"lr": 2.0}))
+    phase = (Phase(PhaseKind.COOPERATIVE, 5),)
+    first = RoundRecord(0, 0, phase, genomes, (1.0, 2.0), (0, 1), average=(0.25, 0.75))
+    graph = family_graph(Lineage((first, RoundRecord(1, 5, phase, genomes, (1.0, 2.0), (0, 1)))))
+    for heir in ("r1m0", "r1m1"):
+        assert {p: graph.edges[p, heir]["share"] for p in graph.predecessors(heir)} == {"r0m0": 0.25, "r0m1": 0.75}

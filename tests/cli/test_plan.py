@@ -56,6 +56,16 @@ def test_samples_that_are_lost_are_counted_in_tokens_too(call):
     assert said.data["unique_tokens_lost"] == 16 * 32 * 3 // 4 * 10
 
 
+def test_a_rounds_bytes_are_its_steps_its_end_and_its_clone(call):
+    data = call("plan", QUICKSTART, "--params", "1e6", "--world-size", 8, "--steps", 100, "--json").data
+    traffic, cost = data["traffic"], data["cost"]
+    rounds = cost["num_rounds"]
+    steps = 100 * traffic["cooperative_step"]["inside_bytes"]
+    looks = traffic["last_cooperative_step"]["inside_bytes"] - traffic["cooperative_step"]["inside_bytes"]
+    ends = traffic["round_end"]["inside_bytes"] + traffic["clone"]["inside_bytes"]
+    assert traffic["mean_round"]["inside_bytes"] == pytest.approx(steps / rounds + looks + ends)
+
+
 def test_what_fits_a_budget(call, finished_run):
     base = ("plan", QUICKSTART, "--params", "1e6", "--world-size", 4, "--measured", finished_run.folder)
     everything = call(*base, "--budget-percent", 1e6, "--json").data["budget"]["fits"]
