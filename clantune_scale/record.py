@@ -143,6 +143,7 @@ class Recorder:
             phases=[asdict(phase) for phase in plan.phases],
             explores=list(plan.explores),
             averaged=plan.averages,
+            average=decision.average,
             members=_members(clan, measured, decision, figures),
             consensus=consensus(measured.genomes, clan.genes),
             restored=decision.restore,
