@@ -82,6 +82,12 @@ def test_the_t_test_copies_better_members_alone_and_what_those_got():
     assert {(1, 0), (2, 0), (5, 0), (2, 1), (5, 1)} <= copied
 
 
+@pytest.mark.parametrize("better", [0, 1])
+def test_nobody_meets_itself(better):
+    fitness = Fitness.from_losses([[1.0, 1.1, 0.9] if member == better else [9.0, 9.1, 8.9] for member in range(2)])
+    assert all(ttest(fitness, 0.05, seed, 0) == (better, better) for seed in range(20))
+
+
 def test_the_t_test_seldom_copies_among_equals_and_mostly_where_members_differ():
     """Size and power, over 2000 meetings each, of 16 batches: standard errors are about 0.004 and 0.01."""
     rng = np.random.default_rng(1)
