@@ -19,7 +19,7 @@ ALLOWED = {
     "deepspeed": ("backends/deepspeed/", "run.py", "bench/"),
     "megatron": ("backends/",),
     "mlflow": ("tracking/", "bench/"),
-    "matplotlib": ("tracking/",),
+    "matplotlib": ("tracking/", "bench/"),
     "pydantic": ("config", "ds_config.py", "tracking/events.py"),
 }
 PURE = ("torch", "pydantic", "deepspeed", "mlflow", "matplotlib", "safetensors")

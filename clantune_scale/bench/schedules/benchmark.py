@@ -1,0 +1,66 @@
+"""Problems x methods x seeds to one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from clantune_scale.bench.schedules.methods import FIXED, Method
+from clantune_scale.bench.schedules.oracle import Oracle, fixed_losses, oracle_of
+from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.bench.schedules.scores import Yardstick
+from clantune_scale.bench.schedules.table import Result
+from clantune_scale.bench.schedules.trial import Trial, run_trial
+
+#: Sets of seeds to tune on; what wins on one must win on the other.
+TUNING_SEEDS = {"a": (0, 1, 2), "b": (10, 11, 12)}
+#: Seeds that nothing is ever tuned on.
+REPORTING_SEEDS = (100, 101, 102)
+
+
+def run(
+    problems: Sequence[Problem],
+    methods: Sequence[Method],
+    *,
+    seeds: Sequence[int],
+    say: Callable[[str], object] = print,
+    see: Callable[[Trial, Problem, Oracle], object] = lambda *_: None,
+) -> Result:
+    """Runs every method on every problem.
+
+    Args:
+        problems: the columns.
+        methods: the rows.
+        seeds: of weights, data and decisions, the same for all.
+        say: gets a line for every trial.
+        see: gets every method's trial, as soon as it is done.
+    """
+    yardsticks, by_problem = [], []
+    for problem in problems:
+        oracle = oracle_of(problem)
+        rates = [oracle.trained_rate(start.rate, problem.grid.rates) for start in problem.starts]
+        default = run_trial(FIXED, problem, rates=rates, seeds=seeds)
+        yardstick = _yardstick(problem, oracle, default, seeds)
+        yardsticks.append(yardstick)
+        trials = []
+        for method in methods:
+            is_default = method == FIXED
+            trial = default if is_default else run_trial(method, problem, rates=rates, seeds=seeds)
+            trials.append(trial)
+            values = " ".join(f"{yardstick.s1(i, loss):6.2f}" for i, loss in enumerate(trial.losses))
+            say(f"{problem.name:24s} {method.name:24s} S1 {values}   {trial.cpu_s:.2f} CPU s a run")
+            see(trial, problem, oracle)
+        by_problem.append(trials)
+    is_report = tuple(seeds) == REPORTING_SEEDS
+    by_method = tuple(tuple(trials[row] for trials in by_problem) for row in range(len(methods)))
+    return Result(tuple(seeds), is_report, tuple(yardsticks), by_method)
+
+
+def _yardstick(problem: Problem, oracle: Oracle, default: Trial, seeds: Sequence[int]) -> Yardstick:
+    return Yardstick(
+        problem=problem.name,
+        starts=tuple(start.name for start in problem.starts),
+        default_losses=tuple(default.losses),
+        oracle_loss=fixed_losses(problem, [oracle.best], seeds)[0],
+        initial_loss=oracle.initial_loss,
+        losses_by_share=oracle.losses_by_share,
+    )

@@ -1,0 +1,137 @@
+"""What a scheduling problem is: a task with its data, an optimizer, and the configurations that runs start from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from clantune_scale.batched import Settings
+from clantune_scale.batched.model import Knobs, Tensors
+
+
+@dataclass(frozen=True)
+class Start:
+    """A configuration that a run starts from.
+
+    Attributes:
+        name: a column of the table.
+        rate: times the best constant learning rate.
+        changes: fields of :class:`~clantune_scale.batched.Settings` besides ``lr``, in place of the problem's.
+    """
+
+    name: str
+    rate: float = 1.0
+    changes: Mapping[str, object] = field(default_factory=dict)
+
+
+#: The study's starts: the best constant rate, and half a decade and a decade below and above it.
+STARTS = tuple(Start(f"{factor:g}x", factor) for factor in (0.1, 0.32, 1.0, 3.2, 10.0))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the oracle searches, exhaustively.
+
+    Attributes:
+        rates: ascending.
+        schedules: names in :data:`clantune_scale.bench.schedules.curves.CURVES`.
+        weight_decays: the problem's own among them.
+    """
+
+    rates: tuple[float, ...]
+    schedules: tuple[str, ...] = ("constant", "cosine", "linear", "warmup-linear")
+    weight_decays: tuple[float, ...] = (0.0,)
+
+
+def quarter_decades(lowest: float, count: int = 13) -> tuple[float, ...]:
+    """``count`` rates from 10 ** ``lowest`` on, a factor 10 ** 0.25 apart."""
+    return tuple(10 ** (lowest + 0.25 * i) for i in range(count))
+
+
+class Problem(ABC):
+    """A task to schedule; a :class:`~clantune_scale.batched.BatchedModel` with what a benchmark asks besides.
+
+    Derive from it, set what differs, and name an instance, or a list of them, with ``--problems module:NAME``.
+    Everything is a pure function of its arguments.
+
+    Attributes:
+        name: in tables.
+        total_steps: T.
+        batch_size: samples of the clan in a step.
+        settings: what the user configured, but for the learning rate and its schedule.
+        schedule: the user's own, a name in :data:`clantune_scale.bench.schedules.curves.CURVES`.
+        grid: the oracle's.
+        starts: of its runs.
+        genes: of the clans that run on it, by name in the catalogue of genes.
+        validation: the common window, tensors [examples, ...]; selection sees nothing else.
+        test: likewise, for the report alone.
+        knows_length: whether strategies are told ``total_steps``.
+    """
+
+    name: str
+    total_steps: int = 1200
+    batch_size: int = 64
+    settings: Settings = Settings()
+    schedule: str = "constant"
+    grid: Grid = Grid(quarter_decades(-4.0))
+    starts: Sequence[Start] = STARTS
+    genes: tuple[str, ...] = ("lr",)
+    validation: Tensors
+    test: Tensors
+    knows_length: bool = True
+
+    @abstractmethod
+    def init(self, seed: int) -> Tensors:
+        """One model's initial parameters."""
+
+    @abstractmethod
+    def batch(self, seed: int, step: int, part: int) -> Tensors:
+        """Training samples; see :class:`~clantune_scale.batched.BatchedModel`."""
+
+    @abstractmethod
+    def losses(self, parameters: Tensors, batch: Tensors, knobs: Knobs) -> torch.Tensor:
+        """[models, samples]; see :class:`~clantune_scale.batched.BatchedModel`."""
+
+    def variant(self, name: str, **changes: object) -> Problem:
+        """A copy called ``name`` with other attributes; the oracle is the same one if only starts differ."""
+        changed = copy.copy(self)
+        for attribute, value in {"name": name, **changes}.items():
+            if not hasattr(self, attribute):
+                raise AttributeError(f"problem {self.name!r} has no attribute {attribute!r} to vary")
+            setattr(changed, attribute, value)
+        return changed
+
+    def fingerprint(self) -> str:
+        """Equal for problems with one oracle: same numbers at the start, same length, same grid.
+
+        Losses enter with four digits, so that another processor's rounding does not change it, and other
+        data (another Python's library to read) does.
+        """
+        numbers = [self.total_steps, self.batch_size, *self.grid.rates, *self.grid.weight_decays]
+        words = [self.settings.optimizer, repr(self.settings.base()), *self.grid.schedules]
+        numbers += [float(f"{loss:.4g}") for loss in self._first_losses()]
+        return hashlib.blake2b(repr((numbers, words)).encode(), digest_size=8).hexdigest()
+
+    @torch.no_grad()
+    def _first_losses(self) -> list[float]:
+        """Mean losses before training: on validation and test data, and on a batch of the first and the last step."""
+        parameters = [parameter.unsqueeze(0) for parameter in self.init(0)]
+        last = self.total_steps - 1
+        samples = (self.validation, self.test, self.batch(0, 0, 0), self.batch(0, last, 0))
+        losses = [self.losses(parameters, [x.unsqueeze(0) for x in part], {}).mean() for part in samples]
+        return [float(loss) if math.isfinite(loss) else math.inf for loss in losses]
+
+
+def stream(problem: int, seed: int, step: int, part: int) -> torch.Generator:
+    """Randomness of one batch: a stream of its own for every problem, seed, step and part."""
+    words = torch.tensor([problem, seed, step, part]) % 2**31
+    key = 0
+    for word in words.tolist():  # a linear mix: neighbouring steps must not get neighbouring seeds of one stream
+        key = (key * 6364136223846793005 + word + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(key)

@@ -1,0 +1,1 @@
+"""The benchmark's own problems: a noisy quadratic, regression, digits and bytes."""

@@ -1,0 +1,142 @@
+"""From test losses to the yardstick: how much of what a schedule can gain a method gained."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from clantune_scale.bench.schedules.trial import Trial
+
+#: Share of the whole progress below which start and oracle are as good: nothing is there to be gained.
+MIN_GAP = 1e-3
+SOLVED, NEARLY_SOLVED = 0.9, 0.8
+#: Below this a run is worse than its own default by more than noise.
+HARMED = -0.05
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What runs on a problem are measured against, all with the same seeds.
+
+    Attributes:
+        problem: its name.
+        starts: their names.
+        default_losses: [starts], the start kept as it is.
+        oracle_loss: of the oracle's schedule.
+        initial_loss: before training.
+        losses_by_share: the oracle's in a part of the run, by its share; from the grid's seeds.
+    """
+
+    problem: str
+    starts: tuple[str, ...]
+    default_losses: tuple[float, ...]
+    oracle_loss: float
+    initial_loss: float
+    losses_by_share: Mapping[float, float]
+
+    def s1(self, start: int, loss: float) -> float:
+        """(L_default - L) / (L_default - L_oracle).
+
+        Where the start is as good as the oracle, to a thousandth of the whole progress, that thousandth
+        stands for the difference, so that chance does not decide; 1 where both diverge.
+        """
+        default, least = self.default_losses[start], MIN_GAP * (self.initial_loss - self.oracle_loss)
+        if not math.isfinite(default):
+            return 0.0 if not math.isfinite(loss) else 1.0 if loss <= self.initial_loss else -1.0
+        if default - self.oracle_loss < least:
+            return 1.0 - (loss - min(default, self.oracle_loss)) / least if math.isfinite(loss) else -math.inf
+        return (default - loss) / (default - self.oracle_loss)
+
+    def gap(self, loss: float) -> float:
+        """What is missing to the oracle, as a share of its whole progress."""
+        return (loss - self.oracle_loss) / (self.initial_loss - self.oracle_loss)
+
+    def step_efficiency(self, loss: float) -> float:
+        """Share of the run in which the oracle's schedule reaches ``loss``, between the shares that were tried.
+
+        The least share tried stands for all below it, 1 for all that the oracle does not reach sooner.
+        """
+        shares = sorted(self.losses_by_share)
+        points = [(share, self.losses_by_share[share]) for share in shares] + [(1.0, self.oracle_loss)]
+        if loss >= points[0][1]:
+            return shares[0]
+        for (before, worse), (after, better) in itertools.pairwise(points):
+            if better <= loss < worse:
+                return before + (after - before) * (worse - loss) / (worse - better)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A method over all problems.
+
+    Attributes:
+        method: the row's name.
+        s1: [problems][starts].
+        gaps: likewise.
+        step_efficiencies: likewise.
+        costs: likewise, in plain runs.
+        cpu_s: of a run, mean over problems.
+    """
+
+    method: str
+    s1: tuple[tuple[float, ...], ...]
+    gaps: tuple[tuple[float, ...], ...]
+    step_efficiencies: tuple[tuple[float, ...], ...]
+    costs: tuple[tuple[float, ...], ...]
+    cpu_s: float
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial], yardsticks: Sequence[Yardstick]) -> Score:
+        """The score of one method's trials, one per problem, in the order of ``yardsticks``."""
+        pairs = list(zip(trials, yardsticks, strict=True))
+        return cls(
+            trials[0].method,
+            tuple(tuple(y.s1(i, loss) for i, loss in enumerate(t.losses)) for t, y in pairs),
+            tuple(tuple(y.gap(loss) for loss in t.losses) for t, y in pairs),
+            tuple(tuple(y.step_efficiency(loss) for loss in t.losses) for t, y in pairs),
+            tuple(tuple(statistics.fmean(run.cost for run in runs) for runs in t.runs) for t, _ in pairs),
+            statistics.fmean(trial.cpu_s for trial in trials),
+        )
+
+    @property
+    def num_cases(self) -> int:
+        return sum(map(len, self.s1))
+
+    def num_at_least(self, s1: float) -> int:
+        """Cases (problem and start) with at least this S1."""
+        return sum(value >= s1 for values in self.s1 for value in values)
+
+    @property
+    def num_harmed(self) -> int:
+        """Cases that are worse off than their default."""
+        return sum(value < HARMED for values in self.s1 for value in values)
+
+    @property
+    def mean_s1(self) -> float:
+        """Each case counted between -1 and 1, so that one blow-up is not all that is seen."""
+        return statistics.fmean(min(max(value, -1.0), 1.0) for values in self.s1 for value in values)
+
+    def median_s1(self, start: int) -> float:
+        """Over the problems that have that many starts."""
+        return statistics.median(values[start] for values in self.s1 if len(values) > start)
+
+    @property
+    def mean_gap(self) -> float:
+        """Each case counted at most 1: training that gained nothing."""
+        return _mean(self.gaps, most=1.0)
+
+    @property
+    def mean_step_efficiency(self) -> float:
+        return _mean(self.step_efficiencies)
+
+    @property
+    def mean_cost(self) -> float:
+        return _mean(self.costs)
+
+
+def _mean(table: Sequence[Sequence[float]], most: float = math.inf) -> float:
+    return statistics.fmean(min(value, most) for values in table for value in values)

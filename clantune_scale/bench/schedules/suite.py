@@ -1,0 +1,62 @@
+"""The problems by name, and how to bring others."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.bench.schedules.problems.bytes import BytesPerceptron, BytesTransformer
+from clantune_scale.bench.schedules.problems.digits import DigitsConvolution, DigitsPerceptron
+from clantune_scale.bench.schedules.problems.quadratic import Quadratic
+from clantune_scale.bench.schedules.problems.regression import Regression
+from clantune_scale.errors import ConfigError
+from clantune_scale.spelling import did_you_mean
+
+#: The study's nine tasks, the last two never tuned on.
+STUDY: dict[str, Callable[[], Problem]] = {
+    "quadratic-sgd": Quadratic,
+    "regression-adamw": partial(Regression, "adamw"),
+    "regression-sgd": partial(Regression, "sgd"),
+    "digits-mlp-adamw": partial(DigitsPerceptron, "adamw"),
+    "digits-mlp-sgd": partial(DigitsPerceptron, "sgd"),
+    "bytes-mlp-adamw": partial(BytesPerceptron, "adamw"),
+    "bytes-mlp-sgd": partial(BytesPerceptron, "sgd"),
+    "digits-cnn-sgd": partial(DigitsConvolution, "sgd"),
+    "bytes-transformer-adamw": BytesTransformer,
+}
+SETS = {"study": list(STUDY), "small": list(STUDY)[:7]}
+
+
+def load(names: Sequence[str]) -> list[Problem]:
+    """The problems of these names: single ones, sets of them, or ``module:NAME`` of one's own.
+
+    Raises:
+        ConfigError: for a name that is none of these.
+    """
+    problems: list[Problem] = []
+    for name in names:
+        if name in SETS:
+            problems += [STUDY[member]() for member in SETS[name]]
+        elif name in STUDY:
+            problems.append(STUDY[name]())
+        else:
+            problems += _imported(name)
+    return problems
+
+
+def _imported(name: str) -> list[Problem]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = [*SETS, *STUDY]
+        hint = did_you_mean(name, known) or f" Choose from: {', '.join(known)}."
+        raise ConfigError(f"no problem is called {name!r}.{hint} One of your own is named module:NAME.")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"problem {name!r} cannot be imported: {error}. Give module:NAME.") from error
+    problems = list(found) if isinstance(found, Iterable) else [found]
+    if not problems or not all(isinstance(problem, Problem) for problem in problems):
+        raise ConfigError(f"{name!r} is {found!r}. Make it a Problem, or a list of them.")
+    return problems

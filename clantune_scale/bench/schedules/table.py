@@ -1,0 +1,105 @@
+"""The benchmark's result as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clantune_scale.bench.schedules.records import finite
+from clantune_scale.bench.schedules.scores import NEARLY_SOLVED, SOLVED, Score, Yardstick
+from clantune_scale.bench.schedules.trial import Trial
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call of the benchmark measured.
+
+    Attributes:
+        seeds: of all runs.
+        is_report: whether these are the reporting seeds.
+        yardsticks: [problems].
+        trials: [methods][problems].
+    """
+
+    seeds: tuple[int, ...]
+    is_report: bool
+    yardsticks: tuple[Yardstick, ...]
+    trials: tuple[tuple[Trial, ...], ...]
+
+    @property
+    def scores(self) -> list[Score]:
+        return [Score.of(trials, self.yardsticks) for trials in self.trials]
+
+    def to_markdown(self) -> str:
+        """The table of methods, and one of S1 by problem and start."""
+        kind = "reporting" if self.is_report else "tuning"
+        seeds = ", ".join(map(str, self.seeds))
+        names = ", ".join(yardstick.problem for yardstick in self.yardsticks)
+        head = f"{len(self.yardsticks)} problems ({names}), {kind} seeds {seeds}.\n"
+        return "\n".join([head, *_summary(self.scores, self._starts()), "", *_by_problem(self), "", FOOTNOTE, ""])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything: every run's loss, cost and rates, besides what the table says; null for what diverged."""
+        record = {
+            "schema": 1,
+            "seeds": list(self.seeds),
+            "is_report": self.is_report,
+            "yardsticks": [asdict(yardstick) for yardstick in self.yardsticks],
+            "scores": [asdict(score) for score in self.scores],
+            "trials": [[asdict(trial) for trial in trials] for trials in self.trials],
+        }
+        return finite(record)
+
+    def _starts(self) -> list[str]:
+        """Names of the starts, where all problems have the same."""
+        names = {yardstick.starts for yardstick in self.yardsticks}
+        return list(names.pop()) if len(names) == 1 else []
+
+
+FOOTNOTE = (
+    "S1 = (default - loss) / (default - oracle), on test data, means over seeds; solved at 0.9. Step efficiency: the "
+    "share of the run in which the oracle's schedule gets as far. Gap: what is missing to the oracle, in shares of its "
+    "progress. Harmed: S1 below -0.05. Cost: gradient evaluations in plain runs, a sample's loss counted as a third of "
+    "one; evaluations that decide are in it, those for the record alone are not."
+)
+
+
+def _summary(scores: Sequence[Score], starts: Sequence[str]) -> list[str]:
+    columns = ["method", f"solved at {SOLVED}", f"at {NEARLY_SOLVED}", "mean S1"]
+    columns += [f"median {name}" for name in starts]
+    columns += ["harmed", "step efficiency", "gap", "cost", "CPU s a run"]
+    return _markdown(columns, [_summary_row(score, len(starts)) for score in scores])
+
+
+def _summary_row(score: Score, num_starts: int) -> list[str]:
+    return [
+        score.method,
+        f"{score.num_at_least(SOLVED)} of {score.num_cases}",
+        str(score.num_at_least(NEARLY_SOLVED)),
+        f"{score.mean_s1:.2f}",
+        *(_s1(score.median_s1(start)) for start in range(num_starts)),
+        str(score.num_harmed),
+        f"{score.mean_step_efficiency:.2f}",
+        f"{score.mean_gap:.3f}",
+        f"{score.mean_cost:.2f}",
+        f"{score.cpu_s:.2f}",
+    ]
+
+
+def _by_problem(result: Result) -> list[str]:
+    columns = ["S1 by start", *(score.method for score in result.scores)]
+    rows = [
+        [yardstick.problem, *(" ".join(map(_s1, score.s1[index])) for score in result.scores)]
+        for index, yardstick in enumerate(result.yardsticks)
+    ]
+    return _markdown(columns, rows)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def _s1(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) and value > -10 else "<-10"

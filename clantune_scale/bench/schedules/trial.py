@@ -1,0 +1,117 @@
+"""One method on one problem: all starts and seeds as one batch of clans."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from clantune_scale.batched import BatchedClans, Clan
+from clantune_scale.bench.schedules import curves
+from clantune_scale.bench.schedules.methods import Method
+from clantune_scale.bench.schedules.problem import Problem
+
+#: Share of a sample's gradient that its loss alone costs: the backward pass is twice the forward one.
+FORWARD_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one run went.
+
+    Attributes:
+        loss: of its champion on the test data; infinite where that is not a number.
+        cost: gradient evaluations of training and of evaluations that decide, in plain runs of equal length.
+        rates: (step, learning rate), the members' geometric mean.
+        restores: rounds whose training was lost to the guard.
+    """
+
+    loss: float
+    cost: float
+    rates: tuple[tuple[int, float], ...]
+    restores: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method's runs on a problem.
+
+    Attributes:
+        runs: [starts][seeds].
+        cpu_s: processor seconds of one run.
+    """
+
+    method: str
+    problem: str
+    runs: tuple[tuple[Run, ...], ...]
+    cpu_s: float
+
+    @property
+    def losses(self) -> list[float]:
+        """[starts]: mean test loss over seeds."""
+        return [statistics.fmean(run.loss for run in runs) for runs in self.runs]
+
+
+def run_trial(method: Method, problem: Problem, *, rates: Sequence[float], seeds: Sequence[int]) -> Trial:
+    """Runs ``method`` from every start of ``problem``, with every seed.
+
+    Args:
+        method: the row.
+        problem: the columns.
+        rates: [starts], the learning rate of each.
+        seeds: of weights, data and decisions.
+    """
+    schedule = curves.over(method.schedule or problem.schedule, problem.total_steps)
+    configured = [
+        replace(problem.settings, lr=rate, schedule=schedule, **start.changes)
+        for start, rate in zip(problem.starts, rates, strict=True)
+    ]
+    settings = [own for own in configured for _ in seeds]
+    runs_per_seed = list(seeds) * len(configured)
+    began = time.process_time()
+    clans = BatchedClans(
+        problem,
+        strategies=[method.build(problem, seed) for seed in runs_per_seed],
+        settings=settings,
+        seeds=runs_per_seed,
+    )
+    clans.run(problem.total_steps)
+    runs = [
+        Run(loss, _cost(clan, problem), _rates(clan), sum(record.restored for record in clan.lineage))
+        for clan, loss in zip(clans.clans, champion_losses(clans, problem), strict=True)
+    ]
+    cpu_s = (time.process_time() - began) / len(runs)
+    by_start = tuple(tuple(runs[i : i + len(seeds)]) for i in range(0, len(runs), len(seeds)))
+    return Trial(method.name, problem.name, by_start, cpu_s)
+
+
+def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
+    """[clans]: the test loss of the member, and of its weights or their average, that validation prefers."""
+    is_averaging = any(clan.strategy.averages for clan in clans.clans)
+    roles = (False, True) if is_averaging else (False,)
+    validation = torch.cat([clans.losses_on(problem.validation, averaged=role).mean(dim=-1) for role in roles], dim=1)
+    test = torch.cat([clans.losses_on(problem.test, averaged=role).mean(dim=-1) for role in roles], dim=1)
+    champions = validation.nan_to_num(math.inf, math.inf).argmin(dim=1, keepdim=True)
+    return test.gather(1, champions).squeeze(1).nan_to_num(math.inf, math.inf).tolist()
+
+
+def _cost(clan: Clan, problem: Problem) -> float:
+    work = clan.num_trained + FORWARD_SHARE * clan.num_evaluated
+    return work / (problem.total_steps * problem.batch_size)
+
+
+def _rates(clan: Clan) -> tuple[tuple[int, float], ...]:
+    """At each round's first and last step."""
+    gene = next((gene for gene in clan.strategy.facts.genes if gene.target == "lr"), None)
+    points = []
+    for record in clan.lineage:
+        own = [genome.values[gene.name] for genome in record.genomes] if gene else [1.0]
+        factor = statistics.geometric_mean(own)
+        for step in (record.start_step, record.end_step - 1):
+            scheduled = clan.settings.lr * clan.settings.schedule(step) * clan.strategy.lr_factor(step)
+            points.append((step, factor * scheduled))
+    return tuple(points)

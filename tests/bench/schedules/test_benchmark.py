@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clantune_scale.bench.schedules.__main__ import main
+from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, run
+from clantune_scale.bench.schedules.methods import FIXED, Method, named, read_variants
+from clantune_scale.bench.schedules.oracle import GRID_SEEDS, oracle_of
+from clantune_scale.bench.schedules.suite import load
+from clantune_scale.bench.schedules.trial import run_trial
+from clantune_scale.errors import ConfigError
+from tests.bench.schedules.tiny_problem import TINY
+
+PLUG_IN = "tests.bench.schedules.tiny_problem"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_seeds_for_tuning_reporting_and_the_grid_are_disjoint():
+    seeds = [seed for some in (*TUNING_SEEDS.values(), REPORTING_SEEDS, GRID_SEEDS) for seed in some]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_fixed_start_scores_nothing_and_the_oracle_all():
+    oracle = oracle_of(TINY)
+    best = TINY.variant("best", starts=TINY.starts[:1], schedule=oracle.best.schedule)
+    result = run([TINY], [FIXED], seeds=(0, 1), say=lambda line: None)
+    assert result.scores[0].s1[0] == (0.0, 0.0)
+    trial = run_trial(FIXED, best, rates=[oracle.best.rate], seeds=(0, 1))
+    assert result.yardsticks[0].s1(0, trial.losses[0]) == pytest.approx(1.0)
+    assert trial.runs[0][0].rates[0] == (0, oracle.best.rate)
+    assert trial.runs[0][0].cost == 1.0
+
+
+def test_a_clan_is_charged_for_what_it_evaluates():
+    clan = Method("clan", "clan", population_size=4, round_length_steps=4)
+    (run_,), _ = run_trial(clan, TINY, rates=[0.3, 0.3], seeds=(0,)).runs
+    strategy = clan.build(TINY, 0)
+    ends, step, index = 0, 0, 0
+    while step < TINY.total_steps:
+        plan = strategy.plan(index, step)
+        ends, step, index = ends + plan.evolves, plan.end_step, index + 1
+    evaluated = ends * 4 * len(TINY.validation[0])
+    assert run_.cost == pytest.approx(1 + evaluated / 3 / (40 * 8))
+    assert len({rate for _, rate in run_.rates}) > 3
+
+
+def test_a_strategy_starts_its_absolute_genes_at_what_the_problem_is_configured_with():
+    method = Method("m", "clan", genes=("lr", "momentum"))
+    genes = {gene.name: gene.initial for gene in method.build(TINY, 0).facts.genes}
+    assert genes == {"lr": 1.0, "momentum": 0.5}  # the problem's 0 lies below the gene's bound
+    assert method.build(TINY, 0).facts.total_steps == 40
+    unknown = TINY.variant("unknown length", knows_length=False)
+    assert method.build(unknown, 0).facts.total_steps is None
+    assert not method.build(TINY, 0).facts.has_schedule
+    assert method.build(TINY.variant("decays", schedule="wsd"), 0).facts.has_schedule
+
+
+def test_the_command_writes_a_table_its_json_and_figures(tmp_path, capsys):
+    variants = tmp_path / "variants.json"
+    variants.write_text(json.dumps({"late": {"options": {"freeze_at": 0.8}, "population_size": 2}}))
+    out = tmp_path / "out"
+    names = ["--methods", "fixed", "warmup-linear", "clan", "--population", "4", "--variants", str(variants)]
+    assert main(["--problems", f"{PLUG_IN}:BOTH", *names, "--report", "--figures", "--out", str(out)]) == 0
+    table = (out / "table.md").read_text()
+    assert "2 problems (tiny, tiny, longer), reporting seeds 100, 101, 102." in table
+    assert table in capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[:6] == ["method", "---", "fixed", "warmup-linear", "clan P=4", "late"]
+    record = json.loads((out / "table.json").read_text())
+    assert record["is_report"] and len(record["trials"]) == 4
+    assert (out / "tiny--clan_P=4.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["--problems", f"{PLUG_IN}:TINY", "--methods", "fixed", "--out", str(out)]) == 0
+    assert "tuning seeds 0, 1, 2" in (out / "table.md").read_text()
+
+
+def test_what_there_is_not_is_refused_with_the_nearest_that_there_is(tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"no method 'warmup-linaer'. Did you mean 'warmup-linear'\?"):
+        named(["warmup-linaer"], 4)
+    with pytest.raises(ConfigError, match=r"'regresion-sgd'. Did you mean 'regression-sgd'\?"):
+        load(["regresion-sgd"])
+    with pytest.raises(ConfigError, match=r"is tensor.*Make it a Problem"):
+        load(["tests.bench.schedules.tiny_problem:CURVATURE"])
+    path = tmp_path / "variants.json"
+    path.write_text(json.dumps({"x": {"populaton_size": 2}}))
+    with pytest.raises(ConfigError, match=r"no field 'populaton_size'. Did you mean 'population_size'\?"):
+        read_variants(path)
+    assert main(["--problems", "nothing"]) == 2
+    assert "Choose from" in capsys.readouterr().err
