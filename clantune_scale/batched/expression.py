@@ -92,8 +92,8 @@ def _scalars(genes: Sequence[Gene], values: Mapping[str, float], base: dict[str,
     for gene in genes:
         if gene.groups is not None or gene.target not in base:
             raise ConfigError(
-                f"gene {gene.name!r} sets {gene.target!r} in groups {gene.groups}, and batched clans have one parameter "
-                f"group and {', '.join(base)}. Name one of these, without groups."
+                f"gene {gene.name!r} sets {gene.target!r} in groups {gene.groups}, and batched clans have one group of "
+                f"parameters and {', '.join(base)}. Name one of these, without groups."
             )
         value = values[gene.name] * base[gene.target] if gene.relative else values[gene.name]
         base[gene.target] = gene.expressed(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
@@ -26,8 +27,8 @@ class RowOptimizer(ABC):
         defaults: hyperparameters besides ``lr`` and ``weight_decay``, with torch's own defaults.
     """
 
-    slots: tuple[str, ...]
-    defaults: Mapping[str, float]
+    slots: ClassVar[tuple[str, ...]]
+    defaults: ClassVar[Mapping[str, float]]
 
     @abstractmethod
     def update(self, state: State, gradient: torch.Tensor, hyper: Hyper) -> None:
@@ -38,7 +39,7 @@ class AdamW(RowOptimizer):
     """Loshchilov and Hutter 2019, decoupled weight decay, as ``torch.optim.AdamW``."""
 
     slots = ("exp_avg", "exp_avg_sq")
-    defaults = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    defaults: ClassVar = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
     @torch.no_grad()
     def update(self, state: State, gradient: torch.Tensor, hyper: Hyper) -> None:
@@ -59,7 +60,7 @@ class Momentum(RowOptimizer):
     """Heavy-ball momentum with coupled weight decay, as ``torch.optim.SGD``."""
 
     slots = ("momentum_buffer",)
-    defaults = {"momentum": 0.9}
+    defaults: ClassVar = {"momentum": 0.9}
 
     @torch.no_grad()
     def update(self, state: State, gradient: torch.Tensor, hyper: Hyper) -> None:
