@@ -11,6 +11,7 @@ from clantune_scale.tracking.background import Background, Event, Recorder
 from clantune_scale.tracking.events import EventLog, read_events
 from clantune_scale.tracking.lifecycle import FAILED, FINISHED, KILLED, Lifecycle
 from clantune_scale.tracking.run_dir import create_run_dir
+from clantune_scale.tracking.sender import Sender
 from clantune_scale.tracking.terminal import Terminal
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "Tracking", "create_run_dir", "read_events"]
@@ -120,8 +121,5 @@ class Tracking:
 
 
 def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> Recorder:
-    from clantune_scale.tracking.mlflow import MlflowRecorder
-
-    return MlflowRecorder(
-        uri, experiment=config.experiment, run_dir=run_dir, is_live=True, system_metrics=config.system_metrics
-    )
+    settings = {"uri": uri, "experiment": config.experiment, "run_dir": str(run_dir.resolve()), "is_live": True}
+    return Sender({**settings, "system_metrics": config.system_metrics})

@@ -1,7 +1,7 @@
 """A run's files in MLflow, brought up to date as the run goes, never at more than a small share of its time.
 
 Whatever takes processor time (drawing the report takes seconds) is done by a process of its own, at the lowest
-priority: a thread would compete with training for Python's lock.
+priority.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from clantune_scale.errors import ClanError
+
 Event = dict[str, Any]
 
 
@@ -15,6 +17,13 @@ class Recorder(Protocol):
 
     def record(self, event: Event) -> None:
         """Takes one event; whatever it raises ends the recording, not the run."""
+
+    def close(self) -> None:
+        """Everything was recorded when this returns; called once, after the last event."""
+
+
+class RecordingStopped(ClanError):
+    """A recorder cannot go on; the message is the reason, for the user."""
 
 
 class Background:
@@ -66,11 +75,13 @@ class Background:
             recorder = self._make_recorder()
             while (event := self._queue.get()) is not None and self._failure is None:
                 recorder.record(event)
+            recorder.close()
         # Whatever a tracking server or its client does wrong must not reach training; it is kept and reported.
         except Exception as error:
-            self._failure = self._failure or _in_short(error)
+            self._failure = self._failure or in_short(error)
 
 
-def _in_short(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+def in_short(error: Exception) -> str:
+    """An exception in one line of at most 300 letters."""
+    text = " ".join((str(error) if isinstance(error, RecordingStopped) else f"{type(error).__name__}: {error}").split())
     return text if len(text) <= 300 else text[:297] + "..."

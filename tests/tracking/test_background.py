@@ -8,7 +8,14 @@ import time
 from clantune_scale.tracking.background import Background
 
 
-class Keeps:
+class Closes:
+    closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+class Keeps(Closes):
     def __init__(self):
         self.events = []
 
@@ -22,7 +29,7 @@ def test_events_arrive_in_order():
     for step in range(100):
         background.put({"step": step})
     background.close(deadline_s=10)
-    assert recorder.events == list(range(100)) and background.failure is None
+    assert recorder.events == list(range(100)) and background.failure is None and recorder.closed == 1
 
 
 def test_a_recorder_that_cannot_be_made_is_a_failure_not_an_exception():
@@ -38,7 +45,7 @@ def test_a_recorder_that_cannot_be_made_is_a_failure_not_an_exception():
 def test_a_hanging_recorder_holds_nobody_up():
     hang = threading.Event()
 
-    class Hangs:
+    class Hangs(Closes):
         def record(self, event):
             hang.wait(30)
 
@@ -57,7 +64,7 @@ def test_a_hanging_recorder_holds_nobody_up():
 def test_a_full_queue_is_a_failure():
     hang = threading.Event()
 
-    class Hangs:
+    class Hangs(Closes):
         def record(self, event):
             hang.wait(30)
 

@@ -1,0 +1,76 @@
+"""A recorder in a process of its own.
+
+MLflow's client keeps Python's lock for some tenths of a second per round. As a thread of the process that trains it
+would hold up every operation in that time, because each waits for the lock anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import clantune_scale
+from clantune_scale.tracking.background import Event, RecordingStopped
+
+
+class Sender:
+    """Passes events on to ``python -m clantune_scale.tracking.receiver``, a line of JSON each.
+
+    The other process goes on after a signal that ends this one, until it has sent what it was given; where this one
+    dies without a word, it closes the run as killed.
+
+    Args:
+        settings: arguments of :class:`clantune_scale.tracking.mlflow.MlflowRecorder`. They go through the pipe: the
+            URI may have credentials, which everyone could read in a command line.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        root = str(Path(clantune_scale.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "clantune_scale.tracking.receiver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self._write(settings)
+
+    def record(self, event: Event) -> None:
+        """Passes one event on.
+
+        Raises:
+            RecordingStopped: if the other process has ended, with its reason.
+        """
+        self._write(event)
+
+    def close(self) -> None:
+        """Waits until everything is sent.
+
+        Raises:
+            RecordingStopped: if it was not, with the reason.
+        """
+        self._end(is_failure=False)
+
+    def _write(self, data: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(data).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._end(is_failure=True)
+
+    def _end(self, *, is_failure: bool) -> None:
+        # The other process says a word only when it fails; what is left in our buffer has no reader then.
+        try:
+            said, _ = self._process.communicate()
+        except BrokenPipeError:
+            said = b""
+        status = self._process.wait()
+        if is_failure or status != 0:
+            raise RecordingStopped(said.decode(errors="replace").strip() or f"its process ended with status {status}")
