@@ -58,7 +58,12 @@ def _measure(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m clantune_scale.bench.schedules", description=__doc__)
     add = parser.add_argument
-    add("--problems", nargs="+", default=["study"], help="names, sets of them (study, small), or module:NAME")
+    add(
+        "--problems",
+        nargs="+",
+        default=["study"],
+        help="names, sets of them (study, small, kinds, all), or module:NAME",
+    )
     add("--methods", nargs="*", default=["fixed", "warmup-linear", "clan"], help="baselines and strategies")
     add("--population", type=int, default=8, help="members of the strategies' clans")
     add("--variants", nargs="*", type=Path, default=[], help="JSON files: row name to strategy, options, ...")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from clantune_scale.batched import Settings
 from clantune_scale.bench.schedules.problem import Problem
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import STRATEGIES, build
@@ -43,10 +44,10 @@ class Method:
     schedule: str | None = None
     genes: Sequence[str] | None = None
 
-    def build(self, problem: Problem, seed: int) -> Strategy:
-        """The strategy of one run."""
+    def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
+        """The strategy of one run that is configured with ``settings``."""
         names = problem.genes if self.genes is None else self.genes
-        genes = tuple(_started(CATALOGUE[name], problem) for name in names)
+        genes = tuple(_started(CATALOGUE[name], settings) for name in names)
         facts = RunFacts(
             population_size=self.population_size,
             genes=genes,
@@ -102,9 +103,9 @@ def read_variants(path: Path) -> list[Method]:
     return methods
 
 
-def _started(gene: Gene, problem: Problem) -> Gene:
-    """An absolute gene starts at what the problem is configured with, as in a real run."""
+def _started(gene: Gene, settings: Settings) -> Gene:
+    """An absolute gene starts at what the run is configured with, as in a real one."""
     if gene.relative:
         return gene
     low, high = gene.bounds
-    return replace(gene, initial=min(max(problem.settings.base()[gene.target], low), high))
+    return replace(gene, initial=min(max(settings.base()[gene.target], low), high))

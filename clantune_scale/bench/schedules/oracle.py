@@ -154,7 +154,7 @@ def fixed_losses(problem: Problem, points: Sequence[Choice], seeds: Sequence[int
     for first in range(0, len(points), size):
         settings = [_settings(problem, point) for point in points[first : first + size] for _ in seeds]
         rows = list(seeds) * (len(settings) // len(seeds))
-        strategies = [FIXED.build(problem, seed) for seed in rows]
+        strategies = [FIXED.build(problem, own, seed) for own, seed in zip(settings, rows, strict=True)]
         clans = BatchedClans(problem, strategies=strategies, settings=settings, seeds=rows)
         clans.run(problem.total_steps)
         losses += champion_losses(clans, problem)
@@ -164,7 +164,7 @@ def fixed_losses(problem: Problem, points: Sequence[Choice], seeds: Sequence[int
 def initial_loss(problem: Problem) -> float:
     """Mean test loss of models that were not trained."""
     settings = [problem.settings] * len(GRID_SEEDS)
-    strategies = [FIXED.build(problem, seed) for seed in GRID_SEEDS]
+    strategies = [FIXED.build(problem, problem.settings, seed) for seed in GRID_SEEDS]
     clans = BatchedClans(problem, strategies=strategies, settings=settings, seeds=GRID_SEEDS)
     return statistics.fmean(champion_losses(clans, problem))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.bench.schedules.problems import kinds
 from clantune_scale.bench.schedules.problems.bytes import BytesPerceptron, BytesTransformer
 from clantune_scale.bench.schedules.problems.digits import DigitsConvolution, DigitsPerceptron
 from clantune_scale.bench.schedules.problems.quadratic import Quadratic
@@ -26,7 +27,27 @@ STUDY: dict[str, Callable[[], Problem]] = {
     "digits-cnn-sgd": partial(DigitsConvolution, "sgd"),
     "bytes-transformer-adamw": BytesTransformer,
 }
-SETS = {"study": list(STUDY), "small": list(STUDY)[:7]}
+
+_DIGITS, _BYTES, _REGRESSION = STUDY["digits-mlp-adamw"], STUDY["bytes-mlp-adamw"], STUDY["regression-adamw"]
+
+#: Problems that differ from the study's in kind.
+KINDS: dict[str, Callable[[], Problem]] = {
+    "warmup-cosine": lambda: kinds.scheduled(_BYTES(), "warmup-cosine"),
+    "wsd": lambda: kinds.scheduled(_DIGITS(), "wsd"),
+    "inverse-sqrt": lambda: kinds.scheduled(_REGRESSION(), "inverse-sqrt"),
+    "wrong-weight-decay": lambda: kinds.wrong_weight_decay(_BYTES()),
+    "wrong-beta1": lambda: kinds.wrong_momentum(_DIGITS()),
+    "wrong-momentum": lambda: kinds.wrong_momentum(STUDY["regression-sgd"]()),
+    "wrong-clip": lambda: kinds.wrong_clip(STUDY["bytes-mlp-sgd"]()),
+    "dropout": lambda: kinds.Dropout("adamw"),
+    "label-noise": lambda: kinds.NoisyLabels("sgd"),
+    "shift": lambda: kinds.Shift("adamw"),
+    "unknown-length": lambda: kinds.endless(_BYTES()),
+    "longer-3": lambda: kinds.longer(_REGRESSION(), 3),
+    "longer-10": lambda: kinds.longer(Quadratic(), 10),
+}
+ALL = {**STUDY, **KINDS}
+SETS = {"study": list(STUDY), "small": list(STUDY)[:7], "kinds": list(KINDS), "all": list(ALL)}
 
 
 def load(names: Sequence[str]) -> list[Problem]:
@@ -38,9 +59,9 @@ def load(names: Sequence[str]) -> list[Problem]:
     problems: list[Problem] = []
     for name in names:
         if name in SETS:
-            problems += [STUDY[member]() for member in SETS[name]]
-        elif name in STUDY:
-            problems.append(STUDY[name]())
+            problems += [ALL[member]() for member in SETS[name]]
+        elif name in ALL:
+            problems.append(ALL[name]())
         else:
             problems += _imported(name)
     return problems
@@ -49,7 +70,7 @@ def load(names: Sequence[str]) -> list[Problem]:
 def _imported(name: str) -> list[Problem]:
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = [*SETS, *STUDY]
+        known = [*SETS, *ALL]
         hint = did_you_mean(name, known) or f" Choose from: {', '.join(known)}."
         raise ConfigError(f"no problem is called {name!r}.{hint} One of your own is named module:NAME.")
     try:

@@ -75,7 +75,7 @@ def run_trial(method: Method, problem: Problem, *, rates: Sequence[float], seeds
     began = time.process_time()
     clans = BatchedClans(
         problem,
-        strategies=[method.build(problem, seed) for seed in runs_per_seed],
+        strategies=[method.build(problem, own, seed) for own, seed in zip(settings, runs_per_seed, strict=True)],
         settings=settings,
         seeds=runs_per_seed,
     )

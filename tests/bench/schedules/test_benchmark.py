@@ -40,7 +40,7 @@ def test_a_fixed_start_scores_nothing_and_the_oracle_all():
 def test_a_clan_is_charged_for_what_it_evaluates():
     clan = Method("clan", "clan", population_size=4, round_length_steps=4)
     (run_,), _ = run_trial(clan, TINY, rates=[0.3, 0.3], seeds=(0,)).runs
-    strategy = clan.build(TINY, 0)
+    strategy = clan.build(TINY, TINY.settings, 0)
     ends, step, index = 0, 0, 0
     while step < TINY.total_steps:
         plan = strategy.plan(index, step)
@@ -50,15 +50,15 @@ def test_a_clan_is_charged_for_what_it_evaluates():
     assert len({rate for _, rate in run_.rates}) > 3
 
 
-def test_a_strategy_starts_its_absolute_genes_at_what_the_problem_is_configured_with():
+def test_a_strategy_starts_its_absolute_genes_at_what_the_run_is_configured_with():
     method = Method("m", "clan", genes=("lr", "momentum"))
-    genes = {gene.name: gene.initial for gene in method.build(TINY, 0).facts.genes}
-    assert genes == {"lr": 1.0, "momentum": 0.5}  # the problem's 0 lies below the gene's bound
-    assert method.build(TINY, 0).facts.total_steps == 40
+    genes = {gene.name: gene.initial for gene in method.build(TINY, TINY.settings, 0).facts.genes}
+    assert genes == {"lr": 1.0, "momentum": 0.5}  # the run's 0 lies below the gene's bound
+    assert method.build(TINY, TINY.settings, 0).facts.total_steps == 40
     unknown = TINY.variant("unknown length", knows_length=False)
-    assert method.build(unknown, 0).facts.total_steps is None
-    assert not method.build(TINY, 0).facts.has_schedule
-    assert method.build(TINY.variant("decays", schedule="wsd"), 0).facts.has_schedule
+    assert method.build(unknown, TINY.settings, 0).facts.total_steps is None
+    assert not method.build(TINY, TINY.settings, 0).facts.has_schedule
+    assert method.build(TINY.variant("decays", schedule="wsd"), TINY.settings, 0).facts.has_schedule
 
 
 def test_the_command_writes_a_table_its_json_and_figures(tmp_path, capsys):

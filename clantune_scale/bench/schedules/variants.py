@@ -1,0 +1,130 @@
+"""Other rules for the move of ``clan``'s centre, to be measured against its own; ``LOG.md`` has what came of them.
+
+Name it in a variants file as the strategy ``clantune_scale.bench.schedules.variants:ClanVariant``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.core.strategies.base import Decision, Population, RunFacts
+from clantune_scale.core.strategies.clan import Clan
+from clantune_scale.core.strategies.clan_plan import ClanOptions
+from clantune_scale.core.strategies.least_squares import least_squares
+from clantune_scale.core.strategies.parabola import Move
+from clantune_scale.core.strategies.spread import regressors
+
+#: Trust region: radius times this after a move on in the same direction, and after a change of sign.
+GROW, SHRINK = 1.3, 0.5
+
+
+@dataclass(frozen=True)
+class VariantOptions(ClanOptions):
+    """Options of ``ClanVariant`` besides ``clan``'s.
+
+    Attributes:
+        model: what is quadratic: the loss over log lr (``"log"``, as in ``clan``), or over the length of the
+            common displacement, which is in proportion to lr (``"line"``).
+        noise: standard errors, over validation batches, that are added to the curvature before the step
+            is taken; also shrinks slopes that are small against theirs. 0 trusts the fit.
+        trusts: whether the largest change shrinks after a change of sign, and grows back after none.
+        smoothing: share of the last change in the next one, 0 to 1.
+        max_up: largest change upward, in place of the gene's own; 0 keeps that.
+    """
+
+    model: Literal["log", "line"] = "log"
+    noise: float = 0.0
+    trusts: bool = False
+    smoothing: float = 0.0
+    max_up: float = 0.0
+
+
+class ClanVariant(Clan):
+    """``clan`` with another way from losses to moves.
+
+    ``Population.memory`` has ``radius`` besides what ``clan`` keeps: by gene, the largest change that is
+    trusted, as a share of the gene's own.
+    """
+
+    Options = VariantOptions
+
+    def __init__(self, facts: RunFacts, options: VariantOptions | None = None) -> None:
+        super().__init__(facts, options or VariantOptions())
+
+    def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
+        decision = super().evolve(population, plan, fitness)
+        memory = decision.population.memory
+        radius = _radii(population.memory, memory) if self.options.trusts else {}
+        return replace(decision, population=replace(decision.population, memory={**memory, "radius": radius}))
+
+    def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
+        if not fitness.is_finite.all():
+            return super()._moves(population, plan, fitness)
+        genes = [self.facts.gene(name) for name in plan.explores]
+        memory = population.memory
+        offsets = np.array(
+            [
+                [gene.encode(own.values[gene.name]) - memory["centre"][gene.name] for gene in genes]
+                for own in population.genomes
+            ]
+        )
+        fits = _fits(offsets, fitness.losses)
+        if fits is None:
+            return super()._moves(population, plan, fitness)
+        moves = {}
+        for index, gene in enumerate(genes):
+            cap = gene.max_change * memory.get("radius", {}).get(gene.name, 1.0)
+            change = self._change(fits[:, index], fits[:, len(genes) + index], cap)
+            last = memory["moves"].get(gene.name, {"change": 0.0})["change"]
+            change = (1 - self.options.smoothing) * change + self.options.smoothing * last
+            moves[gene.name] = Move(change, self.options.model)
+        return moves
+
+    def _change(self, slopes: np.ndarray, curvatures: np.ndarray, cap: float) -> float:
+        """The move, from a fit per validation batch ([batches] each): f = a + slope x + curvature x^2."""
+        slope, curvature = float(slopes.mean()), float(curvatures.mean())
+        if self.options.noise:
+            slope_error, error = (float(fit.std(ddof=1)) / math.sqrt(len(fit)) for fit in (slopes, curvatures))
+            slope *= slope**2 / (slope**2 + (self.options.noise * slope_error) ** 2 + 1e-300)
+            curvature = max(curvature, 0.0) + self.options.noise * error
+        up = self.options.max_up or cap
+        change = _minimum(slope, curvature) if self.options.model == "log" else _line_minimum(slope, curvature)
+        return min(max(change, -cap), min(up, cap))
+
+
+def _minimum(slope: float, curvature: float) -> float:
+    """Of a parabola in log lr; endlessly far downhill where it has none."""
+    return -slope / (2 * curvature) if curvature > 0 else -math.copysign(math.inf, slope)
+
+
+def _line_minimum(slope: float, curvature: float) -> float:
+    """Of a parabola in k = lr / centre, where f' = slope and f'' = 2 curvature - slope at k = 1."""
+    second = 2 * curvature - slope
+    if second <= 0:
+        return -math.copysign(math.inf, slope)
+    k = 1 - slope / second
+    return math.log(k) if k > 0 else -math.inf
+
+
+def _fits(offsets: np.ndarray, losses: np.ndarray) -> np.ndarray | None:
+    """[batches, 2 x genes]: slopes and curvatures of each validation batch; None where they are not determined."""
+    columns = regressors(offsets, quadratic=True)
+    fits = [least_squares(columns, (batch - batch[0]).tolist()) for batch in losses.T]
+    return None if any(fit is None for fit in fits) else np.array(fits)[:, 1:]
+
+
+def _radii(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """By gene, the share of its largest change that the next move may be."""
+    radii = dict(before.get("radius", {}))
+    for name, move in after["moves"].items():
+        last = before["moves"].get(name, {"change": 0.0})["change"]
+        turned = last * move["change"] < 0
+        radii[name] = min(1.0, radii.get(name, 1.0) * (SHRINK if turned else GROW))
+    return radii

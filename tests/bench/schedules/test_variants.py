@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.strategies import RunFacts, build
+
+NAME = "clantune_scale.bench.schedules.variants:ClanVariant"
+FACTS = RunFacts(8, (Gene("lr", relative=True),), 3, 20, duty_cycle=0.1, total_steps=10_000)
+
+
+def moves(*landscapes, name: str = NAME, batch_noise: float = 0.0, **options) -> list[float]:
+    """The moves of one round per landscape (log lr to loss), measured on 16 batches with noise of their own."""
+    rng = np.random.default_rng(0)
+    strategy = build(name, FACTS, options)
+    population = strategy.init(Fitness.from_losses(np.full((8, 16), 100.0)))
+    step, changes = 0, []
+    for index, loss_of in enumerate(landscapes):
+        plan = strategy.plan(index, step)
+        losses = np.array([[loss_of(math.log(own.values["lr"]))] for own in population.genomes])
+        fitness = Fitness.from_losses(losses + batch_noise * rng.standard_normal((8, 16)))
+        population = strategy.evolve(population, plan, fitness).population
+        changes.append(population.memory["moves"]["lr"]["change"])
+        step = plan.end_step
+    return changes
+
+
+def bowl(x: float) -> float:
+    return (x - 0.3) ** 2
+
+
+def uphill(x: float) -> float:
+    return 50 + x
+
+
+def downhill(x: float) -> float:
+    return 50 - x
+
+
+def test_without_options_it_is_clan():
+    assert moves(bowl, bowl) == pytest.approx(moves(bowl, bowl, name="clan"), rel=1e-9)
+    assert moves(bowl)[0] == pytest.approx(0.3)
+
+
+def test_a_line_is_quadratic_in_the_rate_itself():
+    def along(x: float) -> float:
+        return (math.exp(x) - 1.5) ** 2
+
+    assert moves(along, model="line")[0] == pytest.approx(math.log(1.5), abs=0.03)  # third order in the spread
+    assert abs(moves(along)[0] - math.log(1.5)) > 0.1
+
+
+def test_a_slope_that_noise_hides_moves_little():
+    rounds = [lambda x: 50 - 1e-3 * x] * 12
+    free, gated = (np.abs(moves(*rounds, batch_noise=0.3, noise=noise)) for noise in (0.0, 2.0))
+    assert gated.mean() < 0.5 * free.mean()
+    assert moves(*[lambda x: 50 - x] * 2, batch_noise=1e-4, noise=2.0) == [0.8, 0.8]  # one that it does not
+
+
+def test_the_trusted_change_shrinks_after_a_turn_and_grows_back():
+    assert moves(downhill, uphill, downhill, downhill, trusts=True) == pytest.approx([0.8, -0.8, 0.4, 0.2])
+    assert moves(downhill, uphill, uphill, uphill, trusts=True)[-1] == pytest.approx(-0.52)
+
+
+def test_a_share_of_the_last_change_goes_into_the_next():
+    assert moves(downhill, uphill, smoothing=0.25) == pytest.approx([0.6, -0.45])
+
+
+def test_climbing_may_be_slower_than_falling():
+    assert moves(downhill, uphill, max_up=0.2) == pytest.approx([0.2, -0.8])
