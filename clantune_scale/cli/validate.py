@@ -34,11 +34,14 @@ def _run(arguments: argparse.Namespace) -> Answer:
     if unusable:
         found.errors.append(unusable)
     errors = found.errors + (found.warnings if arguments.strict else [])
-    return Answer(_text(found), _data(found, is_valid=not errors), exit_code=1 if errors else 0)
+    is_bound = model is not None
+    return Answer(_text(found, is_bound), _data(found, is_bound, is_valid=not errors), exit_code=1 if errors else 0)
 
 
-def _text(found: Preflight) -> str:
+def _text(found: Preflight, is_bound: bool) -> str:
     lines = [f"{name:<9} {line}" for name, line in _facts(found)]
+    if found.genes and not is_bound:
+        lines.append(f"{'':<9} whether genes find what they set is not known: give --model")
     lines += [f"warning: {text}" for text in found.warnings]
     lines += [f"error: {text}" for text in found.errors]
     counts = [(len(found.errors), "error"), (len(found.warnings), "warning")]
@@ -85,7 +88,7 @@ def _gene(gene: Gene) -> str:
     return f"{gene.name}{groups}: {gene.kind}, {mode}, {low:g} to {high:g} ({gene.scale}), starts at {gene.initial:g}"
 
 
-def _data(found: Preflight, *, is_valid: bool) -> dict[str, Any]:
+def _data(found: Preflight, is_bound: bool, *, is_valid: bool) -> dict[str, Any]:
     topology = found.topology
     return {
         "valid": is_valid,
@@ -95,6 +98,7 @@ def _data(found: Preflight, *, is_valid: bool) -> dict[str, Any]:
         "members": topology and [topology.member_ranks(m) for m in range(topology.population_size)],
         "batch": found.batch and asdict(found.batch),
         "genes": found.genes and [asdict(gene) for gene in found.genes],
+        "genes_are_bound": is_bound,
     }
 
 

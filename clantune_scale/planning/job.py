@@ -17,6 +17,8 @@ from clantune_scale.ds_rules import dtype_of, zero_stage
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Below this many elements ZeRO 3 keeps a parameter whole on every rank (DeepSpeed's default).
 _PERSISTENCE = 100_000
+# What it keeps gathered until it is used again, at most, and how far ahead it looks (DeepSpeed's defaults for both).
+_KEEPS = 1_000_000_000
 _MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lion": 1, "adagrad": 1}
 
 
@@ -37,6 +39,7 @@ class Job:
         num_samples, eval_batch: of the validation window.
         tokens_per_sample: for compute; None where nobody said.
         persistence: largest parameter that ZeRO 3 does not partition for computing.
+        keeps: elements that ZeRO 3 keeps gathered from the forward to the backward pass.
     """
 
     parameters: tuple[int, ...]
@@ -55,6 +58,7 @@ class Job:
     eval_batch: int
     tokens_per_sample: int | None = None
     persistence: int = _PERSISTENCE
+    keeps: int = _KEEPS
 
     @property
     def num_parameters(self) -> int:
@@ -144,7 +148,8 @@ def describe_job(
         num_samples=block.fitness.num_samples,
         eval_batch=block.fitness.batch_size or batch.micro_batch,
         tokens_per_sample=tokens_per_sample,
-        persistence=zero.get("stage3_param_persistence_threshold", _PERSISTENCE),
+        persistence=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE)),
+        keeps=int(min(zero.get("stage3_max_live_parameters", _KEEPS), zero.get("stage3_max_reuse_distance", _KEEPS))),
     )
 
 

@@ -80,7 +80,8 @@ def evaluation_traffic(job: Job, *, averaged: bool) -> Iterator[Collective]:
         yield from _refresh(job)
         yield from _refresh(job)
     if job.stage == 3:
-        passes = job.num_eval_batches // job.dp
+        # A model that is small enough stays gathered from one batch to the next.
+        passes = 1 if _is_kept(job) else job.num_eval_batches // job.dp
         yield Collective("all_gather", "member", (job.padded - job.persistent) * passes, job.width)
     if job.dp > 1:
         yield Collective("all_gather", "member", job.num_eval_batches, 8)
@@ -123,12 +124,18 @@ def inside_bytes(collectives: Iterable[Collective], job: Job) -> float:
 def _sharded_step(job: Job, *, crosses: bool) -> Iterator[Collective]:
     partitioned = job.padded - job.persistent
     if partitioned:
-        # Once for the forward and once for the backward pass of every micro-batch.
-        yield Collective("all_gather", "member", 2 * partitioned * job.accumulation, job.width)
+        # Once for every micro-batch, and again for its backward pass where the model is too large to be kept: an upper
+        # bound, because a part of it is. Models of that size were not counted.
+        passes = 1 if _is_kept(job) else 2
+        yield Collective("all_gather", "member", passes * partitioned * job.accumulation, job.width)
     yield Collective("reduce_scatter", "member", job.padded * job.accumulation, job.width)
     if crosses:
         yield Collective("all_reduce", "column", job.padded // job.dp * job.accumulation, job.width)
     yield from _refresh(job)
+
+
+def _is_kept(job: Job) -> bool:
+    return job.padded - job.persistent <= job.keeps
 
 
 def _refresh(job: Job) -> Iterator[Collective]:

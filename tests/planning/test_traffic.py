@@ -25,15 +25,21 @@ from tests.ranks import run_ranks
 from tests.small_clans import clan_config
 
 GENES = {"lr": {}, "dropout": {"initial": 0.1}}
+
+
+def _zero_3(**more) -> dict:
+    return {"zero_optimization": {"stage": 3, **more}}
+
+
 CASES = {
     "0": (0, "fp32", {}),
     "1": (1, "fp32", {}),
     "2": (2, "fp32", {}),
-    "3": (3, "fp32", {}),
-    "3, nothing kept whole": (3, "fp32", {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}),
+    "3": (3, "fp32", _zero_3(stage3_param_persistence_threshold=0)),
+    "3, all kept whole": (3, "fp32", _zero_3(stage3_param_persistence_threshold=100_000)),
     "0 in bf16": (0, "bf16", {}),
     "2 in bf16": (2, "bf16", {}),
-    "3 in bf16": (3, "bf16", {}),
+    "3 in bf16": (3, "bf16", _zero_3(stage3_param_persistence_threshold=0)),
 }
 
 
