@@ -109,13 +109,7 @@ class ClanBatchSampler(Sampler[list[int]]):
         plan: Callable[[int], StepPlan],
         shuffle: bool = True,
     ) -> None:
-        clan_batch = population_size * dp_size * micro_batch_size
-        if num_samples < clan_batch:
-            raise ConfigError(
-                f"the dataset has {num_samples} samples, fewer than one micro-batch of every rank takes: "
-                f"population_size({population_size}) x dp({dp_size}) x micro_batch({micro_batch_size}) = {clan_batch}. "
-                f"Give it more data, or lower train_micro_batch_size_per_gpu."
-            )
+        require_samples(num_samples, population_size=population_size, dp_size=dp_size, micro_batch_size=micro_batch_size)
         self._num_samples, self._seed, self._shuffle = num_samples, seed, shuffle
         self._micro_batch_size, self._dp_size, self._dp_rank = micro_batch_size, dp_size, dp_rank
         self._member, self._population_size = member, population_size
@@ -184,6 +178,21 @@ class ClanBatchSampler(Sampler[list[int]]):
                 generator.shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
+
+
+def require_samples(num_samples: int, *, population_size: int, dp_size: int, micro_batch_size: int) -> None:
+    """Checks that a dataset can give every rank of the clan one micro-batch.
+
+    Raises:
+        ConfigError: if it cannot, with the arithmetic.
+    """
+    needed = population_size * dp_size * micro_batch_size
+    if num_samples < needed:
+        raise ConfigError(
+            f"the dataset has {num_samples} samples, fewer than one micro-batch of every rank takes: "
+            f"population_size({population_size}) x dp({dp_size}) x micro_batch({micro_batch_size}) = {needed}. "
+            f"Give it more data, or lower train_micro_batch_size_per_gpu."
+        )
 
 
 class ClanDataLoader:

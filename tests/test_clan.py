@@ -135,7 +135,7 @@ def test_a_cooperative_step_posts_the_collectives_of_plain_data_parallelism(stag
 
 def test_zero_3_adds_one_collective_for_each_bucket_of_shards(tmp_path):
     config = ds_config(3, clip=0.5)
-    # Under ZeRO 3 an evaluation makes DeepSpeed trace its next step anew; the fourth step is in its stride.
+    # ZeRO 3 traces its first two steps; an evaluation before them leaves no trace, or there would be more gathers.
     flat = run_ranks(2, in_member_worlds, _count_flat_collectives, config, 4)[0][-1]
     clan = run_ranks(4, in_member_worlds, _count_collectives, clan_config(tmp_path, config), 4)[0][-1]
     scatters = flat["c10d._reduce_scatter_base_"]

@@ -172,7 +172,7 @@ class DeepSpeedBackend:
         modes = [(part, part.training) for part in self.module.modules()]
         self.engine.eval()
         try:
-            with torch.no_grad():
+            with shards.without_trace(self.engine), torch.no_grad():
                 yield
         finally:
             for part, was_training in modes:

@@ -15,6 +15,7 @@ from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
 from clantune_scale.batch import split_batch
 from clantune_scale.clan import Clan
 from clantune_scale.config import ClanConfig
+from clantune_scale.data import require_samples
 from clantune_scale.ds_config import extract, load_ds_config
 from clantune_scale.errors import ConfigError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
@@ -99,23 +100,16 @@ def _initialize_clan(
     gene_setters: Mapping[str, Setter],
     num_workers: int,
 ) -> tuple[Any, Any, Any, Any]:
-    if passed["mpu"] is not None or isinstance(passed["model"], deepspeed.PipelineModule):
-        raise ConfigError(
-            "the model is pipeline- or tensor-parallel, and members are data-parallel groups in this version. "
-            "Pass a plain module without mpu, or leave out the clantune block."
-        )
-    if eval_data is None:
-        raise ConfigError(
-            "a clan compares its members on common examples and there are none. Pass eval_data=... to initialize(), "
-            "a map-style dataset apart from the training and test data."
-        )
-    if training_data is not None and not hasattr(training_data, "__len__"):
-        raise ConfigError(
-            f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
-            f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
-        )
+    _refuse_before_joining(passed, training_data, eval_data)
     joined = world.join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
     member_config, batch = split_batch(ds_config, population_size=block.population_size, dp_size=joined.topology.dp)
+    if training_data is not None:
+        require_samples(
+            len(training_data),
+            population_size=batch.population_size,
+            dp_size=batch.dp_size,
+            micro_batch_size=batch.micro_batch,
+        )
     # DeepSpeed compiles its shared-memory collectives for the CPU at the first start, and needs a compiler for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates: nothing that a user of either could change.
@@ -148,6 +142,25 @@ def _initialize_clan(
         )
         engine.training_dataloader = loader
     return engine, optimizer, loader, scheduler
+
+
+def _refuse_before_joining(passed: Mapping[str, Any], training_data: Any, eval_data: Any) -> None:
+    """What can be seen to be wrong before ranks wait for each other."""
+    if passed["mpu"] is not None or isinstance(passed["model"], deepspeed.PipelineModule):
+        raise ConfigError(
+            "the model is pipeline- or tensor-parallel, and members are data-parallel groups in this version. "
+            "Pass a plain module without mpu, or leave out the clantune block."
+        )
+    if eval_data is None:
+        raise ConfigError(
+            "a clan compares its members on common examples and there are none. Pass eval_data=... to initialize(), "
+            "a map-style dataset apart from the training and test data."
+        )
+    if training_data is not None and not hasattr(training_data, "__len__"):
+        raise ConfigError(
+            f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
+            f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
+        )
 
 
 def _without_config(args: Any) -> Any:

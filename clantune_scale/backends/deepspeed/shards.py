@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,32 @@ def refresh(engine: Any) -> None:
     elif kind == "FP16_UnfusedOptimizer":
         for halves, fulls in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             torch._foreach_copy_([half.data for half in halves], list(fulls))
+
+
+@contextmanager
+def without_trace(engine: Any) -> Iterator[None]:
+    """Inside, forward passes leave no trace in ZeRO 3 from which training would learn.
+
+    ZeRO 3 records its first passes to learn when each parameter is used again, and remembers for good which ones
+    it may drop when. Learnt from forward passes without backward ones (the evaluation before the first step), it
+    would gather half as many parameters again in every training step. A trace that training has completed fits
+    evaluation as far as it goes, and is left alone.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None or offload.get_param_coordinator().is_complete_trace():
+        yield
+        return
+
+    def forget(*_: Any) -> None:
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
+    handle = engine.module.register_forward_hook(forget)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def member_state(engine: Any) -> MemberState:
