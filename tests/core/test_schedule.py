@@ -49,10 +49,10 @@ def test_steps_that_were_undone_take_the_values_of_the_next_that_were_kept(linea
 
 def test_values_of_an_averaged_state_are_the_mean_of_its_carriers_in_the_genes_scale():
     genomes = tuple(Genome({"lr": lr, "dropout": d}) for lr, d in ((1.0, 0.1), (4.0, 0.3), (9e9, 0.5)))
-    record = RoundRecord(0, 0, (COOPERATE, COMPETE), genomes, (1.0, 2.0, None), (0, 1, 0), average=(0.25, 0.5, 0.25))
+    record = RoundRecord(0, 0, (COOPERATE, COMPETE), genomes, (1.0, 2.0, None), (0, 1, 0), average=(0.125, 0.75, 0.125))
     schedule = ClanSchedule.from_lineage(Lineage((record,)), GENES, member=2)
-    assert schedule.value_at("lr", 0) == pytest.approx(2.0)  # the geometric mean of 1 and 4: the third gave nothing
-    assert schedule.value_at("dropout", 8) == pytest.approx(0.2)  # linear
+    assert schedule.value_at("lr", 0) == pytest.approx(4**0.75)  # a quarter of 1, three of 4 in logarithms
+    assert schedule.value_at("dropout", 8) == pytest.approx(0.25)  # linear
     assert schedule.value_at("dropout", 0) == pytest.approx(0.3)  # the consensus of all three while they cooperated
 
 

@@ -58,6 +58,7 @@ def test_the_fittest_go_on_and_every_rank_with_them():
     assert set(second.population.teams) == {1, 3, 5, 7}  # half of 8
     assert second.population.teams == (1, 1, 3, 3, 5, 5, 7, 7)  # 0 goes to the fittest's, 2 to the second's, ...
     assert second.donors == (1, 1, 3, 3, 5, 5, 7, 7)
+    assert second.population.memory["reference"] == pytest.approx([1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0])
     assert third.population.teams == (1,) * 8
     assert third.donors == (0, 1, 0, 0, 0, 0, 0, 0)  # 0 holds what its team mate 1 does
     winner = strategy.init(START).genomes[1]

@@ -94,7 +94,7 @@ def test_softmax_weights_by_hand():
     # s = (mean - loss) / 0.1 = 1, 0, -1: e / (e + 1 + 1/e) and so on.
     total = math.e + 1 + 1 / math.e
     assert softmax_weights([0.9, 1.0, 1.1], 0.1) == pytest.approx([math.e / total, 1 / total, 1 / math.e / total])
-    assert softmax_weights([1e9, 1.0, math.inf], 0.1) == [0.0, 1.0, 0.0]  # far apart: no overflow
+    assert softmax_weights([1e9, 1.0, math.inf, math.nan], 0.1) == [0.0, 1.0, 0.0, 0.0]  # far apart: no overflow
 
 
 def test_all_members_are_averaged_in_equal_parts_and_nobody_is_copied():
