@@ -17,7 +17,7 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ConfigError, EvaluationError
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Clan:
         decisions: one per round, None where nothing evolved.
         num_trained: samples whose gradient was computed, over all members.
         num_evaluated: examples whose loss was computed for decisions, over all members.
+        failure: why its strategy gave up; the other clans go on, and this one is no longer asked.
     """
 
     strategy: Strategy
@@ -45,6 +46,19 @@ class Clan:
     decisions: list[Decision | None] = field(default_factory=list)
     num_trained: int = 0
     num_evaluated: int = 0
+    failure: EvaluationError | None = None
+
+    def evolve(self, plan: RoundPlan, fitness: Fitness) -> Decision | None:
+        """What follows from a round, recorded; None where nothing does."""
+        decision = None
+        if plan.evolves and self.failure is None:
+            try:
+                decision = self.strategy.evolve(self.population, plan, fitness)
+            except EvaluationError as error:
+                self.failure = error
+        self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
+        self.decisions.append(decision)
+        return decision
 
 
 class BatchedClans:
@@ -182,12 +196,11 @@ class BatchedClans:
         if self._before_phase is not None:
             self.state.load(self._before_phase, torch.ones(len(self.clans), dtype=torch.bool))
             self._before_phase = None
-        for clan, own in zip(self.clans, fitness, strict=True):
-            decision = clan.strategy.evolve(clan.population, plan, own) if plan.evolves else None
-            clan.lineage.append(RoundRecord.of(plan, clan.population.genomes, own, decision))
-            clan.decisions.append(decision)
+        decisions = [clan.evolve(plan, own) for clan, own in zip(self.clans, fitness, strict=True)]
         if plan.evolves:
-            self._apply(plan, [clan.decisions[-1] for clan in self.clans])
+            unchanged = tuple(range(self.num_members))
+            pairs = zip(self.clans, decisions, strict=True)
+            self._apply(plan, [decision or Decision(clan.population, unchanged) for clan, decision in pairs])
 
     def _apply(self, plan: RoundPlan, decisions: Sequence[Decision]) -> None:
         """Carries out what the clans decided."""

@@ -156,6 +156,18 @@ def test_a_clan_that_blows_up_goes_back_alone():
     assert clans.clans[0].population.memory["centre"]["lr"] <= -math.log(3)
 
 
+def test_a_clan_whose_strategy_gives_up_does_not_stop_the_others():
+    clans = batched([strategy_of("classic", LR)] * 2, [replace(SGD, lr=1e200), SGD])
+    clans.run(18)
+    lost, kept = clans.clans
+    assert "none of the 4 members has a finite validation loss" in str(lost.failure)
+    assert kept.failure is None and all(kept.decisions)
+    assert lost.decisions == [None] * 3
+    alone = batched([strategy_of("classic", LR)], [SGD], seeds=(2,))
+    alone.run(18)
+    torch.testing.assert_close(clans.state.weights[1], alone.state.weights[0], **TOLERANCE)
+
+
 def test_clans_of_a_batch_do_not_meet():
     both = batched([strategy_of("classic", LR, seed=s) for s in (3, 4)], [ADAMW, ADAMW])
     alone = batched([strategy_of("classic", LR, seed=4)], [ADAMW], seeds=(2,))
