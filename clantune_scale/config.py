@@ -28,7 +28,7 @@ class StrategyConfig(Block):
     """How fitness becomes the next population."""
 
     name: str = "clan"
-    """`clan` (the best form known), `classic` (mutate, truncate, clone), `control` (no change), or `module:Class`."""
+    """`clan` (the best form known), `classic`, `pbt`, `hdet`, `halving`, `control` (no change), or `module:Class`."""
 
     options: dict[str, Any] = {}
     """Options of that strategy, by name."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -89,6 +91,7 @@ class Recorder:
             "total_steps": clan.strategy.facts.total_steps,
             "tokens_per_sample": clan.tokens_per_sample,
             "initial_loss": float(clan.fitness.mean[0]),
+            "command": shlex.join(sys.argv),
             "resumed_from": None,
         }
         self.tracking.emit("run_start", clan.phases.position.step, **facts)
