@@ -30,7 +30,7 @@ from clantune_scale.errors import DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
 from clantune_scale.feed import make_loader, make_sampler
-from clantune_scale.figures import Figures, drift_of, gather_figures
+from clantune_scale.figures import gather_figures
 from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
@@ -139,6 +139,11 @@ class Clan:
         self._begin_phase()
 
     @property
+    def evaluation_s(self) -> float:
+        """This rank's seconds for its share of the last evaluation."""
+        return self._window.seconds
+
+    @property
     def lr_factor(self) -> float:
         """The strategy's factor on all learning rates in the step that comes."""
         return self.strategy.lr_factor(self.phases.position.step)
@@ -168,7 +173,7 @@ class Clan:
         measured = self.population
         self.fitness = self.measure(averages=plan.averages)
         self._clock.lap("evaluation")
-        figures = self._gather_figures(plan)
+        figures = gather_figures(self, plan, self._probe, self._losses.read_strikes())
         if self._aside is not None:
             self._aside.restore(self.state())
             self._aside = None
@@ -302,20 +307,6 @@ class Clan:
         with self.phases.suspended():
             losses = window.losses(self.backend, self._evaluate)
         return Fitness.from_losses(self.world.column.gather(losses)).mean.tolist()
-
-    def _gather_figures(self, plan: RoundPlan) -> Figures:
-        """How members fared in the round, and how far apart they are before anyone is copied."""
-        masters = self.backend.masters()
-        return gather_figures(
-            self.world.column,
-            self.backend.device,
-            learning_rate=self.learning_rate(plan.end_step - 1),
-            gradient_norm=self._probe.norm,
-            drift=drift_of(masters, self.world.column, self.groups.column_for(masters[0].device.type)),
-            alignment=self._probe.read_alignment(self.backend.device),
-            strikes=self._losses.read_strikes(),
-            evaluation_s=self._window.seconds,
-        )
 
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now, the user's schedule where it is now."""

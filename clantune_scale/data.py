@@ -109,7 +109,9 @@ class ClanBatchSampler(Sampler[list[int]]):
         plan: Callable[[int], StepPlan],
         shuffle: bool = True,
     ) -> None:
-        require_samples(num_samples, population_size=population_size, dp_size=dp_size, micro_batch_size=micro_batch_size)
+        require_samples(
+            num_samples, population_size=population_size, dp_size=dp_size, micro_batch_size=micro_batch_size
+        )
         self._num_samples, self._seed, self._shuffle = num_samples, seed, shuffle
         self._micro_batch_size, self._dp_size, self._dp_rank = micro_batch_size, dp_size, dp_rank
         self._member, self._population_size = member, population_size

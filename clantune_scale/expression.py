@@ -18,21 +18,11 @@ import torch
 
 from clantune_scale.backends.base import Backend
 from clantune_scale.config import GeneConfig
-from clantune_scale.core.genome import Gene
+from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.genes import build_gene, target_of
 
 Setter = Callable[[float], None]
-
-#: target -> (key in a parameter group, place in its tuple or None)
-GROUP_KEYS: dict[str, tuple[str, int | None]] = {
-    "lr": ("lr", None),
-    "weight_decay": ("weight_decay", None),
-    "beta1": ("betas", 0),
-    "beta2": ("betas", 1),
-    "eps": ("eps", None),
-    "momentum": ("momentum", None),
-}
 
 
 def bind_genes(configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]) -> tuple[Gene, ...]:

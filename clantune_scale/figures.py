@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
+from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.groups import Column
+from clantune_scale.probe import GradientProbe
+
+if TYPE_CHECKING:
+    from clantune_scale.clan import Clan
 
 _BUCKET_ELEMENTS = 1 << 23
 # A host is called a straggler from here on: below, it is noise.
@@ -55,23 +60,30 @@ class Figures:
         return {"member": slowest, "seconds": float(self.evaluation_s[slowest]), "median_s": median}
 
 
-def gather_figures(
-    column: Column,
-    device: torch.device,
-    *,
-    learning_rate: float,
-    gradient_norm: float | None,
-    drift: float,
-    alignment: float | None,
-    strikes: int,
-    evaluation_s: float,
-) -> Figures:
-    """Every member's figures on every rank; all ranks of the clan call it with their own."""
-    local = torch.tensor([float(strikes), evaluation_s], dtype=torch.float64, device=device)
+def gather_figures(clan: Clan, plan: RoundPlan, probe: GradientProbe, strikes: int) -> Figures:
+    """Every member's figures on every rank; all ranks of the clan call it, before anyone is copied.
+
+    Args:
+        clan: whose round it was.
+        plan: of the round.
+        probe: that looked at its last steps.
+        strikes: micro-batches of this rank whose loss was not finite.
+    """
+    device, column = clan.backend.device, clan.world.column
+    masters = clan.backend.masters()
+    alignment = probe.read_alignment(device)
+    local = torch.tensor([float(strikes), clan.evaluation_s], dtype=torch.float64, device=device)
     total, slowest = local[:1].clone(), local[1:].clone()
     dist.all_reduce(total)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    given = [learning_rate, gradient_norm, drift, alignment, float(total), float(slowest)]
+    given = [
+        clan.learning_rate(plan.end_step - 1),
+        probe.norm,
+        drift_of(masters, column, clan.groups.column_for(masters[0].device.type)),
+        alignment,
+        float(total),
+        float(slowest),
+    ]
     table = column.gather(np.array([math.nan if value is None else value for value in given]))
     return Figures(*table.T)
 

@@ -7,6 +7,7 @@ does not (torch looks its ranks up in the world), so :class:`Column` calls the g
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import timedelta
 from typing import Any
@@ -85,3 +86,21 @@ class Column:
         else:
             dist.all_gather(parts, padded, group=self.group)
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def first_difference(self, items: list[Any]) -> tuple[int, Any, Any] | None:
+        """Compares lists down the column; all ranks of the clan call it with their own.
+
+        Returns:
+            The first member whose list differs from member 0's, its first item that does, and member 0's in that
+            place (their lengths where one list goes on after the other); None where all are equal.
+        """
+        digests = self.gather_json(hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest())
+        other = next((member for member, digest in enumerate(digests) if digest != digests[0]), None)
+        if other is None:
+            return None
+        lists = self.gather_json(items)
+        pairs = zip(lists[other], lists[0], strict=False)
+        theirs, ours = next(
+            ((a, b) for a, b in pairs if a != b), (f"{len(lists[other])} items", f"{len(lists[0])} items")
+        )
+        return other, theirs, ours

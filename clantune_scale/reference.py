@@ -17,21 +17,11 @@ import torch
 
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.fitness import Fitness
-from clantune_scale.core.genome import Gene
+from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
 from clantune_scale.data import StepPlan
-
-#: target -> (key in a parameter group, place in its tuple or None)
-GROUP_KEYS: dict[str, tuple[str, int | None]] = {
-    "lr": ("lr", None),
-    "weight_decay": ("weight_decay", None),
-    "beta1": ("betas", 0),
-    "beta2": ("betas", 1),
-    "eps": ("eps", None),
-    "momentum": ("momentum", None),
-}
 
 
 @dataclass(frozen=True)

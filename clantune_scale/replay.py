@@ -9,9 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from clantune_scale.backends.base import Backend
-from clantune_scale.core.genome import Gene
+from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.schedule import ClanSchedule
-from clantune_scale.expression import GROUP_KEYS, Expression, Setter, chosen_groups
+from clantune_scale.expression import Expression, Setter, chosen_groups
 
 
 class ClanScheduleLR(LRScheduler):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.distributed as dist
 
@@ -43,16 +41,10 @@ def check_parameters(world: ClanWorld, backend: Backend) -> None:
     Raises:
         DivergenceError: with the first parameter that differs.
     """
-    layout = parameter_layout(backend.module)
-    digest = hashlib.blake2b(repr(layout).encode(), digest_size=16).hexdigest()
-    digests = world.column.gather_json(digest)
-    if digests.count(digests[0]) == len(digests):
-        return
-    layouts = world.column.gather_json(layout)
-    other = next(member for member, d in enumerate(digests) if d != digests[0])
-    differing = [(a, b) for a, b in zip(layouts[0], layouts[other], strict=False) if a != b]
-    first = differing[0] if differing else (f"{len(layouts[0])} parameters", f"{len(layouts[other])} parameters")
-    raise DivergenceError(
-        f"member {other} has {first[1]} where member 0 has {first[0]}. Build the same model on every rank: "
-        f"a clan averages gradients parameter by parameter."
-    )
+    difference = world.column.first_difference(parameter_layout(backend.module))
+    if difference is not None:
+        other, theirs, ours = difference
+        raise DivergenceError(
+            f"member {other} has {theirs} where member 0 has {ours}. Build the same model on every rank: "
+            f"a clan averages gradients parameter by parameter."
+        )

@@ -1,4 +1,4 @@
-"""Watches what training sees: the mean of its loss, its time, and whether members see the data that a phase asks for."""
+"""Watches what training sees: mean loss and time, and whether members see the data that a phase asks for."""
 
 from __future__ import annotations
 

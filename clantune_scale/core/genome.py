@@ -26,6 +26,16 @@ _DECODE: dict[str, Callable[[float], float]] = {
     "logit": lambda x: 1.0 / (1.0 + math.exp(-x)),
 }
 
+#: What a gene's target is called in an optimizer's parameter group: its key, and the place in a tuple or None.
+GROUP_KEYS: dict[str, tuple[str, int | None]] = {
+    "lr": ("lr", None),
+    "weight_decay": ("weight_decay", None),
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "eps": ("eps", None),
+    "momentum": ("momentum", None),
+}
+
 
 @dataclass(frozen=True)
 class Gene:

@@ -6,7 +6,6 @@ sends once however many receive. A rank needs room for one bucket beside its sta
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,25 +87,18 @@ def transfer(
 
 def _agree(state: MemberState, donors: Sequence[int], column: Column) -> None:
     """Before a byte moves: the same plan and the same layout everywhere in the column."""
-    manifest = state.manifest()
-    digest = hashlib.blake2b(repr(manifest).encode(), digest_size=16).hexdigest()
-    said = column.gather_json({"donors": list(donors), "layout": digest})
-    plans = [entry["donors"] for entry in said]
+    plans = column.gather_json(list(donors))
     if plans.count(plans[0]) != len(plans):
         raise DivergenceError(
             f"members ask for different transfers: {plans}, by member. This is a bug: please report it."
         )
-    layouts = [entry["layout"] for entry in said]
-    if layouts.count(layouts[0]) == len(layouts):
-        return
-    manifests = column.gather_json(manifest)
-    other = next(m for m, layout in enumerate(layouts) if layout != layouts[0])
-    pairs = [(a, b) for a, b in zip(manifests[0], manifests[other], strict=False) if a != b]
-    first = pairs[0] if pairs else (f"{len(manifests[0])} tensors", f"{len(manifests[other])} tensors")
-    raise DivergenceError(
-        f"member {other}'s state is laid out differently from member 0's: {first[1]} against {first[0]}. "
-        f"Give all members the same model, optimizer and ZeRO settings, and freeze the same parameters."
-    )
+    difference = column.first_difference(state.manifest())
+    if difference is not None:
+        other, theirs, ours = difference
+        raise DivergenceError(
+            f"member {other}'s state is laid out differently from member 0's: {theirs} against {ours}. "
+            f"Give all members the same model, optimizer and ZeRO settings, and freeze the same parameters."
+        )
 
 
 def _pass_along(

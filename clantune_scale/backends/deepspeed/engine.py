@@ -103,6 +103,7 @@ class DeepSpeedBackend:
         groups: GradientGroups,
         probe: GradientProbe | None = None,
     ) -> None:
+        """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
         self._undo += sharing.share(self.engine, sharing.Sharing(team, groups, probe))
         self._undo.append(self._show_norm(probe))
@@ -126,6 +127,7 @@ class DeepSpeedBackend:
         return replace_method(engine, "_take_model_step", take_step_and_show)
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Hooks ``engine.optimizer.step``, which clipping comes before or belongs to and the scheduler comes after."""
         optimizer = self.engine.optimizer
         step = optimizer.step
 
@@ -138,6 +140,7 @@ class DeepSpeedBackend:
         self._undo.append(replace_method(optimizer, "step", step_in_context))
 
     def after_step(self, callback: Callable[[], None]) -> None:
+        """Hooks ``engine.step`` and calls back where it was an optimizer step and not a micro-batch's."""
         engine = self.engine
         step = engine.step
 
@@ -151,6 +154,7 @@ class DeepSpeedBackend:
         self._undo.append(replace_method(engine, "step", step_then_call))
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
+        """Hooks the engine's forward pass, while the module trains, and ``engine.backward``."""
         engine = self.engine
 
         def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
@@ -168,6 +172,7 @@ class DeepSpeedBackend:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; each part's mode, and ZeRO 3's trace, are afterwards what they were."""
         # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
         modes = [(part, part.training) for part in self.module.modules()]
         self.engine.eval()
@@ -192,6 +197,7 @@ class DeepSpeedBackend:
         shards.set_loss_scale(self.engine, state)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """Weights and persistent buffers in host memory, ZeRO 3's gathered one by one; shared ones once."""
         wanted = set(self.module.state_dict().keys())
         weights: dict[str, torch.Tensor] = {}
         is_first = torch.distributed.get_rank() == 0
