@@ -87,8 +87,12 @@ class Column:
             dist.all_gather(parts, padded, group=self.group)
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def first_difference(self, items: list[Any]) -> tuple[int, Any, Any] | None:
+    def first_difference(self, items: list[Any], *, noun: str) -> tuple[int, Any, Any] | None:
         """Compares lists down the column; all ranks of the clan call it with their own.
+
+        Args:
+            items: this rank's list, of what JSON holds.
+            noun: what they are, for "8 parameters".
 
         Returns:
             The first member whose list differs from member 0's, its first item that does, and member 0's in that
@@ -100,7 +104,5 @@ class Column:
             return None
         lists = self.gather_json(items)
         pairs = zip(lists[other], lists[0], strict=False)
-        theirs, ours = next(
-            ((a, b) for a, b in pairs if a != b), (f"{len(lists[other])} items", f"{len(lists[0])} items")
-        )
-        return other, theirs, ours
+        lengths = (f"{len(lists[other])} {noun}", f"{len(lists[0])} {noun}")
+        return other, *next(((a, b) for a, b in pairs if a != b), lengths)

@@ -92,7 +92,7 @@ def _agree(state: MemberState, donors: Sequence[int], column: Column) -> None:
         raise DivergenceError(
             f"members ask for different transfers: {plans}, by member. This is a bug: please report it."
         )
-    difference = column.first_difference(state.manifest())
+    difference = column.first_difference(state.manifest(), noun="tensors")
     if difference is not None:
         other, theirs, ours = difference
         raise DivergenceError(
