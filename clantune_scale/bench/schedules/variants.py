@@ -35,8 +35,8 @@ class VariantOptions(ClanOptions):
         noise: standard errors, over validation batches, that are added to the curvature before the step
             is taken; also shrinks slopes that are small against theirs. 0 trusts the fit.
         trusts: whether the largest change shrinks after a change of sign, and grows back after none.
-        smoothing: share of the last change in the next one, 0 to 1.
-        max_up: largest change upward, in place of the gene's own; 0 keeps that.
+        smoothing: share of the last change in the next one, 0 to 1; a first change is taken in full.
+        max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
     """
 
     model: Literal["log", "line"] = "log"
@@ -44,6 +44,7 @@ class VariantOptions(ClanOptions):
     trusts: bool = False
     smoothing: float = 0.0
     max_up: float = 0.0
+    max_down: float = 0.0
 
 
 class ClanVariant(Clan):
@@ -82,8 +83,9 @@ class ClanVariant(Clan):
         for index, gene in enumerate(genes):
             cap = gene.max_change * memory.get("radius", {}).get(gene.name, 1.0)
             change = self._change(fits[:, index], fits[:, len(genes) + index], cap)
-            last = memory["moves"].get(gene.name, {"change": 0.0})["change"]
-            change = (1 - self.options.smoothing) * change + self.options.smoothing * last
+            last = memory["moves"].get(gene.name)
+            if last is not None and last["why"] != "guard":
+                change = (1 - self.options.smoothing) * change + self.options.smoothing * last["change"]
             moves[gene.name] = Move(change, self.options.model)
         return moves
 
@@ -94,9 +96,9 @@ class ClanVariant(Clan):
             slope_error, error = (float(fit.std(ddof=1)) / math.sqrt(len(fit)) for fit in (slopes, curvatures))
             slope *= slope**2 / (slope**2 + (self.options.noise * slope_error) ** 2 + 1e-300)
             curvature = max(curvature, 0.0) + self.options.noise * error
-        up = self.options.max_up or cap
+        up, down = min(self.options.max_up or cap, cap), min(self.options.max_down or cap, cap)
         change = _minimum(slope, curvature) if self.options.model == "log" else _line_minimum(slope, curvature)
-        return min(max(change, -cap), min(up, cap))
+        return min(max(change, -down), up)
 
 
 def _minimum(slope: float, curvature: float) -> float:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import resources
 
 import pytest
 import torch
 
 from clantune_scale.bench.schedules.oracle import Choice, Oracle, cache_folder, fixed_losses, oracle_of, search
 from clantune_scale.bench.schedules.problem import Start
+from clantune_scale.bench.schedules.problems.quadratic import Quadratic
 from clantune_scale.errors import ConfigError
 from tests.bench.schedules.tiny_problem import CURVATURE, TINY
 
@@ -48,6 +50,15 @@ def test_it_is_computed_once_and_kept_with_its_grid(cache, monkeypatch):
     record = json.loads(path.read_text())
     assert len(record["grid"]) == 10
     assert Oracle.from_json(record) == oracle
+
+
+def test_the_package_brings_oracles_so_that_others_need_not_compute_them(cache):
+    bundled = list((resources.files("clantune_scale.bench.schedules") / "oracles").iterdir())
+    assert sum(len(path.read_bytes()) for path in bundled) < 200_000
+    oracles = [Oracle.from_json(json.loads(path.read_text())) for path in bundled]
+    assert "digits-mlp-adamw" in {oracle.problem for oracle in oracles}
+    assert all(oracle.loss == min(loss for *_, loss in oracle.grid) for oracle in oracles)
+    assert oracle_of(Quadratic(), computes=False).problem == "quadratic-sgd"
 
 
 def test_problems_share_an_oracle_if_only_their_starts_differ():

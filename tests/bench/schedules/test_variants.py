@@ -67,8 +67,9 @@ def test_the_trusted_change_shrinks_after_a_turn_and_grows_back():
 
 
 def test_a_share_of_the_last_change_goes_into_the_next():
-    assert moves(downhill, uphill, smoothing=0.25) == pytest.approx([0.6, -0.45])
+    assert moves(downhill, uphill, uphill, smoothing=0.25) == pytest.approx([0.8, -0.4, -0.7])
 
 
-def test_climbing_may_be_slower_than_falling():
+def test_climbing_may_be_slower_than_falling_or_falling_than_climbing():
     assert moves(downhill, uphill, max_up=0.2) == pytest.approx([0.2, -0.8])
+    assert moves(downhill, uphill, max_down=0.2) == pytest.approx([0.8, -0.2])
