@@ -7,12 +7,14 @@ sees the member as the whole world. ``LOCAL_RANK`` stays: it names the device.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -54,6 +56,7 @@ class ClanWorld:
 
 
 _joined: ClanWorld | None = None
+_made: WeakSet[ClanGroups] = WeakSet()
 
 
 def current() -> ClanWorld | None:
@@ -108,7 +111,23 @@ def join(
     member_store = _enter_member(store, topology, at, address, timeout_s, environ)
     column = _open_column(store, topology, at, timeout_s)
     _joined = ClanWorld(topology, at, store, column, timeout_s, member_store)
+    atexit.register(_leave)
     return _joined
+
+
+def _leave() -> None:
+    """Lets go of every group while the interpreter still stands.
+
+    A group's threads may still be putting away the last collective's tensors. One that needs the interpreter
+    for it after that is gone ends the process with "terminate called without an active exception", and the
+    launcher takes a finished run for a failed one; letting go of the group joins its threads.
+    """
+    global _joined
+    for groups in _made:
+        groups.close()
+    if _joined is not None:
+        _joined.column.group = None
+    _joined = None
 
 
 def _launch_variables(environ: MutableMapping[str, str]) -> tuple[int, int, str, int]:
@@ -225,6 +244,11 @@ class ClanGroups:
         self._world = world
         self._device_type = device_type
         self._groups: dict[str, Any] = {}
+        _made.add(self)
+
+    def close(self) -> None:
+        """Lets go of the groups; the last holder's letting go ends their threads."""
+        self._groups.clear()
 
     def gradient(self, team: tuple[int, ...]) -> Any:
         """All (member, data) ranks of a team with this rank's part of the model, ranked member-major."""
