@@ -31,7 +31,8 @@ class VariantOptions(ClanOptions):
 
     Attributes:
         model: what is quadratic: the loss over log lr (``"log"``, as in ``clan``), or over the length of the
-            common displacement, which is in proportion to lr (``"line"``).
+            common displacement, which is in proportion to lr (``"line"``); ``"nearer"`` takes the smaller
+            move of the two, the line's upward and the parabola's in log lr downward.
         noise: standard errors, over validation batches, that are added to the curvature before the step
             is taken; also shrinks slopes that are small against theirs. 0 trusts the fit.
         trusts: whether the largest change shrinks after a change of sign, and grows back after none.
@@ -39,7 +40,7 @@ class VariantOptions(ClanOptions):
         max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
     """
 
-    model: Literal["log", "line"] = "log"
+    model: Literal["log", "line", "nearer"] = "log"
     noise: float = 0.0
     trusts: bool = False
     smoothing: float = 0.0
@@ -97,7 +98,8 @@ class ClanVariant(Clan):
             slope *= slope**2 / (slope**2 + (self.options.noise * slope_error) ** 2 + 1e-300)
             curvature = max(curvature, 0.0) + self.options.noise * error
         up, down = min(self.options.max_up or cap, cap), min(self.options.max_down or cap, cap)
-        change = _minimum(slope, curvature) if self.options.model == "log" else _line_minimum(slope, curvature)
+        minima = {"log": _minimum(slope, curvature), "line": _line_minimum(slope, curvature)}
+        change = minima.get(self.options.model, min(minima.values(), key=abs))
         return min(max(change, -down), up)
 
 

@@ -54,6 +54,13 @@ def test_a_line_is_quadratic_in_the_rate_itself():
     assert abs(moves(along)[0] - math.log(1.5)) > 0.1
 
 
+def test_the_nearer_minimum_is_the_lines_upward_and_the_parabolas_downward():
+    up, down = (lambda x: 50 + (x - 0.4) ** 2), (lambda x: 50 + (x + 0.2) ** 2)
+    assert moves(up, model="nearer") == moves(up, model="line") != moves(up)
+    assert moves(down, model="nearer") == pytest.approx([-0.2])
+    assert moves(down, model="line")[0] < -0.21
+
+
 def test_a_slope_that_noise_hides_moves_little():
     rounds = [lambda x: 50 - 1e-3 * x] * 12
     free, gated = (np.abs(moves(*rounds, batch_noise=0.3, noise=noise)) for noise in (0.0, 2.0))
