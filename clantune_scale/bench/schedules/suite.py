@@ -44,6 +44,7 @@ KINDS: dict[str, Callable[[], Problem]] = {
     "shift": lambda: kinds.Shift("adamw"),
     "unknown-length": lambda: kinds.endless(_BYTES()),
     "longer-3": lambda: kinds.longer(_REGRESSION(), 3),
+    "far-too-small": lambda: kinds.far_too_small(BytesTransformer(), 1500),
     "longer-10": lambda: kinds.longer(Quadratic(), 10),
 }
 ALL = {**STUDY, **KINDS}

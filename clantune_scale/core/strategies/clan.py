@@ -104,7 +104,13 @@ class Clan(Strategy):
             [gene.encode(gene.expressed(genome.values[gene.name])) - centre[gene.name] for gene in genes]
             for genome in population.genomes
         ]
-        moves = fit_moves(np.array(offsets), fitness.mean, [gene.max_change for gene in genes])
+        moves = fit_moves(
+            np.array(offsets),
+            fitness.losses,
+            [gene.max_change for gene in genes],
+            is_rate=[gene.target == "lr" and gene.scale == "log" for gene in genes],
+            caution=self.options.caution,
+        )
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
 
     def _round_kind(self, plan: RoundPlan) -> str:

@@ -27,6 +27,9 @@ class ClanOptions:
             where the run's length is unknown.
         decay: what happens to learning rates after the freeze: ``"linear"`` to zero at the end,
             ``"none"``, or ``"auto"``, which is linear unless the user's own schedule is attached.
+        caution: standard errors, over the validation batches, by which the parabola's curvature is raised before
+            its minimum is sought, and against which slopes are weighed: what noise may have made moves
+            nothing far. At least 0; 0 takes every fit as it is.
         guard: share of the progress so far that may be lost in a round before the clan goes back to
             its last good state; above 0.
         guard_divisor: what learning rates are divided by when it does; above 1.
@@ -37,6 +40,7 @@ class ClanOptions:
     averaging_window: float = 0.7
     freeze_at: float = 0.4
     decay: Literal["auto", "linear", "none"] = "auto"
+    caution: float = 1.0
     guard: float = 0.25
     guard_divisor: float = 3.0
     num_reports: int = 10
@@ -45,6 +49,7 @@ class ClanOptions:
         require(self.growth >= 0, "growth", self.growth, "at least 0")
         require(self.averaging_window > 0, "averaging_window", self.averaging_window, "above 0")
         require(0 < self.freeze_at <= 1, "freeze_at", self.freeze_at, "above 0 and at most 1")
+        require(self.caution >= 0, "caution", self.caution, "at least 0")
         require(self.guard > 0, "guard", self.guard, "above 0")
         require(self.guard_divisor > 1, "guard_divisor", self.guard_divisor, "above 1")
         require(self.num_reports >= 1, "num_reports", self.num_reports, "at least 1")

@@ -31,13 +31,24 @@ def test_members_spread_around_the_configured_value():
 
 
 def test_the_centre_moves_to_the_minimum_and_everyone_takes_the_fittest_ones_state():
-    decision = centre_after(build("clan", FACTS), lambda values: 3.0 + (math.log(values["lr"]) - 0.3) ** 2)
-    assert decision.population.memory["centre"]["lr"] == pytest.approx(0.3)
+    decision = centre_after(build("clan", FACTS), lambda values: 3.0 + (math.log(values["lr"]) + 0.3) ** 2)
+    assert decision.population.memory["centre"]["lr"] == pytest.approx(-0.3)
     assert len(set(decision.donors)) == 1
     donor = decision.donors[0]
-    assert decision.reasons[donor] == "fittest; lr +0.300 (minimum)"
-    offsets = np.array([math.log(genome.values["lr"]) for genome in decision.population.genomes]) - 0.3
+    assert decision.reasons[donor] == "fittest; lr -0.300 (minimum)"
+    offsets = np.array([math.log(genome.values["lr"]) for genome in decision.population.genomes]) + 0.3
     assert offsets.mean() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_rate_rises_to_the_minimum_along_the_displacement_and_another_gene_to_its_own():
+    def bowl(values):
+        return 3.0 + sum((math.log(value) - 0.3) ** 2 for value in values.values())
+
+    rate, other = (Gene(name, relative=True) for name in ("lr", "weight_decay"))
+    moved = [centre_after(build("clan", facts(genes=(gene,))), bowl).population.memory for gene in (rate, other)]
+    # f' = -0.6 and f'' = 2 over log k make the minimum of the parabola in k 1 + 0.6 / 2.6.
+    assert moved[0]["centre"]["lr"] == pytest.approx(math.log(1 + 0.6 / 2.6), abs=1e-9)
+    assert moved[1]["centre"]["weight_decay"] == pytest.approx(0.3)
 
 
 def test_the_centre_stops_at_the_bounds():

@@ -75,3 +75,34 @@ def test_noise_leaves_the_minimum_unbiased():
     noise = 0.1 * np.ptp(clean)
     changes = [fit_moves(x, clean + noise * rng.standard_normal(8), [0.8])[0].change for _ in range(400)]
     assert np.mean(changes) == pytest.approx(0.05, abs=0.015)
+
+
+def test_along_a_line_a_rate_goes_no_further_than_the_loss_says():
+    """Loss (k - 1.5)^2 at k = exp(x): exact in k, over-reached by the parabola in x."""
+    losses = (np.exp(X[:, 0]) - 1.5) ** 2
+    free = fit_moves(X, losses, [0.8])[0].change
+    along = fit_moves(X, losses, [0.8], is_rate=[True])[0].change
+    assert free > 0.6
+    assert along == pytest.approx(math.log(1.5), abs=0.03)  # third order in the members' spread
+
+
+def test_downward_the_parabola_in_log_rate_is_the_nearer_one():
+    losses = 2.0 + 3.0 * (X[:, 0] + 0.2) ** 2
+    assert fit_moves(X, losses, [0.8], is_rate=[True])[0].change == pytest.approx(-0.2)
+
+
+def test_caution_moves_little_for_what_noise_may_be_and_as_far_as_before_for_what_it_cannot():
+    rng = np.random.default_rng(0)
+    x = 0.1 * spread(8, ["a"], seed=1, round_=0)
+
+    def changes(slope: float, caution: float) -> np.ndarray:
+        losses = [-slope * x + 0.1 * rng.standard_normal((8, 16)) for _ in range(50)]
+        return np.array([fit_moves(x, own, [0.8], caution=caution)[0].change for own in losses])
+
+    assert np.abs(changes(1e-3, 1.0)).mean() < 0.6 * np.abs(changes(1e-3, 0.0)).mean()
+    assert (changes(100.0, 1.0) == 0.8).all()
+
+
+def test_batches_that_agree_leave_nothing_to_be_cautious_about():
+    losses = 2.0 + 3.0 * (X - 0.4) ** 2 + np.zeros((4, 5))
+    assert fit_moves(X, losses, [0.8], caution=5.0)[0].change == pytest.approx(0.4)

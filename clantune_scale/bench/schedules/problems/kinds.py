@@ -29,6 +29,12 @@ def endless(problem: Problem) -> Problem:
     return problem.variant(f"{problem.name}, unknown length", knows_length=False, starts=_FEW)
 
 
+def far_too_small(problem: Problem, total_steps: int) -> Problem:
+    """A longer run from rates so small that the clan has to climb for long, and may climb too far."""
+    starts = (Start("0.1x", 0.1), Start("0.03x", 0.03))
+    return problem.variant(f"{problem.name}, {total_steps} steps", total_steps=total_steps, starts=starts)
+
+
 def wrong_weight_decay(problem: Problem) -> Problem:
     decay = problem.settings.weight_decay
     starts = tuple(
