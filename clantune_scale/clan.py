@@ -72,6 +72,9 @@ class Clan:
     ) -> None:
         self.world, self.backend, self.config, self.batch = world, backend, config, batch
         self._window, self._evaluate = window, evaluate
+        world.arrange(
+            pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank)
+        )
         check_world(world, backend.device)
         check_parameters(world, backend)
         self.genes = bind_genes(config.genes, backend, setters or {})

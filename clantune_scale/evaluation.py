@@ -22,11 +22,13 @@ Evaluate = Callable[[Any, Any], Any]
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The scalar loss in a module's output: the output itself, its ``loss``, or its first element.
+    """The scalar loss in what a module or a user's ``evaluate`` returned: itself, its ``loss``, or its first element.
 
     Raises:
         EvaluationError: if none of these is a one-element tensor.
     """
+    if isinstance(output, Real):
+        return torch.tensor(float(output), dtype=torch.float64)
     candidate = output
     if isinstance(output, Mapping):
         candidate = output.get("loss")
@@ -113,18 +115,14 @@ class ValidationWindow:
         with backend.evaluating():
             for number, indices in self._mine.items():
                 with _own_randomness(number, backend.device):
-                    values.append(self._loss(backend, evaluate, indices))
+                    batch = self._collate([self._dataset[index] for index in indices])
+                    loss = backend.batch_loss(batch, evaluate)
+                values.append(loss.detach().to(backend.device, torch.float64).reshape(()))
         if backend.device.type == "cuda":
             torch.cuda.synchronize(backend.device)
         # Before the ranks wait for each other: a slow host shows here as nowhere else.
         self.seconds = time.perf_counter() - start
-        return _gathered(torch.stack(values), self._dp_size)
-
-    def _loss(self, backend: Backend, evaluate: Evaluate | None, indices: list[int]) -> torch.Tensor:
-        """[] float64: one batch's loss."""
-        batch = self._collate([self._dataset[index] for index in indices])
-        output = backend.forward(batch) if evaluate is None else evaluate(backend.engine, batch)
-        return loss_of(_as_tensor(output)).detach().to(backend.device, torch.float64).reshape(())
+        return _gathered(torch.stack(values), self._dp_size, backend.dp_group)
 
 
 @contextmanager
@@ -147,15 +145,10 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _as_tensor(output: Any) -> Any:
-    """A plain number that the user's ``evaluate`` returned, as a tensor; anything else as it is."""
-    return torch.tensor(float(output), dtype=torch.float64) if isinstance(output, Real) else output
-
-
-def _gathered(mine: torch.Tensor, dp_size: int) -> np.ndarray:
+def _gathered(mine: torch.Tensor, dp_size: int, dp_group: Any) -> np.ndarray:
     """[batches] in the window's order, from each rank's [batches / dp_size]: rank r holds r, r + dp_size, ..."""
     if dp_size == 1:
         return mine.cpu().numpy()
     parts = [torch.empty_like(mine) for _ in range(dp_size)]
-    dist.all_gather(parts, mine)
+    dist.all_gather(parts, mine, group=dp_group)
     return torch.stack(parts, dim=1).reshape(-1).cpu().numpy()

@@ -139,3 +139,12 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in nested lists, tuples and mappings, moved to ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return type(value)(to_device(item, device) for item in value) if isinstance(value, list | tuple) else value

@@ -49,6 +49,28 @@ class ClanWorld:
     def member(self) -> int:
         return self.at.member
 
+    def arrange(self, *, pp: int, tp: int, stands: tuple[int, int, int]) -> None:
+        """Takes up the member's inner degrees, which its engine knows and :func:`join` need not.
+
+        Args:
+            pp, tp: pipeline and tensor degrees.
+            stands: (pipeline, data, tensor) rank of this process by the engine's own groups.
+
+        Raises:
+            TopologyError: if the degrees do not divide the member, or its ranks are ordered otherwise.
+        """
+        topology = Topology.from_world(
+            self.topology.world_size, population_size=self.topology.population_size, pp=pp, tp=tp
+        )
+        at = topology.coordinates(self.at.rank)
+        if (at.pp, at.dp, at.tp) != stands:
+            raise TopologyError(
+                f"rank {at.member_rank} of member {at.member} is (pipeline, data, tensor) {stands} in its engine's "
+                f"groups, and {(at.pp, at.dp, at.tp)} where ranks are ordered [pipeline, data, tensor], tensor "
+                f"fastest. Build the engine's groups in that order, DeepSpeed's and Megatron-core's default."
+            )
+        self.topology, self.at = topology, at
+
     @property
     def is_clan_leader(self) -> bool:
         """Whether this is global rank 0, which writes logs."""

@@ -81,7 +81,9 @@ def _distributed(rank, config, num_steps):
 CASES = {
     "clan": {"genes": {"lr": {"step_size": 0.3}, "beta1": {}}, "population_size": 4, "total_steps": 40},
     "clan, rolled back competition": {
-        "genes": {"lr": {"step_size": 0.3}, "accumulation": {"bounds": [1, 3]}}, "population_size": 4, "duty_cycle": 0.4
+        "genes": {"lr": {"step_size": 0.3}, "accumulation": {"bounds": [1, 3]}},
+        "population_size": 4,
+        "duty_cycle": 0.4,
     },
     "classic": {
         "genes": ["lr", "weight_decay", "clip", "accumulation"],

@@ -26,9 +26,13 @@ class Backend(Protocol):
     """One member's engine, seen from the clan.
 
     Attributes:
-        module: the user's module.
+        engine: what the user trains with, and what a user's ``evaluate`` is given.
+        module: the user's module (this rank's part of it).
         device: where its parameters live.
-        dp_rank, dp_size: this rank's place in the member's data parallelism.
+        pp_rank, pp_size, dp_rank, dp_size, tp_rank, tp_size: this rank's place among the member's pipeline stages,
+            data-parallel replicas and tensor shards. In the member's world ranks are ordered
+            ``[pipeline, data, tensor]``, tensor fastest.
+        dp_group: the member's ranks that hold the same part of the model as this one, ``dp_size`` of them.
         micro_batch_size: samples per rank and backward pass.
         num_steps: optimizer steps done.
         clip: gradient-norm threshold, 0 where clipping is off; writable.
@@ -36,10 +40,16 @@ class Backend(Protocol):
         has_schedule: whether a learning-rate schedule is attached.
     """
 
+    engine: Any
     module: torch.nn.Module
     device: torch.device
+    pp_rank: int
+    pp_size: int
     dp_rank: int
     dp_size: int
+    tp_rank: int
+    tp_size: int
+    dp_group: Any
     micro_batch_size: int
     clip: float
     accumulation: int
@@ -82,8 +92,13 @@ class Backend(Protocol):
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients; on exit the mode is what it was."""
 
-    def forward(self, batch: Any) -> Any:
-        """The engine's forward on one batch as the data loader gives it."""
+    def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
+        """[] the loss of one validation batch, equal on all ranks of a replica; without gradients.
+
+        Args:
+            batch: as the data loader gives it.
+            evaluate: the user's ``(engine, batch) -> loss``; the model's own loss where None.
+        """
 
     def loss_scale(self) -> Mapping[str, Any] | None:
         """The state of the dynamic loss scale, ``"cur_scale"`` among it, or None without one."""
@@ -92,7 +107,11 @@ class Backend(Protocol):
         """Takes over such a state."""
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """The member's whole weights and buffers on its first rank, None on others (member collective)."""
+        """The member's whole weights and buffers, by name, in host memory (member collective).
+
+        One rank of each pipeline stage has its stage's, tensor shards joined: together they are the model, and no
+        name is there twice. None on all others.
+        """
 
     def detach(self) -> None:
         """Takes every hook off the engine again."""

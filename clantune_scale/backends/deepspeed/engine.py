@@ -15,8 +15,10 @@ from clantune_scale.backends.deepspeed import shards, sharing
 from clantune_scale.backends.deepspeed.sharing import replace_method
 from clantune_scale.ds_rules import EngineFacts, refusals
 from clantune_scale.errors import ConfigError
+from clantune_scale.evaluation import loss_of
 from clantune_scale.probe import GradientProbe
 from clantune_scale.transfer import MemberState
+from clantune_scale.watch import to_device
 
 
 class DeepSpeedBackend:
@@ -28,6 +30,9 @@ class DeepSpeedBackend:
     Raises:
         ConfigError: for a DeepSpeed setting that a clan cannot run under.
     """
+
+    pp_rank = tp_rank = 0
+    pp_size = tp_size = 1
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -44,11 +49,15 @@ class DeepSpeedBackend:
 
     @property
     def dp_rank(self) -> int:
-        return torch.distributed.get_rank(self.engine.data_parallel_group)
+        return torch.distributed.get_rank(self.dp_group)
 
     @property
     def dp_size(self) -> int:
         return self.engine.dp_world_size
+
+    @property
+    def dp_group(self) -> Any:
+        return self.engine.data_parallel_group
 
     @property
     def micro_batch_size(self) -> int:
@@ -183,12 +192,14 @@ class DeepSpeedBackend:
             for part, was_training in modes:
                 part.training = was_training
 
-    def forward(self, batch: Any) -> Any:
-        """The module on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
-        batch = _to_device(batch, self.device)
+    def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
+        """The engine on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
+        if evaluate is not None:
+            return loss_of(evaluate(self.engine, batch))
+        batch = to_device(batch, self.device)
         if isinstance(batch, Mapping):
-            return self.engine(**batch)
-        return self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch)
+            return loss_of(self.engine(**batch))
+        return loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
 
     def loss_scale(self) -> Mapping[str, Any] | None:
         return shards.loss_scale(self.engine)
@@ -215,15 +226,6 @@ class DeepSpeedBackend:
     def detach(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in nested lists, tuples and mappings, moved to ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return type(value)(_to_device(item, device) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _refuse_unsupported(engine: Any) -> None:
