@@ -23,6 +23,7 @@ from clantune_scale.errors import DivergenceError, TopologyError
 from clantune_scale.groups import Column, stand_alone_group
 from clantune_scale.topology import Coordinates, Topology
 
+_MOST_SHOWN = 16
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -186,20 +187,38 @@ def _bootstrap(
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"clan/{attempt}", tcp_store)
     store.set(f"arrived/{rank}", "")
-    _await(store, [f"arrived/{other}" for other in range(world_size)], f"{world_size} ranks", timeout_s)
+    # One key to wait for, set by whoever comes last: if every rank waited for every other's, the store's host
+    # would have to read the square of the number of ranks.
+    if store.add("arrived", 1) == world_size:
+        store.set("arrived/all", "")
+    arrivals = [f"arrived/{other}" for other in range(world_size)]
+    _await(store, "arrived/all", arrivals, f"{world_size} ranks", timeout_s)
     return store
 
 
-def _await(store: Store, keys: list[str], what: str, timeout_s: float) -> None:
-    """Waits until all ``keys`` are set; on the deadline names the ranks whose keys are not."""
+def _await(store: Store, key: str, parts: list[str], what: str, timeout_s: float) -> None:
+    """Waits until ``key`` is set; on the deadline names the ranks of those ``parts`` of it that are not."""
     try:
-        store.wait(keys, timedelta(seconds=timeout_s))
+        store.wait([key], timedelta(seconds=timeout_s))
     except dist.DistError as error:
-        missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+        missing = [part.rpartition("/")[2] for part in _unset(store, parts)]
+        shown = ", ".join(missing[:_MOST_SHOWN]) + (
+            f" and {len(missing) - _MOST_SHOWN} more" * (len(missing) > _MOST_SHOWN)
+        )
         raise TopologyError(
-            f"of {what}, {', '.join(missing) or 'some'} did not arrive within {timeout_s:g} s. "
+            f"of {what}, {shown or 'some'} did not arrive within {timeout_s:g} s. "
             f"Look at their logs, or raise clantune.join.timeout_s if they start slowly."
         ) from error
+
+
+def _unset(store: Store, keys: list[str]) -> list[str]:
+    """Those of ``keys`` that are not set, by halves: few questions where few are missing."""
+    if not keys or store.check(keys):
+        return []
+    if len(keys) == 1:
+        return keys
+    middle = len(keys) // 2
+    return _unset(store, keys[:middle]) + _unset(store, keys[middle:])
 
 
 def _enter_member(
@@ -222,7 +241,7 @@ def _enter_member(
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
         store.set(key, f"{host} {member_store.port}")
-    _await(store, [key], f"the first rank of member {at.member}", timeout_s)
+    _await(store, key, [key], f"the first rank of member {at.member}", timeout_s)
     host, port = store.get(key).decode().split()
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
         environ.pop(name, None)
