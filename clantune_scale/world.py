@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -293,8 +293,22 @@ class ClanGroups:
 
     def gradient(self, team: tuple[int, ...]) -> Any:
         """All (member, data) ranks of a team with this rank's part of the model, ranked member-major."""
-        topology, rank = self._world.topology, self._world.at.rank
-        ranks = [r for r in topology.gradient_ranks(rank) if topology.coordinates(r).member in team]
+        topology, at = self._world.topology, self._world.at
+        begin = topology.member_ranks(at.member)[0]
+        ranks = [
+            rank - begin for rank in topology.gradient_ranks(at.rank) if topology.coordinates(rank).member == at.member
+        ]
+        return self.spread(team, ranks)
+
+    def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+        """A group of this rank's member, and its like in all members of a team, as one group ranked member-major.
+
+        Args:
+            team: members, this one among them.
+            member_ranks: ranks in the member's own world, this one among them.
+        """
+        topology = self._world.topology
+        ranks = [topology.member_ranks(member)[rank] for member in team for rank in member_ranks]
         return self._group("gradient", ranks, self._device_type)
 
     def column(self, team: tuple[int, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ class GradientGroups(Protocol):
 
     def gradient(self, team: tuple[int, ...]) -> Any:
         """All (member, data) ranks of a team that hold this rank's part of the model."""
+
+    def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+        """The ranks with these places in their member's world, in all members of the team."""
 
     def column(self, team: tuple[int, ...]) -> Any:
         """This rank's peers, one in each member of the team."""
