@@ -9,7 +9,9 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +56,50 @@ class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float = 120) -> list[Any]:
+_servers: dict[str, forkserver.ForkServer] = {}
+
+
+@contextmanager
+def _server(preload: str) -> Iterator[None]:
+    """Inside, processes are forked from the server that has ``preload`` loaded; it starts with the first of them.
+
+    Python has one fork server; engines that take many seconds to import get one of their own.
+    """
+    if preload not in _servers:
+        _servers[preload] = forkserver.ForkServer()
+        _servers[preload].set_forkserver_preload(["torch", preload])
+    before = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = _servers[preload].connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = before
+
+
+def run_ranks(
+    world_size: int, function: Callable, *args: Any, timeout_s: float = 120, preload: str = "tests.preload"
+) -> list[Any]:
     """``function(*args)`` on each of ``world_size`` ranks; their return values (pickled) by rank.
+
+    Args:
+        world_size: number of ranks.
+        function, args: at module level, and what can be pickled.
+        timeout_s: for all ranks to return.
+        preload: the module that the ranks find loaded.
 
     Raises:
         RankError: with the first failing rank's traceback, or the ranks that did not finish in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tests.preload"])
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         processes = [
             context.Process(target=_enter, args=(function, rank, world_size, port, directory, args), daemon=True)
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
+        with _server(preload):
+            for process in processes:
+                process.start()
         try:
             return _collect(Path(directory), world_size, timeout_s, processes)
         finally:
