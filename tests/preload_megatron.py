@@ -1,5 +1,7 @@
 """Imported once by the fork server of Megatron-core's tests: the import takes eight seconds on a cold disk."""
 
+# ruff: noqa: E402 (the filter stands before what it filters)
+
 import os
 import warnings
 
