@@ -109,6 +109,18 @@ class Backend(Protocol):
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         """Takes over such a state."""
 
+    def counters(self) -> dict[str, int]:
+        """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Takes over such counts; ``num_steps`` follows them. Called after the accumulation was set."""
+
+    def random_streams(self) -> dict[str, torch.Tensor]:
+        """uint8 states of random streams of this rank beside torch's, numpy's and Python's own; often none."""
+
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+        """Takes over such states."""
+
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """The member's whole weights and buffers, by name, in host memory (member collective).
 

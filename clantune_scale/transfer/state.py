@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,19 @@ class MemberState:
         load_scalars: puts such a mapping into the engine.
         refresh: brings the weights that the model computes with up to date with the tensors; a
             collective of the member.
+        grow: makes optimizer state that a saved state has, by the names of its tensors, and this one lacks
+            because the optimizer has not stepped yet (most make theirs in the first step); state that is not
+            among the names goes. None where the backend's states are there from the start.
+        logical: the same tensors by names that do not depend on the layout, as ``DTensor`` or ``ShardedTensor``,
+            for a resume on another number of data-parallel ranks; None where the backend cannot say.
     """
 
     tensors: list[tuple[str, torch.Tensor]]
     scalars: dict[str, Any]
     load_scalars: Callable[[Mapping[str, Any]], None] = field(repr=False)
     refresh: Callable[[], None] = field(repr=False)
+    grow: Callable[[Collection[str]], None] | None = field(default=None, repr=False)
+    logical: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -96,8 +103,15 @@ class Snapshot:
     """
 
     def __init__(self, state: MemberState) -> None:
-        self._tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in state.tensors]
-        self._scalars = {"optimizer": state.scalars["optimizer"]}
+        self.tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in state.tensors]
+        self.scalars = {"optimizer": state.scalars["optimizer"]}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> Snapshot:
+        """A copy that was written down before: its tensors in host memory, by name, and its scalars."""
+        snapshot = cls.__new__(cls)
+        snapshot.tensors, snapshot.scalars = list(tensors.items()), dict(scalars)
+        return snapshot
 
     @torch.no_grad()
     def restore(self, state: MemberState) -> None:
@@ -106,7 +120,7 @@ class Snapshot:
         Raises:
             ValueError: if the state has other tensors than it had when the copy was taken.
         """
-        kept = dict(self._tensors)
+        kept = dict(self.tensors)
         live = dict(state.tensors)
         unknown = [name for name in live if name not in kept and not name.startswith("optimizer.")]
         lost = [name for name in kept if name not in live]
@@ -117,5 +131,43 @@ class Snapshot:
                 tensor.copy_(kept[name])
             else:
                 tensor.zero_()
-        state.load_scalars(self._scalars)
+        state.load_scalars(self.scalars)
         state.refresh()
+
+
+@torch.no_grad()
+def grow_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], wanted: Collection[int]
+) -> None:
+    """Gives exactly the parameters with these places their optimizer state; its values are to be loaded.
+
+    It is made by the optimizer's own step on zero gradients at rate zero, because what an optimizer keeps, and
+    in which types, is its own affair. Parameters are to be loaded afterwards too.
+
+    Args:
+        optimizer: torch's, or one made like it.
+        parameters: the keys of its state.
+        wanted: indices into ``parameters``; state of all others goes.
+    """
+    keys = list(parameters)
+    lacking = [keys[place] for place in wanted if not optimizer.state.get(keys[place])]
+    for place, key in enumerate(keys):
+        if place not in wanted:
+            optimizer.state.pop(key, None)
+    if not lacking:
+        return
+    gradients = [key.grad for key in keys]
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    for key in keys:
+        key.grad = None
+    for key in lacking:
+        key.grad = torch.zeros_like(key)
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
+    # The class's own: the instance's may be hooked by an engine, a scheduler or the clan.
+    type(optimizer).step(optimizer)
+    for key, gradient in zip(keys, gradients, strict=True):
+        key.grad = gradient
+    for group, rate in zip([g for g in optimizer.param_groups if "lr" in g], rates, strict=True):
+        group["lr"] = rate

@@ -207,6 +207,18 @@ class DeepSpeedBackend:
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         shards.set_loss_scale(self.engine, state)
 
+    def counters(self) -> dict[str, int]:
+        return shards.counters(self.engine)
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        shards.load_counters(self.engine, counters)
+
+    def random_streams(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+        """DeepSpeed has none of its own that training draws from."""
+
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """Weights and persistent buffers in host memory, ZeRO 3's gathered one by one; shared ones once."""
         wanted = set(self.module.state_dict().keys())

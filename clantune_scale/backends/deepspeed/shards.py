@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
+from clantune_scale.transfer.plain import merged, plain
+from clantune_scale.transfer.state import grow_optimizer
 
+_COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _MASTERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
     "DeepSpeedZeroOptimizer": lambda optimizer: list(optimizer.single_partition_of_fp32_groups),
@@ -45,6 +51,21 @@ def masters(engine: Any) -> list[torch.Tensor]:
         groups = engine.basic_optimizer.param_groups
         return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
     return _MASTERS[kind](engine.optimizer)
+
+
+@torch.no_grad()
+def gradient_norm(engine: Any) -> float:
+    """The member's gradient norm where the user's optimizer steps on the parameters, as DeepSpeed would clip by it."""
+    mpu = engine.mpu
+    counts_all = mpu is None or mpu.get_model_parallel_rank() == 0
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    counted = [p.grad for p in parameters if counts_all or is_model_parallel_parameter(p)]
+    squares = torch.zeros(1, dtype=torch.float64, device=engine.device)
+    if counted:
+        squares += torch.nn.utils.get_total_norm(counted).double() ** 2
+    if mpu is not None:
+        dist.all_reduce(squares, group=mpu.get_model_parallel_group())
+    return math.sqrt(squares.item())
 
 
 @torch.no_grad()
@@ -102,7 +123,25 @@ def member_state(engine: Any) -> MemberState:
         scalars={"optimizer": _optimizer_scalars(engine), "schedule": _schedule_scalars(engine)},
         load_scalars=lambda scalars: _load_scalars(engine, scalars),
         refresh=lambda: refresh(engine),
+        grow=lambda names: _grow(engine, names),
     )
+
+
+def _grow(engine: Any, names: Collection[str]) -> None:
+    """Optimizer state for exactly the masters that have some among ``names`` (see ``MemberState.grow``)."""
+    wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
+    grow_optimizer(engine.basic_optimizer, masters(engine), wanted)
+
+
+def counters(engine: Any) -> dict[str, int]:
+    """What DeepSpeed counts for itself."""
+    return {name: int(getattr(engine, name)) for name in _COUNTERS}
+
+
+def load_counters(engine: Any, saved: Mapping[str, int]) -> None:
+    """Takes over such counts."""
+    for name in _COUNTERS:
+        setattr(engine, name, saved[name])
 
 
 def _is_scalar(value: torch.Tensor) -> bool:
@@ -146,13 +185,8 @@ def _schedule_scalars(engine: Any) -> dict[str, Any] | None:
     scheduler = engine.lr_scheduler
     if scheduler is None or not hasattr(scheduler, "state_dict"):
         return None
-    plain = {
-        name: value
-        for name, value in scheduler.state_dict().items()
-        if isinstance(value, bool | int | float | str | type(None))
-    }
     rates = [{key: group[key] for key in ("lr",) if key in group} for group in engine.basic_optimizer.param_groups]
-    return {"scheduler": plain, "rates": rates}
+    return {"scheduler": plain(scheduler.state_dict()), "rates": plain({"": rates})[""]}
 
 
 def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
@@ -173,9 +207,9 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
         set_loss_scale(engine, optimizer_scalars["loss_scale"])
     schedule = scalars.get("schedule")
     if schedule is not None:
-        engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **schedule["scheduler"]})
+        engine.lr_scheduler.load_state_dict(merged(engine.lr_scheduler.state_dict(), schedule["scheduler"]))
         for group, rates in zip(inner.param_groups, schedule["rates"], strict=True):
-            group.update(rates)
+            group.update({key: merged(group.get(key), rate) for key, rate in rates.items()})
 
 
 def _scaler(engine: Any) -> Any | None:

@@ -1,0 +1,101 @@
+"""Averaging FSDP2's gradients over the clan, each shard down its column, while backward goes on.
+
+FSDP2 reduce-scatters a module's gradients inside the member as soon as backward has passed it, and then calls the
+module's all-reduce hook with this rank's shard, divided by the member's degree. There the shard is averaged over the
+members that share.
+
+- On CUDA the hook runs on FSDP2's own all-reduce stream, which backward does not wait for.
+- On the host the collective is posted without waiting where the shard's memory becomes the gradient (the reduction's
+  dtype is the parameter's, nothing is accumulated onto it), and backward waits for it at its end, so that gradients
+  are what they should be when ``loss.backward()`` returns. Elsewhere it is waited for on the spot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Variable
+
+from clantune_scale.backends.base import GradientGroups
+from clantune_scale.backends.torch.order import PostingOrder
+from clantune_scale.probe import GradientProbe
+
+
+class ShardSharing:
+    """What the hooks of all FSDP modules have in common.
+
+    Args:
+        team: the members that share gradients in the step that runs, this one among them.
+        groups: the stand-alone groups that cross members.
+        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
+        order: notes what is posted.
+    """
+
+    def __init__(
+        self,
+        team: Callable[[], tuple[int, ...]],
+        groups: GradientGroups,
+        probe: GradientProbe,
+        order: PostingOrder,
+    ) -> None:
+        self._team, self._groups, self._probe, self._order = team, groups, probe, order
+        self._has_checked = False
+
+    def hook(self, param_group: Any) -> Callable[[torch.Tensor], None]:
+        """The all-reduce hook of one FSDP module."""
+
+        @torch.no_grad()
+        def all_reduce_hook(shard: torch.Tensor) -> None:
+            team = self._team()
+            if len(team) > 1:
+                self._average(shard, team, param_group)
+
+        return all_reduce_hook
+
+    def _average(self, shard: torch.Tensor, team: tuple[int, ...], param_group: Any) -> None:
+        own = shard.clone() if self._probe.is_active else None
+        # Before the sum, so that sixteen-bit sums over the clan overflow no sooner than those over the member.
+        shard.div_(len(team))
+        group = self._groups.column(team)
+        self._order.note(str(param_group._module_fqn), shard)
+        if shard.is_cuda:
+            dist.all_reduce(shard, group=group)
+            # FSDP2 drops a buffer that it casts from, and its own stream may take the memory while this one sums.
+            shard.record_stream(torch.cuda.current_stream())
+        elif own is None and _becomes_gradient(shard, param_group):
+            work = dist.all_reduce(shard, group=group, async_op=True)
+            Variable._execution_engine.queue_callback(work.wait)
+        else:
+            dist.all_reduce(shard, group=group)
+        if own is not None:
+            self._probe.compare(own, shard)
+
+    def check_order(self, device: torch.device) -> None:
+        """Compares what members posted, in the first step in which they share and once in each phase after."""
+        team = self._team()
+        if len(team) > 1 and (self._probe.is_active or not self._has_checked):
+            self._has_checked = True
+            self._order.check(self._groups.column(team), device)
+
+
+def _becomes_gradient(shard: torch.Tensor, param_group: Any) -> bool:
+    """Whether FSDP2 makes the gradients views of the shard's memory, and does nothing else to it after the hook."""
+    return (
+        shard.dtype in (torch.float32, torch.bfloat16)
+        and param_group.gradient_divide_factor is None
+        and not getattr(param_group, "force_sum_reduction_for_comms", False)
+        and all(_is_view(parameter, shard.dtype) for parameter in param_group.fsdp_params)
+    )
+
+
+def _is_view(fsdp_param: Any, dtype: torch.dtype) -> bool:
+    parameter = fsdp_param.sharded_param
+    return (
+        parameter.dtype == dtype
+        and parameter.grad is None
+        and not fsdp_param.offload_to_cpu
+        and not getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )

@@ -1,0 +1,273 @@
+"""What FSDP2 and DDP members have in common: a module and an optimizer in a loop of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from clantune_scale.backends.base import GradientGroups
+from clantune_scale.backends.hooks import replace_method
+from clantune_scale.backends.torch import state
+from clantune_scale.backends.torch.clip import clip_grad_norm_, total_norm
+from clantune_scale.backends.torch.order import PostingOrder
+from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
+from clantune_scale.errors import ClanError, EvaluationError
+from clantune_scale.evaluation import loss_of
+from clantune_scale.probe import GradientProbe
+from clantune_scale.transfer import MemberState
+from clantune_scale.watch import to_device
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class LoopBackend:
+    """A member whose loop calls ``optimizer.step()`` itself; FSDP2 and DDP each say how gradients meet.
+
+    An optimizer step begins and ends in ``optimizer.step``: the instance's method is shadowed, so that what was
+    set around the update is put back where it raises, which step hooks would not do. With a scheduler the step
+    ends when ``scheduler.step()`` returns, so that what is cloned or saved then is a whole step.
+
+    Args:
+        model: what the loop calls: the module, or what ``torch.compile`` made of it.
+        module: the user's own module in it.
+        optimizer: steps on ``module``'s parameters.
+        scheduler: stepped once after each optimizer step, or None.
+        micro_batch_size: samples per rank and backward pass.
+        accumulation: micro-batches per optimizer step.
+        gradient_clipping: gradient-norm threshold, 0 for none.
+
+    Raises:
+        ConfigError: if the optimizer's parameters are not the module's, or not in float32.
+    """
+
+    pp_rank = 0
+    pp_size = 1
+    tp_group: Any = None
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        *,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        gradient_clipping: float = 0.0,
+    ) -> None:
+        self.engine, self.module = model, module
+        self.micro_batch_size, self.accumulation, self.clip = micro_batch_size, accumulation, gradient_clipping
+        self.num_steps = 0
+        self._optimizer, self._scheduler = optimizer, scheduler
+        named = [(_plain_name(name), parameter) for name, parameter in module.named_parameters()]
+        require_known_parameters(optimizer, named)
+        updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._trained = [(n, p) for n, p in named if id(p) in updated and p.requires_grad]
+        self._frozen = [(n, p) for n, p in named if not (id(p) in updated and p.requires_grad)]
+        self.device = state.local(named[0][1]).device
+        self._undo: list[Callable[[], None]] = []
+        self._probe, self._order = GradientProbe(), PostingOrder()
+        self._has_checked_order = False
+        self._is_clipped = False
+        self._awaits_schedule = False
+
+    @property
+    def has_schedule(self) -> bool:
+        return self._scheduler is not None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def masters(self) -> list[torch.Tensor]:
+        return [state.local(parameter) for _, parameter in self._trained]
+
+    def refresh(self) -> None:
+        """Nothing to do: the model computes with the masters."""
+
+    def state(self) -> MemberState:
+        fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
+        return state.member_state(self._optimizer, self._trained, fixed, self._scheduler, self.refresh)
+
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around one micro-batch's forward and backward: gradients cross ranks in the step's last one alone."""
+        raise NotImplementedError
+
+    def clip_gradients(self) -> torch.Tensor:
+        """[] the member's gradient norm; gradients are scaled down to the threshold in effect, once in a step."""
+        if self._is_clipped:
+            return total_norm(parameter for _, parameter in self._trained)
+        norm = clip_grad_norm_([parameter for _, parameter in self._trained], self.clip)
+        self._is_clipped = True
+        if self._probe.is_active:
+            self._probe.norm = float(norm)
+        return norm
+
+    def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Hooks ``optimizer.step``, which comes after the user's clipping and before the scheduler's step."""
+        step = self._optimizer.step
+
+        # torch's schedulers mark the step they have seen with an attribute, and warn where it is missing.
+        @wraps(step)
+        def step_in_context(*args: Any, **kwargs: Any) -> Any:
+            require_plain_step(args, kwargs)
+            self._require_schedule()
+            self._before_update()
+            with context():
+                result = step(*args, **kwargs)
+            self._is_clipped = False
+            self._order.restart()
+            return result
+
+        self._undo.append(replace_method(self._optimizer, "step", step_in_context))
+
+    def _before_update(self) -> None:
+        if not self._is_clipped and (self.clip > 0 or self._probe.is_active):
+            self.clip_gradients()
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Compares the order of the clan's collectives down the column: in the first step, and once in a phase."""
+
+    def after_step(self, callback: Callable[[], None]) -> None:
+        """Calls back when ``optimizer.step`` returns; with a scheduler, when its ``step`` after that returns."""
+
+        def call_back() -> None:
+            self.num_steps += 1
+            callback()
+
+        def after_update() -> None:
+            if self._scheduler is None:
+                call_back()
+            else:
+                self._awaits_schedule = True
+
+        def after_schedule() -> None:
+            if self._awaits_schedule:
+                self._awaits_schedule = False
+                call_back()
+
+        self._undo.append(_call_after(self._optimizer, "step", after_update))
+        if self._scheduler is not None:
+            self._undo.append(_call_after(self._scheduler, "step", after_schedule))
+
+    def _require_schedule(self) -> None:
+        if self._awaits_schedule:
+            raise ClanError(
+                f"scheduler.step() was not called after optimizer step {self.num_steps + 1}. Call it once after each "
+                f"optimizer.step(), or leave the scheduler out of attach() where it moves otherwise."
+            )
+
+    def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
+        """Hooks the model's forward pass while it trains: its arguments, and the loss where it returns one."""
+
+        # Graphs of torch.compile are made without these: what they do is not a part of the model.
+        @torch.compiler.disable
+        def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
+            if self.engine.training:
+                self._require_schedule()
+                on_batch(args, kwargs)
+
+        @torch.compiler.disable
+        def after_forward(_: Any, args: Any, output: Any) -> None:
+            if self.engine.training:
+                loss = _found_loss(output)
+                if loss is not None:
+                    on_loss(loss)
+
+        self._undo.append(self.engine.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
+        self._undo.append(self.engine.register_forward_hook(after_forward).remove)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; each part's mode is afterwards what it was."""
+        # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
+        modes = [(part, part.training) for part in self.engine.modules()]
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, was_training in modes:
+                part.training = was_training
+            self.refresh()
+
+    def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
+        """The model on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
+        if evaluate is not None:
+            loss = loss_of(evaluate(self.engine, batch))
+        else:
+            batch = to_device(batch, self.device)
+            if isinstance(batch, Mapping):
+                loss = loss_of(self.engine(**batch))
+            else:
+                loss = loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
+        loss = (loss.full_tensor() if isinstance(loss, DTensor) else loss).detach().to(self.device)
+        if self.tp_group is not None:
+            # Every rank decides by this number: tensor ranks that sum in different orders must not differ.
+            dist.broadcast(loss, group_src=0, group=self.tp_group)
+        return loss
+
+    def loss_scale(self) -> Mapping[str, Any] | None:
+        return None
+
+    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
+        raise ClanError(f"the loss is not scaled in this loop, and cannot take {dict(state)}. Train in bf16 or fp32.")
+
+    def share_gradients(
+        self,
+        team: Callable[[], tuple[int, ...]],
+        groups: GradientGroups,
+        probe: GradientProbe | None = None,
+    ) -> None:
+        raise NotImplementedError
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """Weights and persistent buffers in host memory on the member's first rank, gathered one by one."""
+        wanted = {_plain_name(name) for name in self.module.state_dict()}
+        buffers = [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
+        is_first = dist.get_rank() == 0
+        weights: dict[str, torch.Tensor] = {}
+        for name, tensor in self._trained + self._frozen + [(n, b) for n, b in buffers if n in wanted]:
+            with torch.no_grad():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if is_first:
+                weights[name] = whole.detach().to("cpu", copy=True).contiguous()
+        return weights if is_first else None
+
+    def detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def _call_after(target: Any, name: str, callback: Callable[[], None]) -> Callable[[], None]:
+    """Shadows a method by itself and a call of ``callback`` after it; returns what undoes it."""
+    method = getattr(target, name)
+
+    @wraps(method)
+    def method_then_callback(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        callback()
+        return result
+
+    return replace_method(target, name, method_then_callback)
+
+
+def _found_loss(output: Any) -> torch.Tensor | None:
+    """The loss in what a training forward returned, or None where it returns something else (logits)."""
+    try:
+        return loss_of(output)
+    except EvaluationError:
+        return None
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what compiling or checkpointing its module put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -1,0 +1,128 @@
+"""What training continues from where the user's own optimizer steps on the parameters: local shards, all live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from clantune_scale.errors import ConfigError
+from clantune_scale.transfer import MemberState
+
+Named = Sequence[tuple[str, torch.Tensor]]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, sharing its memory; the tensor itself where it is whole."""
+    with torch.no_grad():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return part.detach()
+
+
+def member_state(
+    optimizer: torch.optim.Optimizer,
+    trained: Named,
+    fixed: Named,
+    scheduler: Any,
+    refresh: Callable[[], None],
+) -> MemberState:
+    """This rank's training state.
+
+    Args:
+        optimizer: whose moments and step counts are in it.
+        trained: the parameters that it updates, by name: the fp32 masters.
+        fixed: frozen parameters and buffers, by name.
+        scheduler: a learning-rate scheduler, or None.
+        refresh: brings the model's weights up to date with the masters.
+    """
+    return MemberState(
+        tensors=list(_tensors(optimizer, trained, fixed)),
+        scalars={"optimizer": _optimizer_scalars(optimizer, trained), "schedule": _schedule(optimizer, scheduler)},
+        load_scalars=lambda scalars: _load(optimizer, trained, scheduler, scalars),
+        refresh=refresh,
+    )
+
+
+def _tensors(
+    optimizer: torch.optim.Optimizer, trained: Named, fixed: Named
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in trained:
+        yield f"master.{name}", local(parameter)
+        moments = optimizer.state.get(parameter, {})
+        for key in sorted(moments):
+            _require_plain(optimizer, key, moments[key])
+            if torch.is_tensor(moments[key]) and moments[key].dim() > 0:
+                yield f"optimizer.{name}.{key}", local(moments[key])
+    for name, tensor in fixed:
+        yield f"fixed.{name}", local(tensor)
+
+
+def _require_plain(optimizer: torch.optim.Optimizer, key: str, value: Any) -> None:
+    """Refuses state that lies deeper than one tensor or number: it would stay behind when a member is cloned."""
+    if value is None or torch.is_tensor(value) or isinstance(value, bool | int | float):
+        return
+    raise ConfigError(
+        f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__}, for each parameter, and a clone would "
+        f"train on without it: tensors and numbers are moved, nothing that holds them. Use another optimizer."
+    )
+
+
+def _optimizer_scalars(optimizer: torch.optim.Optimizer, trained: Named) -> dict[str, Any]:
+    counts = [_counts(optimizer.state.get(parameter, {})) for _, parameter in trained]
+    return {"counts": counts, "group_steps": [group.get("step") for group in optimizer.param_groups]}
+
+
+def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in one parameter's state: torch keeps step counts in tensors without dimensions."""
+    numbers = {}
+    for name, value in entries.items():
+        if isinstance(value, bool | int | float):
+            numbers[name] = value
+        elif torch.is_tensor(value) and value.dim() == 0:
+            numbers[name] = local(value).item()
+    return numbers
+
+
+def _schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any] | None:
+    """The scheduler's state as far as JSON holds it; what it does not hold (functions) is the same everywhere."""
+    if scheduler is None or not hasattr(scheduler, "state_dict"):
+        return None
+    plain = {name: value for name, value in scheduler.state_dict().items() if _is_json(value)}
+    return {"scheduler": plain, "rates": [float(group["lr"]) for group in optimizer.param_groups]}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value comes back from JSON as it was."""
+    if isinstance(value, list):
+        return all(_is_json(item) for item in value)
+    # A Counter of milestones is a dict with whole numbers for keys: they would come back as text.
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _load(
+    optimizer: torch.optim.Optimizer, trained: Named, scheduler: Any, scalars: Mapping[str, Any]
+) -> None:
+    for (_, parameter), counts in zip(trained, scalars["optimizer"]["counts"], strict=True):
+        entries = optimizer.state.get(parameter, {})
+        for name in _counts(entries):
+            # What the other side does not have yet (it has not stepped) begins at zero.
+            if torch.is_tensor(entries[name]):
+                local(entries[name]).fill_(counts.get(name, 0))
+            else:
+                entries[name] = counts.get(name, 0)
+    for group, step in zip(optimizer.param_groups, scalars["optimizer"]["group_steps"], strict=True):
+        if step is not None:
+            group["step"] = step
+    schedule = scalars.get("schedule")
+    if schedule is None:
+        return
+    scheduler.load_state_dict({**scheduler.state_dict(), **schedule["scheduler"]})
+    for group, rate in zip(optimizer.param_groups, schedule["rates"], strict=True):
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
