@@ -1,0 +1,81 @@
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clantune_scale import world
+from clantune_scale.vote import FiniteVote
+from clantune_scale.world import ClanGroups
+from tests.ranks import run_ranks
+
+
+def _mean(losses, gradients, team=(0, 1, 2), spans_parts=False):
+    """The clan's mean gradient of one pass as each rank gets it, and its strikes; members of equal size."""
+    rank = int(os.environ["RANK"])
+    clan = world.join(3, timeout_s=30)
+    dist.init_process_group("gloo")
+    if spans_parts:
+        clan.arrange(pp=1, tp=2, stands=(0, 0, dist.get_rank()))
+    groups = ClanGroups(clan, "cpu")
+    vote = FiniteVote(clan.member, 3, groups.gradient, spans_parts=spans_parts)
+    if losses[rank] is not None:
+        vote.observe(torch.tensor(losses[rank]))
+    buckets = [torch.tensor(bucket) for bucket in gradients[rank]]
+    for bucket in buckets:
+        if clan.member in team:
+            vote.weigh([bucket], team)
+            group = groups.gradient(team)
+            dist.all_reduce(bucket.div_(group.size()), group=group)
+    result = [bucket.tolist() for bucket in buckets], vote.read_strikes(), vote.read_strikes()
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
+
+
+def test_finite_members_are_averaged_as_if_nobody_voted():
+    gradients = [[[1.5, 2.0], [0.1]], [[4.0, -1.0], [0.7]], [[0.3, 9.0], [-0.2]]]
+    expected = [sum(torch.tensor(g[i]) / 3 for g in gradients) for i in range(2)]
+    for means, *strikes in run_ranks(3, _mean, [1.0, 2.0, 3.0], gradients):
+        assert all(torch.allclose(torch.tensor(m), e, rtol=1e-6) for m, e in zip(means, expected, strict=True))
+        assert strikes == [0, 0]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_member_whose_loss_is_not_finite_is_left_out_of_every_sum(loss):
+    gradients = [[[1.0], [5.0]], [[math.nan], [2.0]], [[3.0], [7.0]]]
+    results = run_ranks(3, _mean, [1.0, loss, 3.0], gradients)
+    assert [means for means, *_ in results] == [[[2.0], [6.0]]] * 3
+    assert [strikes for _, *strikes in results] == [[0, 0], [1, 0], [0, 0]]
+
+
+def test_one_bad_rank_takes_its_whole_member_out():
+    gradients = [[[1.0]], [[1.0]], [[4.0]], [[4.0]], [[9.0]], [[math.nan]]]
+    results = run_ranks(6, _mean, [1.0, 1.0, 1.0, 1.0, 1.0, math.nan], gradients)
+    assert all(means == [[2.5]] for means, *_ in results)
+    assert [strikes for _, strikes, _ in results] == [0, 0, 0, 0, 1, 1]
+
+
+def test_ranks_of_another_part_learn_of_a_loss_that_they_do_not_see():
+    """Two tensor shards a member: only the second one of member 1 knows its loss."""
+    gradients = [[[1.0]], [[10.0]], [[2.0]], [[20.0]], [[3.0]], [[30.0]]]
+    results = run_ranks(6, _mean, [1.0, 1.0, None, math.inf, 1.0, 1.0], gradients, (0, 1, 2), True)
+    assert [means for means, *_ in results] == [[[2.0]], [[20.0]]] * 3
+
+
+def test_a_gradient_that_turns_bad_after_the_vote_adds_nothing():
+    gradients = [[[3.0], [6.0]], [[3.0], [math.inf]], [[3.0], [6.0]]]
+    for means, *_ in run_ranks(3, _mean, [1.0, 1.0, 1.0], gradients):
+        assert means == [[3.0], [4.0]]
+
+
+def test_where_nobody_is_finite_the_mean_is_zero():
+    gradients = [[[math.nan]]] * 3
+    assert [means for means, *_ in run_ranks(3, _mean, [math.nan] * 3, gradients)] == [[[0.0]]] * 3
+
+
+def test_a_team_votes_among_itself():
+    gradients = [[[1.0]], [[math.nan]], [[3.0]]]
+    results = run_ranks(3, _mean, [1.0, math.nan, math.nan], gradients, (0, 2))
+    assert results[0][0] == results[2][0] == [[1.0]]
