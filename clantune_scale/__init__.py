@@ -38,7 +38,7 @@ _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
     "ClanScheduleLR": "clantune_scale.replay",
     "initialize": "clantune_scale.backends.deepspeed.initialize",
-    "join": "clantune_scale.world",
+    "join": "clantune_scale.joining",
 }
 
 

@@ -24,6 +24,7 @@ class BatchPlan:
         accumulation: micro-batches per optimizer step on one rank.
         dp_size: data-parallel ranks of one member.
         population_size: members.
+        counted: how often DeepSpeed counts each data-parallel rank in its ``train_batch_size``.
     """
 
     clan_batch: int
@@ -32,27 +33,34 @@ class BatchPlan:
     accumulation: int
     dp_size: int
     population_size: int
+    counted: int = 1
 
     def describe(self) -> str:
         """One line for the terminal."""
-        return (
+        text = (
             f"batch {self.clan_batch} = {self.population_size} members x {self.member_batch} "
             f"(micro-batch {self.micro_batch} x accumulation {self.accumulation} x dp {self.dp_size})"
         )
+        if self.counted > 1:
+            text += f"; as DeepSpeed counts, each tensor rank for itself, {TRAIN} is {self.clan_batch * self.counted}"
+        return text
 
 
 def split_batch(
-    ds_config: Mapping[str, Any], *, population_size: int, dp_size: int
+    ds_config: Mapping[str, Any], *, population_size: int, dp_size: int, counted: int = 1
 ) -> tuple[dict[str, Any], BatchPlan]:
     """Divides the batch of a DeepSpeed config among the members.
 
     A key that is missing is derived as DeepSpeed derives it for ``population_size x dp_size`` ranks: the
-    clan's batch is the one that the same config has in plain data parallelism on all ranks.
+    clan's batch is the one that the same config has in plain data parallelism on all ranks. With AutoTP,
+    DeepSpeed's ``train_batch_size`` counts each tensor rank as if it read data of its own; the same config
+    means the same here, and the plan has the samples that are really read.
 
     Args:
         ds_config: the config without the ``clantune`` block.
         population_size: members.
         dp_size: data-parallel ranks of one member.
+        counted: how often DeepSpeed counts each of them: AutoTP's tensor degree, else 1.
 
     Returns:
         The config that a member's engine gets, with all three batch keys set, and the plan.
@@ -62,8 +70,8 @@ def split_batch(
             something does not divide.
     """
     train, micro, accumulation = (_read(ds_config, key) for key in (TRAIN, MICRO, ACCUMULATION))
-    num_ranks = population_size * dp_size
-    ranks = f"population_size({population_size}) x dp({dp_size})"
+    num_ranks = population_size * dp_size * counted
+    ranks = f"population_size({population_size}) x dp({dp_size})" + (f" x tp({counted})" if counted > 1 else "")
     if train is None and micro is None:
         raise ConfigError(f"the DeepSpeed config has neither {TRAIN} nor {MICRO}. Give one of them.")
     if micro is None:
@@ -78,14 +86,15 @@ def split_batch(
             f"{TRAIN} counts the whole clan: set it to {product}, or drop one of the three."
         )
     plan = BatchPlan(
-        clan_batch=product,
+        clan_batch=product // counted,
         member_batch=micro * accumulation * dp_size,
         micro_batch=micro,
         accumulation=accumulation,
         dp_size=dp_size,
         population_size=population_size,
+        counted=counted,
     )
-    return {**ds_config, TRAIN: plan.member_batch, MICRO: micro, ACCUMULATION: accumulation}, plan
+    return {**ds_config, TRAIN: plan.member_batch * counted, MICRO: micro, ACCUMULATION: accumulation}, plan
 
 
 def _read(ds_config: Mapping[str, Any], key: str) -> int | None:

@@ -39,6 +39,10 @@ class EngineFacts:
         managed_accumulation: whether DeepSpeed itself counts micro-batches.
         multi_rank_buckets: ZeRO's ``use_multi_rank_bucket_allreduce``.
         has_moe: whether the model has mixture-of-experts layers, where it is known.
+        has_stages: whether the model is a pipeline.
+        autotp_size: AutoTP's tensor degree.
+        sequence_size: Ulysses' sequence degree.
+        auto_experts: whether DeepSpeed is to find and replace expert layers by itself (AutoEP).
     """
 
     zero_stage: int = 0
@@ -48,6 +52,10 @@ class EngineFacts:
     managed_accumulation: bool = True
     multi_rank_buckets: bool = True
     has_moe: bool = False
+    has_stages: bool = False
+    autotp_size: int = 1
+    sequence_size: int = 1
+    auto_experts: bool = False
 
 
 def refusals(facts: EngineFacts) -> Iterator[str]:
@@ -62,10 +70,30 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
             "torch_autocast with float16 scales the loss by a scaler of each member's own, and gradients of different "
             "scales cannot be averaged. Set torch_autocast.dtype to bfloat16, or use the fp16 block."
         )
-    if facts.has_moe:
+    if facts.has_moe and facts.zero_stage == 3:
         yield (
-            "the model has mixture-of-experts layers, whose expert gradients the clan does not average yet. "
-            "Train it without the clantune block."
+            "zero_optimization.stage is 3, and DeepSpeed's mixture-of-experts layers run under 0 to 2 alone. "
+            "Set it to 2 or less."
+        )
+    if facts.has_stages and facts.zero_stage > 1:
+        yield (
+            f"zero_optimization.stage is {facts.zero_stage}, and DeepSpeed's pipeline engine takes 0 and 1 alone. "
+            f"Set it to 1."
+        )
+    if facts.has_stages and facts.autotp_size > 1:
+        yield (
+            f"tensor_parallel.autotp_size is {facts.autotp_size} for a pipeline, whose groups AutoTP would replace by "
+            f"its own. Leave it out, or build the PipelineModule on a topology with a model axis."
+        )
+    if facts.sequence_size > 1:
+        yield (
+            f"the sequence-parallel degree is {facts.sequence_size}, and a clan was not tried with sequence-parallel "
+            f"members. Set sequence_parallel_size to 1."
+        )
+    if facts.auto_experts:
+        yield (
+            "expert_parallel is enabled, and a clan was not tried with layers that DeepSpeed replaces by expert layers "
+            "of its own. Disable it, or build the model with deepspeed.moe.layer.MoE."
         )
     if facts.nvme_parts:
         yield (
@@ -88,6 +116,7 @@ def facts_from_config(ds_config: Mapping[str, Any]) -> EngineFacts:
     """The facts as a DeepSpeed config states them."""
     zero = _block(ds_config, "zero_optimization")
     autocast = _block(ds_config, "torch_autocast")
+    stages, autotp_size = degrees_from_config(ds_config)
     return EngineFacts(
         zero_stage=zero_stage(ds_config),
         fp16=_is_on(ds_config, "fp16"),
@@ -97,7 +126,22 @@ def facts_from_config(ds_config: Mapping[str, Any]) -> EngineFacts:
         ),
         managed_accumulation=bool(ds_config.get("managed_gradient_accumulation", True)),
         multi_rank_buckets=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
+        has_stages=stages > 1,
+        autotp_size=autotp_size,
+        sequence_size=_degree(ds_config, "sequence_parallel_size"),
+        auto_experts=_is_on(ds_config, "expert_parallel"),
     )
+
+
+def degrees_from_config(ds_config: Mapping[str, Any]) -> tuple[int, int]:
+    """(pipeline stages, AutoTP's tensor shards) of a member as a DeepSpeed config states them, 1 where it does not."""
+    stages = _degree(_block(ds_config, "pipeline"), "stages")
+    return stages, _degree(_block(ds_config, "tensor_parallel"), "autotp_size")
+
+
+def _degree(block: Mapping[str, Any], key: str) -> int:
+    value = block.get(key, 1)
+    return value if isinstance(value, int) and value > 1 else 1
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
@@ -124,13 +168,6 @@ def config_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
         yield "fp16 and bf16 are both enabled, and DeepSpeed refuses that. Keep one."
     if str(ds_config.get("gradient_allreduce_op", "mean")).lower() == "sum":
         yield "gradient_allreduce_op is 'sum', and the clan averages over its members. Leave it at its default, mean."
-    for block, key in (("tensor_parallel", "autotp_size"), ("pipeline", "stages")):
-        degree = _block(ds_config, block).get(key, 1)
-        if isinstance(degree, int) and degree > 1:
-            yield (
-                f"{block}.{key} is {degree}, and members are data-parallel groups in this version. "
-                f"Set it to 1, or leave out the clantune block."
-            )
     yield from refusals(facts_from_config(ds_config))
 
 

@@ -12,7 +12,7 @@ from clantune_scale.config import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import RunFacts, Strategy, build
 from clantune_scale.ds_config import BLOCK, extract, parse_block
-from clantune_scale.ds_rules import EngineFacts, config_refusals, refusals
+from clantune_scale.ds_rules import EngineFacts, config_refusals, degrees_from_config, refusals, zero_stage
 from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.genes import CATALOGUE, build_gene, target_of
 from clantune_scale.topology import Topology
@@ -58,7 +58,7 @@ def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedMod
     _attempt(found, lambda: extract(rest))
     found.errors += config_refusals(rest)
     if model is not None and model.has_moe:
-        found.errors += refusals(EngineFacts(has_moe=True))
+        found.errors += refusals(EngineFacts(has_moe=True, zero_stage=zero_stage(rest)))
     if BLOCK not in ds_config:
         found.errors.append(f'the config has no "{BLOCK}" block. Add at least "{BLOCK}": {{"population_size": 4}}.')
         return found
@@ -96,11 +96,16 @@ def _population_size(block: Any) -> int | None:
 def _check_ranks(found: Preflight, population_size: int | None, world_size: int) -> None:
     if population_size is None:
         return
-    found.topology = _attempt(found, lambda: Topology.from_world(world_size, population_size=population_size))
+    stages, tp = degrees_from_config(found.ds_config)
+    found.topology = _attempt(
+        found, lambda: Topology.from_world(world_size, population_size=population_size, pp=stages, tp=tp)
+    )
     if found.topology is None:
         return
     dp = found.topology.dp
-    split = _attempt(found, lambda: split_batch(found.ds_config, population_size=population_size, dp_size=dp))
+    split = _attempt(
+        found, lambda: split_batch(found.ds_config, population_size=population_size, dp_size=dp, counted=tp)
+    )
     found.batch = split[1] if split else None
 
 

@@ -34,15 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     _, block = extract(load_ds_config(_config_path(options.arguments)))
     if block is not None and block.enabled:
-        from clantune_scale.world import join
+        from clantune_scale.joining import join
 
-        join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
+        join(block)
     # The launcher's --local_rank comes before the script's own arguments.
     local_rank = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
     sys.argv = [options.script, *local_rank, *options.arguments]
     sys.path.insert(0, str(Path(options.script).resolve().parent))
     import deepspeed
 
+    from clantune_scale.backends.deepspeed.quiet import quieten
+
+    # The script may start DeepSpeed before it calls initialize().
+    quieten()
     engines: list[Any] = []
     initialize = deepspeed.initialize
     deepspeed.initialize = _replacement(options.eval_data, engines)

@@ -1,5 +1,6 @@
-"""DeepSpeed members: ZeRO 0 to 3, fp32, bf16 and fp16."""
+"""DeepSpeed members: ZeRO 0 to 3, fp32, bf16 and fp16; pipelines, tensor shards and experts."""
 
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
+from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 
-__all__ = ["DeepSpeedBackend"]
+__all__ = ["DeepSpeedBackend", "PipelineBackend"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, wraps
 from typing import Any
 
-import deepspeed
 import torch
 
 from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.deepspeed import shards, sharing
+from clantune_scale.backends.deepspeed import shards, sharing, weights
+from clantune_scale.backends.deepspeed.place import Place, place_of
 from clantune_scale.backends.deepspeed.sharing import replace_method
 from clantune_scale.ds_rules import EngineFacts, refusals
 from clantune_scale.errors import ConfigError
@@ -31,13 +31,31 @@ class DeepSpeedBackend:
         ConfigError: for a DeepSpeed setting that a clan cannot run under.
     """
 
-    pp_rank = tp_rank = 0
-    pp_size = tp_size = 1
-
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self._undo: list[Callable[[], None]] = []
         _refuse_unsupported(engine)
+
+    @cached_property
+    def place(self) -> Place:
+        """This rank's coordinates in the member."""
+        return place_of(self.engine)
+
+    @property
+    def pp_rank(self) -> int:
+        return self.place.pp_rank
+
+    @property
+    def pp_size(self) -> int:
+        return self.place.pp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.place.tp_rank
+
+    @property
+    def tp_size(self) -> int:
+        return self.place.tp_size
 
     @property
     def module(self) -> torch.nn.Module:
@@ -49,7 +67,7 @@ class DeepSpeedBackend:
 
     @property
     def dp_rank(self) -> int:
-        return torch.distributed.get_rank(self.dp_group)
+        return self.place.dp_rank
 
     @property
     def dp_size(self) -> int:
@@ -125,8 +143,7 @@ class DeepSpeedBackend:
 
         def take_step_and_show(*args: Any, **kwargs: Any) -> Any:
             if probe.is_active and is_plain:
-                gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-                probe.norm = float(torch.nn.utils.get_total_norm(gradients))
+                probe.norm = shards.gradient_norm(engine)
             result = take_step(*args, **kwargs)
             if probe.is_active and not is_plain:
                 norm = engine.get_global_grad_norm()
@@ -220,20 +237,8 @@ class DeepSpeedBackend:
         """DeepSpeed has none of its own that training draws from."""
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """Weights and persistent buffers in host memory, ZeRO 3's gathered one by one; shared ones once."""
-        wanted = set(self.module.state_dict().keys())
-        weights: dict[str, torch.Tensor] = {}
-        is_first = torch.distributed.get_rank() == 0
-        for name, parameter in self.module.named_parameters():
-            is_partitioned = hasattr(parameter, "ds_id")
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if is_partitioned else nullcontext()
-            with gathered:
-                if is_first:
-                    weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-        if not is_first:
-            return None
-        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in wanted}
-        return weights | {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
+        """Weights and persistent buffers in host memory, put together one by one; shared ones once."""
+        return weights.full_weights(self.engine, self.place)
 
     def detach(self) -> None:
         while self._undo:
@@ -251,6 +256,9 @@ def _refuse_unsupported(engine: Any) -> None:
         managed_accumulation=engine.managed_gradient_accumulation(),
         multi_rank_buckets=getattr(engine.optimizer, "use_multi_rank_bucket_allreduce", True),
         has_moe=engine.has_moe_layers,
+        has_stages=engine.pipeline_parallelism,
+        autotp_size=engine.autotp_size(),
+        sequence_size=engine.sequence_parallel_size,
     )
     for refusal in refusals(facts):
         raise ConfigError(refusal)

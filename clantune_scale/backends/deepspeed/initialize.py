@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.utils.data import Dataset
 
 from clantune_scale import world
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
+from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
+from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
+from clantune_scale.backends.deepspeed.quiet import quieten
 from clantune_scale.batch import split_batch
 from clantune_scale.clan import Clan
 from clantune_scale.config import ClanConfig
 from clantune_scale.data import require_samples
 from clantune_scale.ds_config import extract, load_ds_config
-from clantune_scale.errors import ConfigError
+from clantune_scale.ds_rules import EngineFacts, refusals, zero_stage
+from clantune_scale.errors import ConfigError, TopologyError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Setter
+from clantune_scale.topology import Topology
 
 # Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
 _initialize_engine = deepspeed.initialize
@@ -49,6 +54,9 @@ def initialize(
 
     The engine is DeepSpeed's own. With a ``"clantune"`` block in its config, ``engine.clan`` is the clan that
     is attached to it; without one, or with ``"enabled": false``, this is ``deepspeed.initialize``.
+
+    A ``PipelineModule`` and an ``mpu`` are built over the member's ranks: call :func:`clantune_scale.join` with the
+    same config before. The returned loader feeds ``engine.train_batch()`` then.
 
     Args:
         eval_data: map-style dataset on which selection compares members. Keep a test split apart from it.
@@ -100,9 +108,15 @@ def _initialize_clan(
     gene_setters: Mapping[str, Setter],
     num_workers: int,
 ) -> tuple[Any, Any, Any, Any]:
-    _refuse_before_joining(passed, training_data, eval_data)
+    _refuse_before_joining(passed, ds_config, training_data, eval_data)
     joined = world.join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
-    member_config, batch = split_batch(ds_config, population_size=block.population_size, dp_size=joined.topology.dp)
+    degrees = degrees_of(passed["model"], passed["mpu"], ds_config)
+    topology = Topology.from_world(
+        joined.topology.world_size, population_size=block.population_size, pp=degrees.pp, tp=degrees.tp
+    )
+    member_config, batch = split_batch(
+        ds_config, population_size=block.population_size, dp_size=topology.dp, counted=degrees.counted
+    )
     if training_data is not None:
         require_samples(
             len(training_data),
@@ -110,13 +124,12 @@ def _initialize_clan(
             dp_size=batch.dp_size,
             micro_batch_size=batch.micro_batch,
         )
-    # DeepSpeed compiles its shared-memory collectives for the CPU at the first start, and needs a compiler for it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed 0.19 calls names that torch 2.13 deprecates: nothing that a user of either could change.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    quieten()
     passed["args"] = _without_config(passed["args"])
     engine, optimizer, _, scheduler = _initialize_engine(**passed, config=member_config)
-    backend = DeepSpeedBackend(engine)
+    backend = PipelineBackend(engine) if degrees.pp > 1 or _is_pipeline(engine.module) else DeepSpeedBackend(engine)
+    if passed["mpu"] is not None and degrees.tp > 1:
+        _refuse_unmarked(backend)
     window = ValidationWindow(
         eval_data,
         num_samples=block.fitness.num_samples,
@@ -140,17 +153,38 @@ def _initialize_clan(
         loader = engine.clan.loader(
             training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
         )
-        engine.training_dataloader = loader
+        if isinstance(backend, PipelineBackend):
+            backend.feed(loader)
+        else:
+            engine.training_dataloader = loader
     return engine, optimizer, loader, scheduler
 
 
-def _refuse_before_joining(passed: Mapping[str, Any], training_data: Any, eval_data: Any) -> None:
+def _is_pipeline(model: Any) -> bool:
+    return isinstance(model, deepspeed.PipelineModule)
+
+
+def _refuse_before_joining(
+    passed: Mapping[str, Any], ds_config: Mapping[str, Any], training_data: Any, eval_data: Any
+) -> None:
     """What can be seen to be wrong before ranks wait for each other."""
-    if passed["mpu"] is not None or isinstance(passed["model"], deepspeed.PipelineModule):
-        raise ConfigError(
-            "the model is pipeline- or tensor-parallel, and members are data-parallel groups in this version. "
-            "Pass a plain module without mpu, or leave out the clantune block."
+    if world.current() is None and (passed["mpu"] is not None or _is_pipeline(passed["model"])):
+        what = "a PipelineModule" if _is_pipeline(passed["model"]) else "an mpu"
+        raise TopologyError(
+            f"{what} was built before the clan was joined, over the ranks of all members. Call "
+            f"clantune_scale.join(config), with the config that initialize() gets, and deepspeed.init_distributed() "
+            f"before you build it, or start the script with `deepspeed --module clantune_scale.run`."
         )
+    if isinstance(passed["model"], DualPipeVModule):
+        raise ConfigError(
+            "the model is a DualPipeVModule, whose schedule a clan was not tried with. Build a PipelineModule."
+        )
+    if _is_pipeline(passed["model"]):
+        for refusal in refusals(EngineFacts(has_stages=True, zero_stage=zero_stage(ds_config))):
+            raise ConfigError(refusal)
+    if passed["mpu"] is not None:
+        for refusal in mpu_refusals(passed["mpu"]):
+            raise ConfigError(refusal)
     if eval_data is None:
         raise ConfigError(
             "a clan compares its members on common examples and there are none. Pass eval_data=... to initialize(), "
@@ -160,6 +194,17 @@ def _refuse_before_joining(passed: Mapping[str, Any], training_data: Any, eval_d
         raise ConfigError(
             f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
             f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
+        )
+
+
+def _refuse_unmarked(backend: DeepSpeedBackend) -> None:
+    """A shard that does not say what it is a part of would be taken for the whole weight at the run's end."""
+    names = unmarked_shards(backend.module, backend.place.tp_group)
+    if names:
+        raise ConfigError(
+            f"parameters {names[:3]} differ between the tensor ranks of a member (or are marked) and do not say along "
+            f"which dimension they are sharded. Set tensor_model_parallel = True, partition_dim and partition_stride "
+            f"on them, as Megatron's layers do."
         )
 
 

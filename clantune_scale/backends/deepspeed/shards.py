@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
@@ -55,11 +56,19 @@ def masters(engine: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def gradient_norm(engine: Any) -> float:
-    """The member's gradient norm where the user's optimizer steps on the parameters, as DeepSpeed would clip by it."""
+    """The member's gradient norm where the user's optimizer steps on the parameters; what ranks share counts once.
+
+    Where DeepSpeed clips such gradients in a pipeline, it goes by the norm of the first stage alone.
+    """
     mpu = engine.mpu
-    counts_all = mpu is None or mpu.get_model_parallel_rank() == 0
-    parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    counted = [p.grad for p in parameters if counts_all or is_model_parallel_parameter(p)]
+    is_first = bwc_tensor_model_parallel_rank(mpu) == 0
+    counted = [
+        parameter.grad
+        for parameter in engine.module.parameters()
+        if parameter.grad is not None
+        and not getattr(parameter, "ds_pipe_replicated", False)
+        and (is_first or is_model_parallel_parameter(parameter))
+    ]
     squares = torch.zeros(1, dtype=torch.float64, device=engine.device)
     if counted:
         squares += torch.nn.utils.get_total_norm(counted).double() ** 2

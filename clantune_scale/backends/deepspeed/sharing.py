@@ -2,8 +2,10 @@
 
 ZeRO 0, 1, 2 and ``BF16_Optimizer`` all-reduce gradients in buckets over data parallelism. Where members
 share, that one all-reduce is given the group of all their (member, data) ranks instead: the same collectives as
-plain data parallelism over those ranks, and the same roundings. ZeRO 3 reduce-scatters inside the member; each
-shard is then all-reduced down its column, on the stream that DeepSpeed reduces on.
+plain data parallelism over those ranks, and the same roundings. An expert's gradient goes over its own
+expert-data group in every member. ZeRO 3 reduce-scatters inside the member; each shard is then all-reduced down
+its column, on the stream that DeepSpeed reduces on. The pipeline engine sums tied gradients over its stages
+first, by itself, as it does without a clan.
 
 The methods that are replaced are private ones of DeepSpeed 0.19 (there is no public seam);
 ``tests/backends/test_deepspeed_contract.py`` checks that the installed version has them.
@@ -52,6 +54,10 @@ class Sharing:
     groups: GradientGroups
     probe: GradientProbe
 
+    def spread(self, team: tuple[int, ...], group: Any) -> Any:
+        """The group that DeepSpeed reduces over, and its like in the other members of the team."""
+        return self.groups.spread(team, dist.get_process_group_ranks(group))
+
 
 def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:
     """Hooks ``engine``'s gradient reduction; returns what takes the hooks off again."""
@@ -71,11 +77,13 @@ def _share_engine_buckets(engine: Any, sharing: Sharing) -> Callable[[], None]:
         team = sharing.team()
         if len(team) == 1:
             return reduce(bucket, dp_group, dp_world_size)
-        clan = sharing.groups.gradient(team)
+        clan = sharing.spread(team, dp_group)
+        # Not the clan's size: expert gradients are summed over fewer ranks than they are divided by.
+        divisor = (dp_world_size or dist.get_world_size(dp_group)) * len(team)
         if not sharing.probe.is_active:
-            return reduce(bucket, clan, clan.size())
+            return reduce(bucket, clan, divisor)
         own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
-        mean = reduce(bucket, clan, clan.size())
+        mean = reduce(bucket, clan, divisor)
         sharing.probe.compare(own, mean)
         return mean
 
@@ -99,7 +107,8 @@ def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
             # The caller divided by the member's degree; the rest is divided before the sum, so that
             # sixteen-bit sums over the clan overflow no sooner than those over the member.
             torch._foreach_div_(list(bucket), len(team))
-        mean = reduce(bucket, communication_data_type, process_group=sharing.groups.gradient(team), **options)
+        clan = sharing.spread(team, process_group or optimizer.dp_process_group)
+        mean = reduce(bucket, communication_data_type, process_group=clan, **options)
         if own is not None:
             sharing.probe.compare(own, mean)
         return mean
@@ -117,7 +126,7 @@ def _share_contiguous(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
             return reduce(tensor, communication_data_type)
         own = reduce(tensor.clone(), communication_data_type) if sharing.probe.is_active else None
         in_member = optimizer.dp_process_group
-        optimizer.dp_process_group = sharing.groups.gradient(team)
+        optimizer.dp_process_group = sharing.spread(team, in_member)
         try:
             mean = reduce(tensor, communication_data_type)
         finally:

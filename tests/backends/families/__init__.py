@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-FAMILIES = ("zero",)
+FAMILIES = ("zero", "pipeline")
 
 
 @dataclass(frozen=True)
