@@ -28,6 +28,7 @@ __all__ = [
     "NoEffectWarning",
     "TopologyError",
     "TransferError",
+    "attach",
     "initialize",
     "join",
 ]
@@ -37,6 +38,7 @@ __all__ = [
 _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
     "ClanScheduleLR": "clantune_scale.replay",
+    "attach": "clantune_scale.backends.torch.attach",
     "initialize": "clantune_scale.backends.deepspeed.initialize",
     "join": "clantune_scale.joining",
 }

@@ -129,7 +129,7 @@ def _refuse_unsupported(module: torch.nn.Module, parts: list[FSDPModule]) -> Non
             f"{outside} trains and lies in no part that fully_shard() was applied to, so that no gradient of it is "
             f"reduced. Apply fully_shard() to the whole model last."
         )
-    sizes = {dist.get_process_group_ranks(group.mesh_info.shard_process_group)[0:] .__len__() for group in groups}
+    sizes = {dist.get_process_group_ranks(group.mesh_info.shard_process_group)[0:].__len__() for group in groups}
     if len(sizes) > 1:
         raise ConfigError(
             f"parts of the model are sharded over meshes of {sorted(sizes)} ranks. Shard all of them over one."

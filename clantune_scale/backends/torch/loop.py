@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -29,9 +29,8 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 class LoopBackend:
     """A member whose loop calls ``optimizer.step()`` itself; FSDP2 and DDP each say how gradients meet.
 
-    An optimizer step begins and ends in ``optimizer.step``: the instance's method is shadowed, so that what was
-    set around the update is put back where it raises, which step hooks would not do. With a scheduler the step
-    ends when ``scheduler.step()`` returns, so that what is cloned or saved then is a whole step.
+    A step ends when the optimizer's last step hook has run; with a scheduler, when ``scheduler.step()`` after it
+    returns, so that what is cloned or saved at a round's end is a whole step.
 
     Args:
         model: what the loop calls: the module, or what ``torch.compile`` made of it.
@@ -73,7 +72,6 @@ class LoopBackend:
         self.device = state.local(named[0][1]).device
         self._undo: list[Callable[[], None]] = []
         self._probe, self._order = GradientProbe(), PostingOrder()
-        self._has_checked_order = False
         self._is_clipped = False
         self._awaits_schedule = False
 
@@ -109,22 +107,27 @@ class LoopBackend:
         return norm
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Hooks ``optimizer.step``, which comes after the user's clipping and before the scheduler's step."""
-        step = self._optimizer.step
+        """Hooks the optimizer's update, which comes after the user's clipping and before the scheduler's step."""
+        entered = ExitStack()
 
-        # torch's schedulers mark the step they have seen with an attribute, and warn where it is missing.
-        @wraps(step)
-        def step_in_context(*args: Any, **kwargs: Any) -> Any:
-            require_plain_step(args, kwargs)
+        def before(_: Any, args: tuple, kwargs: dict) -> None:
+            require_plain_step(args[1:], kwargs)
             self._require_schedule()
+            # Where the last update raised, torch did not call what comes after it.
+            entered.close()
             self._before_update()
-            with context():
-                result = step(*args, **kwargs)
+            entered.enter_context(context())
+
+        def after(*_: Any) -> None:
+            entered.close()
             self._is_clipped = False
             self._order.restart()
-            return result
 
-        self._undo.append(replace_method(self._optimizer, "step", step_in_context))
+        self._undo += [
+            entered.close,
+            self._optimizer.register_step_pre_hook(before).remove,
+            self._optimizer.register_step_post_hook(after).remove,
+        ]
 
     def _before_update(self) -> None:
         if not self._is_clipped and (self.clip > 0 or self._probe.is_active):
@@ -135,26 +138,31 @@ class LoopBackend:
         """Compares the order of the clan's collectives down the column: in the first step, and once in a phase."""
 
     def after_step(self, callback: Callable[[], None]) -> None:
-        """Calls back when ``optimizer.step`` returns; with a scheduler, when its ``step`` after that returns."""
+        """Calls back when the update is done; with a scheduler, when its ``step`` after that returns."""
 
         def call_back() -> None:
+            self._awaits_schedule = False
             self.num_steps += 1
             callback()
 
-        def after_update() -> None:
+        def after_update(*_: Any) -> None:
+            self._awaits_schedule = True
             if self._scheduler is None:
                 call_back()
-            else:
-                self._awaits_schedule = True
 
-        def after_schedule() -> None:
+        self._undo.append(self._optimizer.register_step_post_hook(after_update).remove)
+        if self._scheduler is None:
+            return
+        step = self._scheduler.step
+
+        @wraps(step)
+        def step_then_call(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
             if self._awaits_schedule:
-                self._awaits_schedule = False
                 call_back()
+            return result
 
-        self._undo.append(_call_after(self._optimizer, "step", after_update))
-        if self._scheduler is not None:
-            self._undo.append(_call_after(self._scheduler, "step", after_schedule))
+        self._undo.append(replace_method(self._scheduler, "step", step_then_call))
 
     def _require_schedule(self) -> None:
         if self._awaits_schedule:
@@ -219,6 +227,18 @@ class LoopBackend:
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         raise ClanError(f"the loss is not scaled in this loop, and cannot take {dict(state)}. Train in bf16 or fp32.")
 
+    def counters(self) -> dict[str, int]:
+        return {"num_steps": self.num_steps}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        self.num_steps = counters["num_steps"]
+
+    def random_streams(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+        """PyTorch's own parallelism draws from torch's streams alone."""
+
     def share_gradients(
         self,
         team: Callable[[], tuple[int, ...]],
@@ -243,19 +263,6 @@ class LoopBackend:
     def detach(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-def _call_after(target: Any, name: str, callback: Callable[[], None]) -> Callable[[], None]:
-    """Shadows a method by itself and a call of ``callback`` after it; returns what undoes it."""
-    method = getattr(target, name)
-
-    @wraps(method)
-    def method_then_callback(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        callback()
-        return result
-
-    return replace_method(target, name, method_then_callback)
 
 
 def _found_loss(output: Any) -> torch.Tensor | None:

@@ -10,9 +10,7 @@ import torch
 from clantune_scale.errors import ConfigError
 
 
-def require_known_parameters(
-    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, torch.nn.Parameter]]
-) -> None:
+def require_known_parameters(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
     """The optimizer updates the module's own parameters, and they are in float32.
 
     Raises:

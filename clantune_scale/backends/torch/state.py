@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
+from clantune_scale.transfer.plain import merged, plain
+from clantune_scale.transfer.state import grow_optimizer
 
 Named = Sequence[tuple[str, torch.Tensor]]
 
@@ -42,12 +44,11 @@ def member_state(
         scalars={"optimizer": _optimizer_scalars(optimizer, trained), "schedule": _schedule(optimizer, scheduler)},
         load_scalars=lambda scalars: _load(optimizer, trained, scheduler, scalars),
         refresh=refresh,
+        grow=lambda names: _grow(optimizer, trained, names),
     )
 
 
-def _tensors(
-    optimizer: torch.optim.Optimizer, trained: Named, fixed: Named
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(optimizer: torch.optim.Optimizer, trained: Named, fixed: Named) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in trained:
         yield f"master.{name}", local(parameter)
         moments = optimizer.state.get(parameter, {})
@@ -89,23 +90,10 @@ def _schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any
     """The scheduler's state as far as JSON holds it; what it does not hold (functions) is the same everywhere."""
     if scheduler is None or not hasattr(scheduler, "state_dict"):
         return None
-    plain = {name: value for name, value in scheduler.state_dict().items() if _is_json(value)}
-    return {"scheduler": plain, "rates": [float(group["lr"]) for group in optimizer.param_groups]}
+    return {"scheduler": plain(scheduler.state_dict()), "rates": [float(g["lr"]) for g in optimizer.param_groups]}
 
 
-def _is_json(value: Any) -> bool:
-    """Whether a value comes back from JSON as it was."""
-    if isinstance(value, list):
-        return all(_is_json(item) for item in value)
-    # A Counter of milestones is a dict with whole numbers for keys: they would come back as text.
-    if type(value) is dict:
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _load(
-    optimizer: torch.optim.Optimizer, trained: Named, scheduler: Any, scalars: Mapping[str, Any]
-) -> None:
+def _load(optimizer: torch.optim.Optimizer, trained: Named, scheduler: Any, scalars: Mapping[str, Any]) -> None:
     for (_, parameter), counts in zip(trained, scalars["optimizer"]["counts"], strict=True):
         entries = optimizer.state.get(parameter, {})
         for name in _counts(entries):
@@ -120,9 +108,13 @@ def _load(
     schedule = scalars.get("schedule")
     if schedule is None:
         return
-    scheduler.load_state_dict({**scheduler.state_dict(), **schedule["scheduler"]})
+    scheduler.load_state_dict(merged(scheduler.state_dict(), schedule["scheduler"]))
     for group, rate in zip(optimizer.param_groups, schedule["rates"], strict=True):
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = merged(group["lr"], rate)
+
+
+def _grow(optimizer: torch.optim.Optimizer, trained: Named, names: Collection[str]) -> None:
+    """Optimizer state for exactly the parameters that have some among ``names`` (see ``MemberState.grow``)."""
+    owners = {name.removeprefix("optimizer.").rpartition(".")[0] for name in names if name.startswith("optimizer.")}
+    wanted = {place for place, (name, _) in enumerate(trained) if name in owners}
+    grow_optimizer(optimizer, [parameter for _, parameter in trained], wanted)

@@ -1,0 +1,153 @@
+"""DDP members: every rank holds the whole model, and gradients are averaged in buckets while backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from clantune_scale.backends.base import GradientGroups
+from clantune_scale.backends.torch.loop import LoopBackend
+from clantune_scale.backends.torch.order import PostingOrder
+from clantune_scale.errors import ConfigError
+from clantune_scale.probe import GradientProbe
+
+
+class DDPBackend(LoopBackend):
+    """A ``DistributedDataParallel`` whose process group is the member.
+
+    Args:
+        model: what the loop calls.
+        ddp: the DDP module in it.
+        optimizer, scheduler, options: as :class:`LoopBackend` takes them.
+
+    Raises:
+        ConfigError: if DDP averages over another group than the member's, or with a hook of the user's.
+    """
+
+    tp_rank = 0
+    tp_size = 1
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ddp: DistributedDataParallel,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        **options: Any,
+    ) -> None:
+        _refuse_unsupported(ddp)
+        super().__init__(model, getattr(ddp.module, "_orig_mod", ddp.module), optimizer, scheduler, **options)
+        self._ddp = ddp
+        self.dp_group, self.dp_rank, self.dp_size = ddp.process_group, dist.get_rank(), dist.get_world_size()
+
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        """DDP's own ``no_sync`` around all micro-batches but the last."""
+        return nullcontext() if is_last else self._ddp.no_sync()
+
+    def share_gradients(
+        self,
+        team: Callable[[], tuple[int, ...]],
+        groups: GradientGroups,
+        probe: GradientProbe | None = None,
+    ) -> None:
+        """One communication hook for good: DDP registers it once in its life, and the team is read in each step."""
+        self._probe = probe or self._probe
+        self._sharing = BucketSharing(self.dp_group, team, groups, self._probe, self._order)
+        self._ddp.register_comm_hook(self._sharing, average_bucket)
+        self._undo.append(self._sharing.stay_in_member)
+
+    def _check_order(self) -> None:
+        self._sharing.check_order(self.device)
+
+
+class BucketSharing:
+    """What the communication hook reads.
+
+    Args:
+        member_group: all ranks of the member.
+        team: the members that share gradients in the step that runs, this one among them.
+        groups: the stand-alone groups that cross members.
+        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
+        order: notes what is posted.
+    """
+
+    def __init__(
+        self,
+        member_group: Any,
+        team: Callable[[], tuple[int, ...]],
+        groups: GradientGroups,
+        probe: GradientProbe,
+        order: PostingOrder,
+    ) -> None:
+        self.member_group, self.probe, self.order = member_group, probe, order
+        self._team, self._groups = team, groups
+        self._is_in_member = False
+        self._has_checked = False
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether gradients cross members in the step that runs."""
+        return not self._is_in_member and len(self._team()) > 1
+
+    @property
+    def group(self) -> Any:
+        """The ranks over which gradients are averaged in the step that runs."""
+        return self._groups.gradient(self._team()) if self.is_sharing else self.member_group
+
+    def stay_in_member(self) -> None:
+        """From now on gradients are the member's own: DDP cannot take a hook off."""
+        self._is_in_member = True
+
+    def check_order(self, device: torch.device) -> None:
+        """Compares what ranks posted, in the first step in which they share and once in each phase after."""
+        if self.is_sharing and (self.probe.is_active or not self._has_checked):
+            self._has_checked = True
+            self.order.check(self.group, device)
+
+
+def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: one bucket's mean, over the member or over all members that share.
+
+    The same collective as plain data parallelism over those ranks, posted without waiting: DDP waits for all of
+    them at the end of backward.
+    """
+    gradients, group = bucket.buffer(), sharing.group
+    own = None
+    if sharing.is_sharing:
+        sharing.order.note(str(bucket.index()), gradients)
+        if sharing.probe.is_active:
+            own = gradients / sharing.member_group.size()
+            dist.all_reduce(own, group=sharing.member_group)
+    # DDP without a hook multiplies so, and a division by three would round otherwise.
+    gradients.mul_(1.0 / group.size())
+    work = dist.all_reduce(gradients, group=group, async_op=True)
+    if own is not None:
+        work.wait()
+        sharing.probe.compare(own, gradients)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def _refuse_unsupported(ddp: DistributedDataParallel) -> None:
+    """DDP over anything but the member, or with a hook already."""
+    ranks = dist.get_process_group_ranks(ddp.process_group)
+    if ranks != list(range(dist.get_world_size())):
+        raise ConfigError(
+            f"DDP averages over the ranks {ranks} of a member that has {dist.get_world_size()}. Leave process_group "
+            f"out: in a clan the world that DDP takes is the member."
+        )
+    if getattr(ddp, "_comm_hooks", None):
+        names = ", ".join(hook.__name__ for hook, _ in ddp._comm_hooks)
+        raise ConfigError(
+            f"DDP has a communication hook already ({names}) and takes one only. Leave it out: the clan's own averages "
+            f"gradients in their own dtype."
+        )
+    if getattr(ddp, "mixed_precision", None) is not None:
+        raise ConfigError(
+            "DDP's own mixed precision brings a communication hook of its own. Use torch.autocast, or FSDP2 with a "
+            "MixedPrecisionPolicy."
+        )
