@@ -70,3 +70,16 @@ def test_batch_that_cannot_be_divided(config, parts):
         split_batch(config, population_size=4, dp_size=2)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_autotp_counts_tensor_ranks_too():
+    """DeepSpeed's own arithmetic on 8 ranks, tp 2: train_batch_size = micro x accumulation x 8, half of them read."""
+    config = {"train_batch_size": 64, "gradient_accumulation_steps": 2}
+    member, plan = split_batch(config, population_size=2, dp_size=2, counted=2)
+    assert (plan.clan_batch, plan.member_batch, plan.micro_batch, plan.accumulation) == (32, 16, 4, 2)
+    assert member == {
+        "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    assert "each tensor rank for itself, train_batch_size is 64" in plan.describe()
+    with pytest.raises(ConfigError, match=r"population_size\(2\) x dp\(2\) x tp\(2\)"):
+        split_batch(config | {"train_batch_size": 60}, population_size=2, dp_size=2, counted=2)

@@ -7,9 +7,10 @@ import pytest
 from clantune_scale.ds_rules import (
     REMOVED_KEYS,
     REMOVED_ZERO_KEYS,
+    EngineFacts,
     config_refusals,
+    degrees_from_config,
     dtype_of,
-    facts_from_config,
     refusals,
     zero_stage,
 )
@@ -38,7 +39,10 @@ def test_the_removed_keys_are_those_that_deepspeed_raises_on():
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "both enabled"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is 'sum'"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2"),
+        ({"tensor_parallel": {"autotp_size": 2}, "pipeline": {"stages": 2}}, "tensor_parallel.autotp_size is 2"),
+        ({"pipeline": {"stages": 2}, "zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2"),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 2}, "sequence-parallel degree is 2"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel is enabled"),
     ],
 )
 def test_each_is_refused_by_name_with_what_to_do(config, message):
@@ -56,7 +60,14 @@ def test_an_ordinary_config_passes():
     assert (zero_stage(config), dtype_of(config)) == (3, "bf16")
 
 
-def test_a_model_with_experts_is_refused():
-    from dataclasses import replace
+def test_degrees_are_read_from_a_config():
+    assert degrees_from_config({}) == (1, 1)
+    assert degrees_from_config({"pipeline": {"stages": "auto"}, "tensor_parallel": {"autotp_size": 0}}) == (1, 1)
+    assert degrees_from_config({"pipeline": {"stages": 4}}) == (4, 1)
+    assert degrees_from_config({"tensor_parallel": {"autotp_size": 2}}) == (1, 2)
 
-    assert "mixture-of-experts" in next(refusals(replace(facts_from_config({}), has_moe=True)))
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_model_with_experts_is_refused_where_deepspeed_refuses_it(stage):
+    assert list(refusals(EngineFacts(has_moe=True, zero_stage=stage))) == []
+    assert "mixture-of-experts" in next(refusals(EngineFacts(has_moe=True, zero_stage=3)))

@@ -108,7 +108,19 @@ def test_a_gene_of_ones_own_needs_no_setter_here():
     assert (found.errors, found.warnings) == ([], []) and found.genes[1].initial == 0.5
 
 
-def test_experts_are_refused():
+def test_experts_are_refused_where_deepspeed_refuses_them():
     moe = type("MoE", (nn.Module,), {"__module__": "deepspeed.moe.layer"})
     model = LoadedModel(nn.Sequential(nn.Linear(1, 1), moe()), [{"params": [nn.Parameter(torch.zeros(1))]}])
-    assert any("mixture-of-experts" in error for error in preflight(_config(), world_size=4, model=model).errors)
+    for stage in (1, 3):
+        config = _config() | {"zero_optimization": {"stage": stage}}
+        errors = preflight(config, world_size=4, model=model).errors
+        assert any("mixture-of-experts" in error for error in errors) == (stage == 3)
+
+
+def test_inner_degrees_are_counted():
+    tensor = preflight(_config() | {"tensor_parallel": {"autotp_size": 2}}, world_size=16)
+    assert tensor.errors == [] and (tensor.topology.tp, tensor.topology.dp) == (2, 2)
+    assert (tensor.batch.micro_batch, tensor.batch.clan_batch) == (2, 16)
+    pipeline = preflight(_config() | {"pipeline": {"stages": 2}}, world_size=16)
+    assert pipeline.errors == [] and (pipeline.topology.pp, pipeline.topology.dp) == (2, 2)
+    assert (pipeline.batch.micro_batch, pipeline.batch.clan_batch) == (4, 32)

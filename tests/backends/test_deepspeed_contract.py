@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 import clantune_scale
 from clantune_scale.backends.deepspeed import DeepSpeedBackend, shards
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ConfigError, TopologyError
 from tests.backends.small_runs import SGD, batch, ds_config, in_member_worlds, plain_engine
 from tests.ranks import run_ranks
 
@@ -194,16 +194,20 @@ def engine_with(**changes) -> SimpleNamespace:
     values = {
         "fp16_enabled": False, "zero_optimization_stage": 1, "managed_gradient_accumulation": True,
         "torch_autocast_enabled": False, "torch_autocast_dtype": None,
-        "zero_offload_param": None, "zero_offload_optimizer": None,
+        "zero_offload_param": None, "zero_offload_optimizer": None, "autotp_size": 0,
     } | changes  # fmt: skip
-    plain = {"has_moe_layers": values.pop("has_moe_layers", False), "optimizer": values.pop("optimizer", optimizer)}
+    plain = {
+        "has_moe_layers": False, "optimizer": optimizer, "pipeline_parallelism": False, "sequence_parallel_size": 1,
+    }  # fmt: skip
+    plain = {name: values.pop(name, value) for name, value in plain.items()}
     return SimpleNamespace(basic_optimizer=optimizer, **plain, **{k: (lambda v=v: v) for k, v in values.items()})
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"has_moe_layers": True}, "mixture-of-experts layers.*Train it without the clantune block"),
+        ({"sequence_parallel_size": 2}, "sequence-parallel degree is 2.*Set sequence_parallel_size to 1"),
+        ({"pipeline_parallelism": True, "autotp_size": 2}, "autotp_size is 2 for a pipeline.*Leave it out"),
         (
             {"zero_offload_param": DeepSpeedZeroOffloadParamConfig(device="nvme")},
             r"zero_optimization\.offload_param\.device is nvme.*Set it to cpu or none",
@@ -230,6 +234,9 @@ def test_settings_that_a_clan_cannot_run_under_are_refused(changes, message):
     {},
     {"zero_offload_param": DeepSpeedZeroOffloadParamConfig(device="cpu")},
     {"fp16_enabled": True},
+    {"has_moe_layers": True},
+    {"pipeline_parallelism": True},
+    {"autotp_size": 2},
     {"torch_autocast_enabled": True, "torch_autocast_dtype": torch.bfloat16},
 ])  # fmt: skip
 def test_settings_beside_them_are_accepted(changes):
@@ -254,9 +261,11 @@ def test_real_engines_with_such_settings_are_refused():
     assert "zero_optimization.use_multi_rank_bucket_allreduce is false" in by_owner and "its default, true" in by_owner
 
 
-def test_pipelines_and_model_parallel_units_are_refused_before_anything_is_joined():
+def test_pipelines_and_model_parallel_units_need_the_clan_to_be_joined_before():
     config = ds_config(1) | {"clantune": {"population_size": 2}}
     pipeline = deepspeed.PipelineModule.__new__(deepspeed.PipelineModule)
-    for parallel in ({"model": pipeline}, {"mpu": object()}):
-        with pytest.raises(ConfigError, match="pipeline- or tensor-parallel.*Pass a plain module without mpu"):
+    for parallel, what in (({"model": pipeline}, "a PipelineModule"), ({"mpu": object()}, "an mpu")):
+        with pytest.raises(
+            TopologyError, match=rf"{what} was built before the clan.*Call clantune_scale\.join\(config"
+        ):
             clantune_scale.initialize(config=config, eval_data=[1], **parallel)

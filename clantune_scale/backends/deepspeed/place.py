@@ -87,10 +87,11 @@ def place_of(engine: Any) -> Place:
 
 def mpu_refusals(mpu: Any) -> Iterator[str]:
     """Why a clan cannot run with such a model-parallel unit."""
-    if bwc_pipeline_parallel_world_size(mpu) > 1:
+    stages = bwc_pipeline_parallel_world_size(mpu)
+    if stages > 1:
         yield (
-            f"mpu has {bwc_pipeline_parallel_world_size(mpu)} pipeline stages, and DeepSpeed's engine for plain modules "
-            f"knows none. Build a deepspeed.PipelineModule, or train with Megatron-core's own schedules."
+            f"mpu has {stages} pipeline stages, and DeepSpeed's engine for plain modules knows none. "
+            f"Build a deepspeed.PipelineModule, or train with Megatron-core's own schedules."
         )
     if not hasattr(mpu, "get_data_parallel_group"):
         yield (

@@ -104,8 +104,9 @@ class Pipeline:
         found: dict[str, torch.Tensor] = {}
         for stage in stages:
             for name, tensor in stage.items():
-                # Replicas and the copies of a tied weight are one.
-                assert torch.equal(found.setdefault(name, tensor), tensor), name
+                # Replicas and the copies of a tied weight are one; over four and more ranks, copies of a tied weight
+                # drift apart in DeepSpeed itself, whose stages sum the same gradient in buckets of different sizes.
+                assert (found.setdefault(name, tensor) - tensor).abs().max() < 1e-5, name
         return found
 
 
