@@ -118,6 +118,7 @@ class ClanBatchSampler(Sampler[list[int]]):
         self._plan = plan
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self.place = Place()
+        self._counts = False
 
     @property
     def micro_batches_per_epoch(self) -> int:
@@ -138,16 +139,25 @@ class ClanBatchSampler(Sampler[list[int]]):
 
     def consume(self) -> None:
         """Counts one micro-batch as handed to training."""
+        self._counts = True
         self.place = self._after(self.place)
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.place.step, "cursor": self.place.cursor}
+
+    def progress(self, step: int) -> dict[str, int]:
+        """The place after ``step`` optimizer steps of the run: what was counted, or the step where nobody counts.
+
+        A loader of torch's around this sampler does not call :meth:`consume`.
+        """
+        return self.state_dict() if self._counts else {"step": step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a saved place; without its ``"cursor"``, to where the plans of all steps before lead."""
         step = state["step"]
         cursor = state["cursor"] if "cursor" in state else sum(self._advance(self._plan(s)) for s in range(step))
         self.place = Place(step, cursor)
+        self._counts = "cursor" in state
 
     def _start(self, place: Place) -> int:
         """The global position at which this rank's micro-batch begins."""

@@ -18,7 +18,13 @@ class EvaluationError(ClanError):
 
 
 class TransferError(ClanError):
-    """State that was copied from one member to another did not arrive as it was sent."""
+    """State that was copied from one member to another did not arrive as it was sent.
+
+    Attributes:
+        members: those whose state is torn, equal on all ranks; empty where the error is about this rank alone.
+    """
+
+    members: tuple[int, ...] = ()
 
 
 class DivergenceError(ClanError):
@@ -27,3 +33,7 @@ class DivergenceError(ClanError):
 
 class NoEffectWarning(UserWarning):
     """A setting was accepted and changes nothing."""
+
+
+class CheckpointError(ClanError):
+    """A round cannot be written down, or what was written cannot be continued from."""

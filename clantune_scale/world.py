@@ -315,6 +315,10 @@ class ClanGroups:
         """This rank's peers, one per member of the team."""
         return self._column(team, self._device_type)
 
+    def member(self) -> Any:
+        """All ranks of this rank's own member, for messages: the engine's groups carry tensors."""
+        return self._group("member", self._world.topology.member_ranks(self._world.member), "cpu")
+
     def column_for(self, device_type: str) -> Any:
         """This rank's peers in all members, ranked by member, for tensors on another kind of device."""
         return self._column(tuple(range(self._world.topology.population_size)), device_type)

@@ -74,16 +74,28 @@ class MemberState:
             yield bucket
 
 
+_DIGEST_WORDS = 1 << 17
+
+
 def bytes_digest(buffer: torch.Tensor) -> list[int]:
     """Two 64-bit sums over the words of a uint8 buffer, computed where it lies; no host copy of the data.
 
     The plain sum changes with any single flipped bit; the sum with weights 1, 3, 5, ... changes when words
     change places. It guards against faults, not against an adversary.
     """
-    padded = torch.nn.functional.pad(buffer, (0, -buffer.numel() % 8))
-    words = padded.view(torch.int64)
-    weights = torch.arange(words.numel(), device=words.device, dtype=torch.int64).mul_(2).add_(1)
-    return [int(words.sum()), int((words * weights).sum())]
+    words = buffer[: buffer.numel() // 8 * 8].view(torch.int64)
+    rest = buffer.new_zeros(8)
+    rest[: buffer.numel() % 8] = buffer[words.numel() * 8 :]
+    weights = torch.arange(min(words.numel(), _DIGEST_WORDS), device=words.device).mul_(2).add_(1)
+    plain, weighted = words.new_zeros(()), words.new_zeros(())
+    # In parts: weights and products for a whole bucket would take twice its room.
+    for part, first in enumerate(range(0, words.numel(), _DIGEST_WORDS)):
+        chunk = words[first : first + _DIGEST_WORDS]
+        total = chunk.sum()
+        plain += total
+        weighted += (chunk * weights[: chunk.numel()]).sum() + total * (2 * part * _DIGEST_WORDS)
+    last = rest.view(torch.int64)[0]
+    return [int(plain + last), int(weighted + last * (2 * words.numel() + 1))]
 
 
 def state_digest(state: MemberState, bucket_bytes: int = 1 << 25) -> str:
@@ -112,6 +124,10 @@ class Snapshot:
         snapshot = cls.__new__(cls)
         snapshot.tensors, snapshot.scalars = list(tensors.items()), dict(scalars)
         return snapshot
+
+    def layout(self) -> list[list[Any]]:
+        """[name, shape, dtype] of every tensor, as ``MemberState.manifest`` has them."""
+        return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.tensors]
 
     @torch.no_grad()
     def restore(self, state: MemberState) -> None:

@@ -1,0 +1,131 @@
+"""The state of a run on one rank at the end of an optimizer step, copied so that training may go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from clantune_scale.checkpoint.files import write_new
+from clantune_scale.checkpoint.streams import RandomStreams
+from clantune_scale.core.genome import Genome
+from clantune_scale.core.strategies import Population
+from clantune_scale.selfcheck import parameter_layout
+from clantune_scale.topology import Coordinates
+from clantune_scale.transfer import Snapshot
+from clantune_scale.transfer.plain import plain
+
+if TYPE_CHECKING:
+    from clantune_scale.clan import Clan
+
+RANKS = "ranks"
+ASIDE, KEPT = "aside/", "kept/"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one rank writes.
+
+    Attributes:
+        tensors: by name, in host memory: the live state, and copies that the clan may go back to.
+        numbers: what else this rank needs to go on; JSON holds it.
+        streams: this rank's random streams.
+        clan: what is equal on all ranks; JSON holds it.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
+    streams: RandomStreams
+    clan: dict[str, Any]
+
+    @classmethod
+    def take(cls, clan: Clan, *, begun: bool, kept_is_live: bool) -> Capture:
+        """Copies the state.
+
+        Args:
+            clan: whose state it is.
+            begun: false at a round's meeting point, before the next phase begins.
+            kept_is_live: whether the guard's copy is of the present state.
+        """
+        state, kept, aside = clan.state(), clan.kept, clan.aside
+        if kept is not None and kept_is_live and kept.layout() == state.manifest():
+            # Taken a moment ago, never changed: the copy that this needs.
+            tensors = dict(kept.tensors)
+        else:
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors}
+        numbers = {
+            "scalars": state.scalars,
+            "groups": [plain(_settings(group)) for group in clan.backend.param_groups()],
+            "counters": clan.backend.counters(),
+            "accumulation": clan.backend.accumulation,
+            "samplers": [sampler.progress(clan.phases.position.step) for sampler in clan.samplers],
+            "layout": state.manifest(),
+            "parameters": parameter_layout(clan.backend.module),
+        }
+        for prefix, snapshot in {ASIDE: aside, KEPT: None if kept_is_live else kept}.items():
+            if snapshot is not None:
+                tensors |= {prefix + name: tensor for name, tensor in snapshot.tensors}
+                numbers[prefix] = {"scalars": snapshot.scalars, "layout": snapshot.layout()}
+        return cls(tensors, numbers, RandomStreams.capture(clan.backend), _of_clan(clan, begun))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def write_rank(self, folder: Path, at: Coordinates) -> list[Path]:
+        """Writes what is no tensor of the model's into a round's folder; returns the files."""
+        numbers, streams = rank_files(folder, at.member, at.member_rank)
+        write_new(numbers, json.dumps({**self.numbers, "streams": self.streams.numbers}).encode())
+        save_file(self.streams.tensors, streams)
+        with open(streams, "rb+") as file:
+            os.fsync(file.fileno())
+        return [numbers, streams]
+
+
+def rank_files(folder: Path, member: int, member_rank: int) -> tuple[Path, Path]:
+    """A rank's numbers and its random streams."""
+    stem = folder / RANKS / f"{member:03d}-{member_rank:03d}"
+    return stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+
+
+def read_rank(folder: Path, member: int, member_rank: int) -> tuple[dict[str, Any], RandomStreams]:
+    """What :meth:`Capture.write_rank` wrote."""
+    numbers_path, streams_path = rank_files(folder, member, member_rank)
+    numbers = json.loads(numbers_path.read_bytes())
+    return numbers, RandomStreams(load_file(streams_path), numbers["streams"])
+
+
+def copy_from(numbers: Mapping[str, Any], prefix: str, tensors: Mapping[str, torch.Tensor]) -> Snapshot:
+    """The copy to go back to that was written under ``prefix``."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Snapshot.of(own, numbers[prefix]["scalars"])
+
+
+def population_from(data: Mapping[str, Any]) -> Population:
+    """The population that ``_of_clan`` wrote."""
+    genomes = tuple(Genome(genome["values"], genome["step_sizes"]) for genome in data["genomes"])
+    return Population(genomes, data["memory"], None if data["teams"] is None else tuple(data["teams"]))
+
+
+def _of_clan(clan: Clan, begun: bool) -> dict[str, Any]:
+    position, recorder = clan.phases.position, clan.recorder
+    index = position.plan.index
+    return {
+        "step": position.step,
+        "begun": begun,
+        "population": asdict(clan.population),
+        "losses": clan.fitness.losses.tolist(),
+        "lineage": recorder.lineage.to_json(),
+        "averaged_before": index > 0 and clan.phases.clock.round(index - 1).averages,
+        "samples": recorder.samples,
+    }
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}

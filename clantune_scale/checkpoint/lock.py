@@ -1,0 +1,103 @@
+"""One process at a time continues a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from clantune_scale.errors import CheckpointError
+
+NAME = ".lock"
+_BEAT_S = 15.0
+_STALE_S = 90.0
+
+
+class RunLock:
+    """A file in the run's folder that says who works there, touched as long as that process lives.
+
+    A lock whose process is gone (on this host: no such process; on another: not touched for a minute and a half) is
+    taken over.
+
+    Args:
+        run_dir: the run's folder.
+        stale_s: seconds without a touch after which a lock of another host counts as left behind.
+
+    Raises:
+        CheckpointError: if another process works there.
+    """
+
+    def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S) -> None:
+        self._path = run_dir / NAME
+        self._stale_s = stale_s
+        self._is_over = threading.Event()
+        while not self._create():
+            self._remove_if_left_behind()
+        self._thread = threading.Thread(target=self._beat, name="clantune-lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Lets others in; harmless the second time."""
+        if not self._is_over.is_set():
+            self._is_over.set()
+            self._path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with open(descriptor, "w") as file:
+            json.dump(own, file)
+        return True
+
+    def _remove_if_left_behind(self) -> None:
+        try:
+            holder = json.loads(self._path.read_text())
+            touched = self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        except ValueError:
+            holder, touched = {}, self._path.stat().st_mtime_ns
+        is_here = holder.get("host") == socket.gethostname()
+        if is_here:
+            is_alive = holder["pid"] != os.getpid() and _started(holder["pid"]) == holder["started"]
+        else:
+            is_alive = self._is_touched(touched)
+        if is_alive:
+            raise CheckpointError(
+                f"{self._path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}: two "
+                f"launches of one run would spoil it. End the other one, or give this one another tracking.run_name."
+            )
+        self._path.unlink(missing_ok=True)
+
+    def _is_touched(self, before: int) -> bool:
+        """Whether the other host touches the file while this one looks on: clocks of two hosts do not compare."""
+        deadline = time.monotonic() + self._stale_s
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._stale_s / 4))
+            try:
+                if self._path.stat().st_mtime_ns != before:
+                    return True
+            except FileNotFoundError:
+                return False
+        return False
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(_BEAT_S):
+            try:
+                os.utime(self._path)
+            except FileNotFoundError:
+                return
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks; None where there is none. Numbers are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,176 @@
+"""Which run a launch works on: a new one, or one that stopped, and from which of its rounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clantune_scale.checkpoint import manifest
+from clantune_scale.checkpoint.everyone import Everyone
+from clantune_scale.config import ClanConfig
+from clantune_scale.errors import CheckpointError
+from clantune_scale.tracking import FINISHED, create_run_dir
+
+VARIABLE = "CLANTUNE_RESUME"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that stopped.
+
+    Attributes:
+        run_dir: its folder.
+        rounds: names of its committed rounds that may be taken, the one to try first first.
+    """
+
+    run_dir: Path
+    rounds: list[str]
+
+
+def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) -> Found | None:
+    """The run that is to be continued, or None for a new one. One process asks.
+
+    Raises:
+        CheckpointError: if a path was given and there is no run, or no committed round, at it.
+    """
+    asked = environ.get(VARIABLE) or config.checkpoint.resume
+    if asked == "never":
+        return None
+    if asked == "auto":
+        return _last_of_name(config)
+    path = Path(asked).resolve()
+    if (path / "manifest.json").exists():
+        return Found(path.parent.parent, [path.name])
+    rounds = manifest.committed(path / manifest.FOLDER)
+    if not rounds:
+        raise CheckpointError(
+            f"there is no committed round in {path / manifest.FOLDER}, from which this run is to be continued. "
+            f"Give the folder of a run or of one of its rounds, or start anew with clantune.checkpoint.resume: never."
+        )
+    return Found(path, rounds)
+
+
+def _last_of_name(config: ClanConfig) -> Found | None:
+    """The latest run of the configured name, if it has not finished and has a committed round."""
+    parent, name = Path(config.tracking.directory).resolve(), config.tracking.run_name
+    siblings = parent.glob(f"{name}*") if name is not None else ()
+    pattern = re.compile(rf"{re.escape(name or '')}(?:-(\d+))?")
+    numbered = {int(m.group(1) or 1): path for path in siblings if (m := pattern.fullmatch(path.name))}
+    if not numbered:
+        return None
+    run_dir = numbered[max(numbered)]
+    rounds = manifest.committed(run_dir / manifest.FOLDER)
+    return Found(run_dir, rounds) if rounds and not _has_finished(run_dir / "events.jsonl") else None
+
+
+def _has_finished(events: Path, tail_bytes: int = 1 << 16) -> bool:
+    """Whether the run ended by itself: its last event says so."""
+    if not events.exists():
+        return False
+    with open(events, "rb") as file:
+        file.seek(max(0, events.stat().st_size - tail_bytes))
+        lines = [line for line in file.read().split(b"\n") if line.strip()]
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        return False
+    return last.get("kind") == "run_end" and last.get("status") == FINISHED
+
+
+@dataclass
+class Opening:
+    """The folder that this launch works in.
+
+    Attributes:
+        run_dir: the run's folder, on every rank.
+        content: the manifest of the round to go on from; None for a new run.
+        name: of that round.
+        refused: what was wrong with newer rounds, for the log.
+    """
+
+    run_dir: Path
+    content: dict[str, Any] | None = None
+    name: str = ""
+    refused: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Of the round to go on from."""
+        return self.run_dir / manifest.FOLDER / self.name
+
+
+def open_run(config: ClanConfig, everyone: Everyone, fault: Callable[[Path, dict[str, Any]], str | None]) -> Opening:
+    """Agrees on the run's folder and, where one is continued, on the newest round that all ranks can verify.
+
+    Args:
+        config: the block.
+        everyone: all ranks; each calls this.
+        fault: (round's folder, its manifest) to what is wrong with the files that this rank reads.
+
+    Raises:
+        CheckpointError: if no round is whole, or there is nothing where a path was given.
+    """
+    said = everyone.from_leader(_look_on_leader(config) if everyone.is_leader else None)
+    if "error" in said:
+        raise CheckpointError(said["error"])
+    run_dir = Path(said["run_dir"])
+    if not said["rounds"]:
+        return Opening(run_dir)
+    refused: list[str] = []
+    for name in said["rounds"]:
+        content, reasons = _vote(run_dir / manifest.FOLDER / name, everyone, fault)
+        if content is not None:
+            return Opening(run_dir, content, name, tuple(refused))
+        refused.append(f"{name} is damaged and was not loaded: {'; '.join(reasons)}")
+    raise CheckpointError(
+        f"none of the rounds in {run_dir / manifest.FOLDER} can be continued from. {'. '.join(refused)}. "
+        f"Put back the files from a copy, or start anew with clantune.checkpoint.resume: never."
+    )
+
+
+def _look_on_leader(config: ClanConfig) -> dict[str, Any]:
+    try:
+        found = look_for_run(config)
+        if found is None:
+            return {"run_dir": str(create_run_dir(config.tracking)), "rounds": []}
+        return {"run_dir": str(found.run_dir), "rounds": found.rounds}
+    except CheckpointError as error:
+        return {"error": str(error)}
+
+
+def _vote(
+    folder: Path, everyone: Everyone, fault: Callable[[Path, dict[str, Any]], str | None]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """A round's manifest where every rank finds it, and what it reads of it, whole; else what is wrong, by rank."""
+    content = None
+    try:
+        content = manifest.read(folder)
+        reason = fault(folder, content)
+    except CheckpointError as error:
+        reason = str(error)
+    reasons = {rank: said for rank, said in enumerate(everyone.gather(reason)) if said is not None}
+    return (None if reasons else content), [f"rank {rank}: {reason}" for rank, reason in list(reasons.items())[:4]]
+
+
+def put_aside(rounds: Path, chosen: str) -> None:
+    """Rounds that are newer than the one that is continued, and attempts that nobody finishes, make room.
+
+    On the leader. Whole ones are moved into ``lost-N``: their steps are done again, under the same names.
+    """
+    newer = manifest.committed(rounds)
+    newer = newer[: newer.index(chosen)]
+    if newer:
+        number = 1 + max((int(path.name[5:]) for path in rounds.glob("lost-*") if path.name[5:].isdigit()), default=0)
+        (rounds / f"lost-{number}").mkdir()
+        for name in newer:
+            os.rename(rounds / name, rounds / f"lost-{number}" / name)
+    for pattern in (".round-*.partial", ".round-*.removed"):
+        for path in rounds.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    manifest.point_latest(rounds, chosen)

@@ -1,0 +1,126 @@
+"""Puts a committed round into a clan that has just been built, in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clantune_scale.checkpoint import manifest, shards
+from clantune_scale.checkpoint.capture import ASIDE, KEPT, RANKS, copy_from, population_from, rank_files, read_rank
+from clantune_scale.checkpoint.fit import PARAMETERS, layout_difference
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.lineage import Lineage
+from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.errors import CheckpointError
+from clantune_scale.selfcheck import parameter_layout
+from clantune_scale.topology import Coordinates
+from clantune_scale.transfer import MemberState, Snapshot
+from clantune_scale.transfer.plain import merged
+
+if TYPE_CHECKING:
+    from clantune_scale.clan import Clan
+
+
+def fault_of(folder: Path, content: Mapping[str, Any], at: Coordinates, sources: Sequence[int]) -> str | None:
+    """What is wrong with the files that a rank reads; the others' only have to be there.
+
+    Args:
+        folder: the round's.
+        content: its manifest.
+        at: the rank's place.
+        sources: by member of this launch, the member that it continues.
+    """
+    source = sources[at.member]
+    holder = content["holders"][source]
+    own = {path.relative_to(folder).as_posix() for path in rank_files(folder, source, at.member_rank)}
+    for entry in manifest.files_of(content):
+        reads = entry.path == "clan.json" or entry.path in own or shards.is_read_by(entry.path, holder, at)
+        if reads:
+            fault = entry.fault(folder)
+            if fault is not None:
+                return fault
+        elif entry.path.startswith(f"{RANKS}/") and not (folder / entry.path).exists():
+            return f"{entry.path} is missing"
+    return None
+
+
+def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, Any]:
+    """Population, clock, lineage and this rank's state as they were when the round was captured.
+
+    All ranks of a member call it, each for its own part.
+
+    Returns:
+        What is left for the caller: the rank's numbers, with ``"streams"`` as :class:`RandomStreams`.
+
+    Raises:
+        CheckpointError: if the state has other parameters, shapes or types than this launch's.
+    """
+    data = json.loads((folder / "clan.json").read_bytes())
+    lineage = Lineage.from_json(data["lineage"])
+    past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
+    if past:
+        past[-1] = replace(past[-1], averages=data["averaged_before"])
+    clan.population = population_from(data["population"])
+    clan.fitness = Fitness.from_losses(data["losses"])
+    clan.phases.resume(data["step"], past, clan.population.teams)
+    clan.recorder.lineage, clan.recorder.samples = lineage, data["samples"]
+    numbers = _restore_rank(clan, folder, sources[clan.member])
+    return {**numbers, "begun": data["begun"]}
+
+
+def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
+    content = manifest.read(folder)
+    place = folder / shards.member_folder(content["holders"][source])
+    numbers, streams = read_rank(folder, source, clan.world.at.member_rank)
+    state = _grown(clan, numbers)
+    live = dict(state.tensors)
+    copies = {
+        prefix + name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        for prefix in (ASIDE, KEPT)
+        for name, shape, dtype in numbers.get(prefix, {}).get("layout", [])
+    }
+    shards.load({**live, **copies}, place, clan.world.at)
+    _load_numbers(clan, state, numbers)
+    for prefix, attribute in ((ASIDE, "aside"), (KEPT, "kept")):
+        if prefix in numbers:
+            setattr(clan, attribute, copy_from(numbers, prefix, copies))
+    if clan.strategy.guards and clan.kept is None:
+        clan.kept = Snapshot(clan.state())
+    return {**numbers, "streams": streams}
+
+
+def _grown(clan: Clan, numbers: Mapping[str, Any]) -> MemberState:
+    """The live state, with the optimizer state that the saved one has."""
+    allow = clan.config.checkpoint.allow
+    difference = layout_difference(numbers["parameters"], parameter_layout(clan.backend.module))
+    if difference is not None and PARAMETERS not in allow:
+        raise CheckpointError(
+            f"the model is not the one that was saved: {difference}. Build the model that the run was started with."
+        )
+    state = clan.state()
+    names = [name for name, *_ in numbers["layout"]]
+    if state.grow is not None:
+        state.grow(names)
+        state = clan.state()
+    difference = layout_difference(numbers["layout"], state.manifest())
+    if difference is not None:
+        raise CheckpointError(
+            f"member {clan.member}'s state does not fit the one that was saved: {difference}. "
+            f"Use the optimizer, precision, ZeRO stage and number of ranks that the run was started with."
+        )
+    return state
+
+
+def _load_numbers(clan: Clan, state: MemberState, numbers: Mapping[str, Any]) -> None:
+    state.load_scalars(numbers["scalars"])
+    for group, saved in zip(clan.backend.param_groups(), numbers["groups"], strict=True):
+        group.update({key: merged(group.get(key), value) for key, value in saved.items()})
+    state.refresh()
+    if clan.backend.accumulation != numbers["accumulation"]:
+        clan.backend.accumulation = numbers["accumulation"]
+    clan.backend.load_counters(numbers["counters"])

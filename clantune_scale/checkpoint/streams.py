@@ -1,0 +1,59 @@
+"""A rank's random streams as bytes and numbers: what dropout and augmentation draw next. Nothing is pickled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clantune_scale.backends.base import Backend
+
+_ENGINE = "engine."
+
+
+@dataclass(frozen=True)
+class RandomStreams:
+    """The state of every stream.
+
+    Attributes:
+        tensors: uint8, by name: torch's on the host and on the device, numpy's words, the engine's own.
+        numbers: what belongs to numpy's and Python's beside them; JSON holds it.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
+
+    @classmethod
+    def capture(cls, backend: Backend) -> RandomStreams:
+        """The streams as they are."""
+        name, words, place, has_gauss, gauss = np.random.get_state()
+        version, inner, gauss_next = random.getstate()
+        tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(words.copy().view(np.uint8))}
+        if backend.device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(backend.device)
+        tensors |= {_ENGINE + key: state.cpu().clone() for key, state in backend.random_streams().items()}
+        numbers = {
+            "numpy": [name, int(place), int(has_gauss), float(gauss)],
+            "python": [version, list(inner), gauss_next],
+        }
+        return cls(tensors, numbers)
+
+    def restore(self, backend: Backend) -> None:
+        """The streams go on from here."""
+        torch.set_rng_state(self.tensors["torch"])
+        if "cuda" in self.tensors and backend.device.type == "cuda":
+            torch.cuda.set_rng_state(self.tensors["cuda"], backend.device)
+        name, place, has_gauss, gauss = self.numbers["numpy"]
+        words = self.tensors["numpy"].numpy().view(np.uint32)
+        np.random.set_state((name, words, place, has_gauss, gauss))
+        version, inner, gauss_next = self.numbers["python"]
+        random.setstate((version, tuple(inner), gauss_next))
+        backend.load_random_streams(_of_engine(self.tensors))
+
+
+def _of_engine(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(_ENGINE): state for key, state in tensors.items() if key.startswith(_ENGINE)}
