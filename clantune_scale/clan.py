@@ -20,11 +20,13 @@ from clantune_scale.averaging import AveragedWeights
 from clantune_scale.backends.base import Backend
 from clantune_scale.batch import BatchPlan
 from clantune_scale.config import ClanConfig
+from clantune_scale.checkpoint.durable import DurableRounds
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies import Decision, RunFacts, build
+from clantune_scale.core.strategies.lost import replace_lost
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader
 from clantune_scale.errors import DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
@@ -56,6 +58,10 @@ class Clan:
     Attributes:
         population: the genomes in effect and the strategy's memory.
         fitness: of the last evaluation.
+        aside: the state at the start of a phase that is not kept, while it runs.
+        kept: the state that the guard goes back to.
+        samplers: this rank's, in the order in which they were made.
+        rounds: what is written to disk, and what was read from it.
     """
 
     def __init__(
@@ -92,13 +98,15 @@ class Clan:
         self.groups = ClanGroups(world, backend.device.type)
         self._expression = Expression(self.genes, backend, setters or {})
         self._averages: AveragedWeights | None = None
-        self._aside: Snapshot | None = None
-        self._kept: Snapshot | None = None
+        self.aside: Snapshot | None = None
+        self.kept: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
         self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Stopwatch()
         self._probe = GradientProbe()
+        self.samplers: list[ClanBatchSampler] = []
+        self.rounds = DurableRounds(self)
         self.recorder = Recorder(self)
         self._hook()
         self._start()
@@ -127,9 +135,20 @@ class Clan:
         backend.watch(self._batches.on_batch, self._losses.add)
 
     def _start(self) -> None:
-        """All members take member 0's state, are measured once, and get their first genomes."""
+        """A new run, or one that goes on from a committed round."""
         if self.strategy.averages:
             self._averages = AveragedWeights(self.backend.masters, self.backend.refresh)
+        if self.rounds.events_bytes is None:
+            self._start_anew()
+            self._begin_phase()
+        else:
+            begun = self.rounds.restore()
+            self.recorder.resume(self)
+            self._begin_phase(is_resumed=begun)
+        self.rounds.ready()
+
+    def _start_anew(self) -> None:
+        """All members take member 0's state, are measured once, and get their first genomes."""
         transfer(self.state(), [0] * self.config.population_size, self.world.column, self.groups.column_for)
         if self._averages is not None:
             self._averages.restart()
@@ -137,9 +156,8 @@ class Clan:
         self.population = self.strategy.init(self.fitness)
         self._regroup(0, None)
         if self.strategy.guards:
-            self._kept = Snapshot(self.state())
+            self.kept = Snapshot(self.state())
         self.recorder.start(self)
-        self._begin_phase()
 
     @property
     def evaluation_s(self) -> float:
@@ -163,13 +181,13 @@ class Clan:
         if self._averages is not None and done.plan.averages:
             self._averages.update(done.step + 1, done.plan.averaging_window_steps)
         self.recorder.step(self, done, self._losses)
-        if not done.ends_phase:
-            self._probe.is_active = self.phases.position.ends_phase
-            return
-        self._clock.lap(done.phase.kind.value)
-        if done.ends_round:
-            self._end_round(done.plan)
-        self._begin_phase()
+        if done.ends_phase:
+            self._clock.lap(done.phase.kind.value)
+            if done.ends_round:
+                self._end_round(done.plan)
+            self._begin_phase()
+        self._probe.is_active = self.phases.position.ends_phase
+        self.rounds.step_done()
 
     def _end_round(self, plan: RoundPlan) -> None:
         """The meeting point: evaluate, go back where nothing is kept, decide, transfer, record."""
@@ -177,36 +195,40 @@ class Clan:
         self.fitness = self.measure(averages=plan.averages)
         self._clock.lap("evaluation")
         figures = gather_figures(self, plan, self._probe, self._losses.read_strikes())
-        if self._aside is not None:
-            self._aside.restore(self.state())
-            self._aside = None
+        if self.aside is not None:
+            self.aside.restore(self.state())
+            self.aside = None
         decision = self._decide(plan)
-        if decision.restore and self._kept is not None:
-            self._kept.restore(self.state())
+        if decision.restore and self.kept is not None:
+            self.kept.restore(self.state())
         transfer(self.state(), decision.donors, self.world.column, self.groups.column_for)
         if decision.average is not None:
             average_members(self.state(), decision.average, self.world.column, self.groups.column_for)
         if self.strategy.guards and not decision.restore:
-            self._kept = Snapshot(self.state())
+            self.kept = Snapshot(self.state())
         self.population = decision.population
         self._regroup(plan.index + 1, measured.teams)
         self._clock.lap("transfer")
         self.recorder.round_end(self, plan, measured, decision, figures, self._clock.empty(), self._batches.compare())
         self._follow_plans()
+        self.rounds.round_ended(plan, decision)
 
-    def _begin_phase(self) -> None:
-        """Expresses what the phase that comes lets members express."""
+    def _begin_phase(self, *, is_resumed: bool = False) -> None:
+        """Expresses what the phase that comes lets members express; a resumed one has begun before."""
         position = self.phases.position
         phase = position.phase
+        self._probe.is_active = position.ends_phase
+        if is_resumed:
+            self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
+            return
         if position.starts_round and position.plan.averages and not self._averaged_before(position):
             self._averages.restart()
-        if not phase.keeps and self._aside is None:
-            self._aside = Snapshot(self.state())
+        if not phase.keeps and self.aside is None:
+            self.aside = Snapshot(self.state())
         self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
         if phase.kind is PhaseKind.COOPERATIVE:
             self._agree_on_loss_scale()
         self._batches.begin(phase)
-        self._probe.is_active = position.ends_phase
         self.recorder.phase_start(self, position)
 
     def values(self, kind: PhaseKind) -> list[dict[str, float]]:
@@ -237,7 +259,7 @@ class Clan:
             DivergenceError: if a peer decided otherwise.
         """
         if plan.evolves:
-            decision = self.strategy.evolve(self.population, plan, self.fitness)
+            decision = replace_lost(self.strategy.evolve(self.population, plan, self.fitness), self.fitness)
         else:
             decision = Decision(self.population, tuple(range(self.config.population_size)))
         digest = hashlib.blake2b(json.dumps(asdict(decision), sort_keys=True, default=dict).encode()).hexdigest()[:16]
@@ -264,7 +286,7 @@ class Clan:
             num_samples: length of the dataset.
             shuffle: whether each epoch has an order of its own, drawn from the clan's seed.
         """
-        return make_sampler(self, num_samples, shuffle=shuffle)
+        return self.rounds.follow(make_sampler(self, num_samples, shuffle=shuffle))
 
     def loader(self, dataset: Dataset, **options: Any) -> ClanDataLoader:
         """A data loader over ``dataset`` that follows the phases; ``options`` go to torch's ``DataLoader``.
@@ -327,6 +349,7 @@ class Clan:
         on as plain DeepSpeed inside the member.
         """
         if self._summary is None:
+            self.rounds.finish()
             summary = champion.write(self, champion.choose(self))
             self.recorder.finish(self, summary, status=status)
             self.detach()
@@ -334,6 +357,20 @@ class Clan:
             self.world.column.gather_json(None)
             self._summary = summary
         return self._summary
+
+    def stop(self) -> str | None:
+        """Commits the state as it is, inside a round too, and ends the run as one that was killed and goes on later.
+
+        All ranks of the clan call it between two optimizer steps. The engine goes on as it was without a clan.
+
+        Returns:
+            The name of the committed round, or None where it could not be written: the one before stays.
+        """
+        name = self.rounds.commit()
+        self.recorder.stop(self, name)
+        self.rounds.release()
+        self.detach()
+        return name
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

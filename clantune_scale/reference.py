@@ -21,6 +21,7 @@ from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
+from clantune_scale.core.strategies.lost import replace_lost
 from clantune_scale.data import StepPlan
 
 
@@ -216,7 +217,7 @@ class ReferenceClan:
         if self._before_phase is not None:
             self._load(self._before_phase)
             self._before_phase = None
-        decision = self.strategy.evolve(self.population, plan, fitness) if plan.evolves else None
+        decision = replace_lost(self.strategy.evolve(self.population, plan, fitness), fitness) if plan.evolves else None
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
         self.decisions.append(decision)
         if decision is None:

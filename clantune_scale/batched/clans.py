@@ -17,6 +17,7 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
+from clantune_scale.core.strategies.lost import replace_lost
 from clantune_scale.errors import ConfigError, EvaluationError
 
 
@@ -53,7 +54,7 @@ class Clan:
         decision = None
         if plan.evolves and self.failure is None:
             try:
-                decision = self.strategy.evolve(self.population, plan, fitness)
+                decision = replace_lost(self.strategy.evolve(self.population, plan, fitness), fitness)
             except EvaluationError as error:
                 self.failure = error
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))

@@ -1,0 +1,61 @@
+"""Members that are lost, whatever the strategy thinks: they are replaced by the fittest.
+
+A strategy may keep a member whose loss is not finite (truncation replaces a fixed share) or has spiked far out of the
+clan. Neither comes back by training on, and its ranks would be spent on nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.strategies.base import Decision, Population
+
+#: A spike lies this many times the others' range, and this many of its standard errors, above the worst of the others.
+FAR = 10.0
+
+
+def lost_members(fitness: Fitness) -> dict[int, str]:
+    """Why, by member: those whose loss is not finite, and one that is far outside the others' losses.
+
+    With fewer than three members whose losses are finite nothing is called a spike: of two that differ it cannot be
+    said which one went wrong.
+    """
+    mean, error = fitness.mean, fitness.standard_error
+    lost = {int(m): "its loss is not finite" for m in np.flatnonzero(~fitness.is_finite)}
+    finite = np.flatnonzero(fitness.is_finite)
+    if finite.size < 3:
+        return lost
+    worst = int(finite[np.argmax(mean[finite])])
+    others = mean[finite[finite != worst]]
+    excess = mean[worst] - others.max()
+    if excess > FAR * np.ptp(others) and excess > FAR * np.nan_to_num(error[worst]) and excess > 0:
+        lost[worst] = (
+            f"its loss of {mean[worst]:.4g} is far outside the others' ({others.min():.4g} to {others.max():.4g})"
+        )
+    return lost
+
+
+def replace_lost(decision: Decision, fitness: Fitness) -> Decision:
+    """The decision, with every lost member that it would keep made a clone of the fittest, genome included.
+
+    Left as it is where the clan goes back to an earlier state or averages its weights (both replace every state), or
+    where members compete in teams, whose states must stay alike.
+    """
+    lost = lost_members(fitness)
+    kept = [member for member in lost if decision.donors[member] == member]
+    if not kept or len(lost) == fitness.num_members:
+        return decision
+    if decision.restore or decision.average is not None or decision.population.teams is not None:
+        return decision
+    best = decision.donors[next(m for m in fitness.ranking if decision.donors[m] not in lost)]
+    donors, genomes = list(decision.donors), list(decision.population.genomes)
+    reasons = list(decision.reasons or ("",) * len(donors))
+    for member, donor in enumerate(decision.donors):
+        if donor in kept:
+            donors[member], genomes[member] = best, genomes[best]
+            reasons[member] = f"{lost[donor]}: takes member {best}'s state"
+    population = Population(tuple(genomes), decision.population.memory, decision.population.teams)
+    return replace(decision, population=population, donors=tuple(donors), reasons=tuple(reasons))
