@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 from clantune_scale.core.genome import Consensus, Kind, Scale
 
@@ -16,6 +16,7 @@ from clantune_scale.core.genome import Consensus, Kind, Scale
 Count = Annotated[int, Strict(), Field(ge=1)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
+ChampionForm = Literal["safetensors", "dcp", "deepspeed"]
 
 
 class Block(BaseModel):
@@ -114,10 +115,49 @@ class TrackingConfig(Block):
 
 
 class CheckpointConfig(Block):
-    """What is kept of the weights."""
+    """What is kept of the weights, and of the whole run."""
 
-    champion: Flag = True
-    """Whether the best member's weights are written to `champion.safetensors` at the end."""
+    champion: list[ChampionForm] = ["safetensors"]
+    """Forms in which the best member is kept: `safetensors`, `dcp`, `deepspeed` (to resume from); `false` for none."""
+
+    champion_file_bytes: Count = 5_000_000_000
+    """Largest `.safetensors` file; more weights are split over several, with an index."""
+
+    every_rounds: Count | None = 1
+    """Rounds between two that are written to disk, where the disk keeps up; null writes none."""
+
+    keep_last: Annotated[int, Strict(), Field(ge=2)] = 2
+    """Committed rounds that stay on disk; one alone would leave nothing if it were damaged."""
+
+    asynchronous: Flag = True
+    """Whether training goes on while a round is written, from a copy in host memory."""
+
+    resume: str = "never"
+    """`never`; `auto` (the last run of `tracking.run_name`, unless it has finished); or the folder of a run or round."""
+
+    grace_s: Annotated[Number, Field(gt=0)] = 15.0
+    """Seconds after SIGTERM in which the state is committed; keep it below the time until your scheduler kills."""
+
+    allow: list[str] = []
+    """Settings in which a resumed run may differ from the one that stopped, by name; all others are refused."""
+
+    @field_validator("champion", mode="before")
+    @classmethod
+    def _champion_or_not(cls, value: Any) -> Any:
+        return (["safetensors"] if value else []) if isinstance(value, bool) else value
+
+
+class TransferConfig(Block):
+    """How a member's state becomes another's."""
+
+    transport: Literal["peer", "dcp_peer", "dcp_files"] = "peer"
+    """`peer` (rank to rank), `dcp_peer` (the same by torch's DCP planner), or `dcp_files` (DCP on a shared folder)."""
+
+    bucket_bytes: Annotated[Count, Field(ge=1024)] = 1 << 25
+    """Size of a message; a receiving rank needs room for two, and digests are compared by it."""
+
+    directory: str | None = None
+    """Folder that every host sees, for `dcp_files`; null takes `transfers` in `tracking.directory`."""
 
 
 class JoinConfig(Block):
@@ -166,8 +206,17 @@ class ClanConfig(Block):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What is kept of the weights."""
 
+    transfer: TransferConfig = TransferConfig()
+    """How a member's state becomes another's."""
+
     join: JoinConfig = JoinConfig()
     """How members find each other."""
+
+    @model_validator(mode="after")
+    def _auto_needs_a_name(self) -> ClanConfig:
+        if self.checkpoint.resume == "auto" and self.tracking.run_name is None:
+            raise ValueError("checkpoint.resume is 'auto', which looks for a run by name: set tracking.run_name")
+        return self
 
     @field_validator("strategy", mode="before")
     @classmethod
