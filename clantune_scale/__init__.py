@@ -29,6 +29,7 @@ __all__ = [
     "TopologyError",
     "TransferError",
     "attach",
+    "attach_megatron",
     "initialize",
     "join",
 ]
@@ -39,6 +40,7 @@ _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
     "ClanScheduleLR": "clantune_scale.replay",
     "attach": "clantune_scale.backends.torch.attach",
+    "attach_megatron": "clantune_scale.backends.megatron.attach",
     "initialize": "clantune_scale.backends.deepspeed.initialize",
     "join": "clantune_scale.joining",
 }

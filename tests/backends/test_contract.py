@@ -5,6 +5,7 @@ A rank-side function imports its family by name, because some engines are only i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ def _cases() -> list[Any]:
             marks = [pytest.mark.slow] if setup.is_slow else []
             found.append(pytest.param(name, setup, id=f"{name}-{case}", marks=marks))
     return found
+
+
+def _run(world_size: int, function: Callable, name: str, *args: Any) -> list[Any]:
+    """``function(name, *args)`` on ranks that have the family's engine loaded."""
+    return run_ranks(world_size, function, name, *args, preload=getattr(family(name), "PRELOAD", "tests.preload"))
 
 
 every_case = pytest.mark.parametrize(("name", "setup"), _cases())
@@ -74,9 +80,9 @@ def _assert_equal(first: Weights, second: Weights) -> None:
 
 @every_case
 def test_cooperating_with_equal_genomes_is_the_engines_own_data_parallelism(name, setup, tmp_path):
-    flat = run_ranks(setup.world_size, _train, name, setup, None, 8)
+    flat = _run(setup.world_size, _train, name, setup, None, 8)
     block = _block(setup, tmp_path, strategy="control", total_steps=8)
-    clan = run_ranks(setup.world_size, _train, name, setup, block, 8)
+    clan = _run(setup.world_size, _train, name, setup, block, 8)
     tolerance = family(name).TOLERANCE[setup.dtype]
     assert all(_difference(weights, flat[0]) <= tolerance for weights in clan)
 
@@ -107,14 +113,14 @@ def test_competing_leaks_nothing_and_a_clone_goes_on_as_its_donor(name, setup, t
     factors = [1.0, 2.0, 0.5, 4.0][: setup.members]
     equal = [1.0] * setup.members
     script = [["competitive", 4, factors, 0], ["competitive", 3, equal, -1], ["cooperative", 9, factors, -1]]
-    clan = run_ranks(setup.world_size, _compete_and_clone, name, setup, _scripted(setup, tmp_path, script))
+    clan = _run(setup.world_size, _compete_and_clone, name, setup, _scripted(setup, tmp_path, script))
     members = [clan[member * setup.member_size] for member in range(setup.members)]
     for rank, seen in enumerate(clan):
         for weights, expected in zip(seen, members[rank // setup.member_size], strict=True):
             _assert_equal(weights, expected)
     for member in range(2):
         alone = Setup(**{**vars(setup), "members": 1, "lr": setup.lr * factors[member]})
-        expected = run_ranks(setup.member_size, _independent, name, alone)[0]
+        expected = _run(setup.member_size, _independent, name, alone)[0]
         _assert_equal(members[member][0], expected[0])
         if member == 0:
             for clone in members:
@@ -140,7 +146,7 @@ def test_a_clan_of_rounds_agrees_with_its_reference(name, setup, tmp_path):
         pytest.skip("the reference clan computes in float32: 16-bit engines are compared with themselves")
     options = {"strategy": "classic", "duty_cycle": 0.4, "genes": {"lr": {"step_size": 0.3}}}
     block = _block(setup, tmp_path, **options)
-    clan = run_ranks(setup.world_size, _rounds, name, setup, block, 15)
+    clan = _run(setup.world_size, _rounds, name, setup, block, 15)
     reference = _reference(name, setup, block, 15)
     assert any(record.donors != tuple(range(setup.members)) for record in reference.lineage)
     for rank, (weights, lineage) in enumerate(clan):

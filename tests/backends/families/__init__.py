@@ -2,7 +2,7 @@
 
 Each family module has ``CASES`` (ids to :class:`Setup`), ``TOLERANCE`` (by dtype, against the engine's own data
 parallelism), ``MICRO`` (samples of a micro-batch), ``start(setup, block)``, ``twin()``, ``twin_loss(module, batch)``
-and ``datasets()``.
+and ``datasets()``; ``PRELOAD`` where its ranks are forked from a server that has another engine loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-FAMILIES = ("zero", "pipeline")
+FAMILIES = ("zero", "pipeline", "megatron")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,248 @@
+"""One member's Megatron-core model and optimizer behind the clan's protocol: hooks on them, no wrapper around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import num_microbatches_calculator
+from megatron.core.utils import get_model_config, unwrap_model
+
+from clantune_scale.backends.base import GradientGroups
+from clantune_scale.backends.hooks import replace_method
+from clantune_scale.backends.megatron import sharing, state, weights
+from clantune_scale.backends.megatron.evaluation import ScheduledLoss
+from clantune_scale.backends.megatron.rules import only_chunk, refuse_unsupported
+from clantune_scale.backends.megatron.training_loss import TrainingLoss
+from clantune_scale.errors import ClanError
+from clantune_scale.probe import GradientProbe
+from clantune_scale.transfer import MemberState
+
+
+class MegatronBackend:
+    """Megatron's ``DistributedDataParallel`` and optimizer, built in the member's world.
+
+    Megatron's own schedule, gradient norm and update run as they are. An optimizer step begins and ends in
+    ``optimizer.step()``, whether it updates or is skipped because a scaled gradient was not finite; with a
+    scheduler, one that updates ends when ``scheduler.step()`` returns, so that what is cloned or saved then is a
+    whole step.
+
+    Args:
+        model: Megatron's ``DistributedDataParallel``, or a list of one.
+        optimizer: from ``get_megatron_optimizer``.
+        scheduler: Megatron's ``OptimizerParamScheduler``, stepped after each update, or None.
+        forward_step: the ``(data_iterator, model) -> (output, loss_func)`` that training gives to the schedule.
+        seq_length: tokens of a sequence, as training gives it to the schedule.
+        micro_batch_size: sequences per rank and backward pass.
+        accumulation: micro-batches per optimizer step, to give to the schedule as ``num_microbatches``.
+
+    Raises:
+        ConfigError: for a setting that a clan cannot run under.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any = None,
+        *,
+        forward_step: Callable[..., Any],
+        seq_length: int,
+        micro_batch_size: int,
+        accumulation: int = 1,
+    ) -> None:
+        self.engine = only_chunk(model)
+        self._config = get_model_config(self.engine)
+        refuse_unsupported(self.engine, self._config, optimizer)
+        self.module = unwrap_model(self.engine)
+        self.micro_batch_size = micro_batch_size
+        self.num_steps = 0
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._pp_group, self._tp_group = self.engine.pp_group, self.engine.tp_group
+        self.dp_group = self.engine.dp_group
+        self.pp_rank, self.pp_size = self._pp_group.rank(), self._pp_group.size()
+        self.dp_rank, self.dp_size = self.dp_group.rank(), self.dp_group.size()
+        self.tp_rank, self.tp_size = self._tp_group.rank(), self._tp_group.size()
+        self.device = next(self.module.parameters()).device
+        self._loss = ScheduledLoss(self.engine, self._pp_group, forward_step, seq_length)
+        self._undo: list[Callable[[], None]] = []
+        self._awaits_schedule = False
+        self.accumulation = accumulation
+
+    @property
+    def has_schedule(self) -> bool:
+        return self._scheduler is not None
+
+    @property
+    def clip(self) -> float:
+        return float(self._optimizer.config.clip_grad)
+
+    @clip.setter
+    def clip(self, value: float) -> None:
+        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            part.config.clip_grad = value
+
+    @property
+    def accumulation(self) -> int:
+        return self._accumulation
+
+    @accumulation.setter
+    def accumulation(self, value: int) -> None:
+        self._accumulation = value
+        # Who trains by Megatron's calculator asks it, and not the clan, for the number of micro-batches.
+        if num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
+            num_microbatches_calculator.reconfigure_num_microbatches_calculator(
+                rank=dist.get_rank(),
+                rampup_batch_size=None,
+                global_batch_size=value * self.micro_batch_size * self.dp_size,
+                micro_batch_size=self.micro_batch_size,
+                data_parallel_size=self.dp_size,
+            )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def masters(self) -> list[torch.Tensor]:
+        return [master.detach() for master in state.masters(self._optimizer)]
+
+    def refresh(self) -> None:
+        state.refresh(self.engine, self._optimizer)
+
+    def state(self) -> MemberState:
+        return state.member_state(self.engine, self.module, self._optimizer, self._scheduler)
+
+    def share_gradients(
+        self,
+        team: Callable[[], tuple[int, ...]],
+        groups: GradientGroups,
+        probe: GradientProbe | None = None,
+    ) -> None:
+        """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
+        probe = probe or GradientProbe()
+        self._undo += sharing.share(self.engine, self._config, sharing.Sharing(team, groups, probe))
+        step = self._optimizer.step
+
+        def step_and_show(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            if probe.is_active:
+                # Megatron's is None in a step that was skipped, and where a single optimizer does not clip.
+                probe.norm = None if result[1] is None else float(result[1])
+            return result
+
+        self._undo.append(replace_method(self._optimizer, "step", step_and_show))
+
+    def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Hooks ``step_with_ready_grads``, which ``optimizer.step`` calls after clipping, for an update alone."""
+        update = self._optimizer.step_with_ready_grads
+
+        def update_in_context() -> bool:
+            with context():
+                return update()
+
+        self._undo.append(replace_method(self._optimizer, "step_with_ready_grads", update_in_context))
+
+    def after_step(self, callback: Callable[[], None]) -> None:
+        """Calls back when ``optimizer.step`` returns; with a scheduler and an update, when its ``step`` returns."""
+        step = self._optimizer.step
+
+        def call_back() -> None:
+            self._awaits_schedule = False
+            self.num_steps += 1
+            callback()
+
+        def step_then_call(*args: Any, **kwargs: Any) -> Any:
+            self._require_schedule()
+            result = step(*args, **kwargs)
+            # Megatron's loops leave the schedule where it is when a step was skipped.
+            if self._scheduler is None or not result[0]:
+                call_back()
+            else:
+                self._awaits_schedule = True
+            return result
+
+        self._undo.append(replace_method(self._optimizer, "step", step_then_call))
+        if self._scheduler is not None:
+            self._undo.append(self._call_after_schedule(call_back))
+
+    def _call_after_schedule(self, call_back: Callable[[], None]) -> Callable[[], None]:
+        advance = self._scheduler.step
+
+        def advance_then_call(*args: Any, **kwargs: Any) -> None:
+            advance(*args, **kwargs)
+            if self._awaits_schedule:
+                call_back()
+
+        return replace_method(self._scheduler, "step", advance_then_call)
+
+    def _require_schedule(self) -> None:
+        if self._awaits_schedule:
+            raise ClanError(
+                f"the scheduler's step() was not called after optimizer step {self.num_steps + 1}. Call it after each "
+                f"optimizer.step() that updates, or leave the scheduler out of attach_megatron()."
+            )
+
+    def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
+        """Hooks the first stage's forward pass, and on the way to backward the last stage's loss, for all stages."""
+
+        def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
+            if self.engine.training:
+                on_batch(args, kwargs)
+
+        # Later stages may be given masks and positions alone, which are the same in every batch.
+        if self.pp_rank == 0:
+            self._undo.append(self.engine.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
+        self._undo += TrainingLoss(self._config, self._pp_group, self.device, on_loss).hook()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; each part's mode is afterwards what it was."""
+        # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
+        modes = [(part, part.training) for part in self.engine.modules()]
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, was_training in modes:
+                part.training = was_training
+
+    def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
+        """Megatron's schedule, forward only, on one batch; of a user's ``evaluate`` the last stage's loss counts."""
+        return self._loss(batch, evaluate)
+
+    def loss_scale(self) -> Mapping[str, Any] | None:
+        return state.loss_scale(self._optimizer)
+
+    def set_loss_scale(self, scale: Mapping[str, Any]) -> None:
+        state.set_loss_scale(self._optimizer, scale)
+
+    def optimizer_name(self) -> str:
+        """The wrappers' names and their inner optimizers': state of one kind does not fit another."""
+        kinds = [(type(part).__name__, type(part.optimizer).__name__) for part in state.wrappers(self._optimizer)]
+        return ", ".join(f"{inner} in {outer}" for outer, inner in kinds)
+
+    def counters(self) -> dict[str, int]:
+        return {"num_steps": self.num_steps}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        self.num_steps = counters["num_steps"]
+
+    def random_streams(self) -> dict[str, torch.Tensor]:
+        return state.random_streams()
+
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+        state.load_random_streams(streams)
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        if self.dp_rank > 0:
+            return None
+        is_gated = bool(getattr(self._config, "gated_linear_unit", False))
+        whole = weights.joined(self.module, self._tp_group, is_gated=is_gated)
+        return whole if self.tp_rank == 0 else None
+
+    def detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()

@@ -1,0 +1,321 @@
+"""Megatron-core's GPT with tensor, pipeline and data parallelism, bridged to the CPU in the ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import clantune_scale
+from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from tests import megatron_shim
+from tests.backends.families import Setup
+from tests.backends.plain_gpt import CONTEXT, HEADS, LAYERS, VOCABULARY, WIDTH, PlainGPT, token_datasets
+
+__all__ = ["CASES", "MICRO", "PRELOAD", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
+
+MICRO = 4
+PRELOAD = "tests.preload_megatron"
+DISTRIBUTED = {"distributed": True}
+# The twin is tied, and so is every case; models that are not are trained in test_megatron.py.
+CASES = {
+    "tp": Setup(tp=2, clip=0.5, is_tied=True),
+    "pp": Setup(pp=2, accumulation=3, clip=0.5, is_tied=True),
+    "dp": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
+    "dp-distributed": Setup(dp=2, clip=0.5, is_tied=True, options=DISTRIBUTED),
+    "dp-overlap": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, options={"overlap": True}, is_slow=True),
+    "three": Setup(members=3, is_tied=True, is_slow=True),
+    "tp-sequence": Setup(tp=2, clip=0.5, is_tied=True, options={"sequence_parallel": True}, is_slow=True),
+    "tp-pp": Setup(tp=2, pp=2, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
+    "dp-tp": Setup(dp=2, tp=2, clip=0.5, is_tied=True, is_slow=True),
+    "pp-dp-distributed": Setup(pp=2, dp=2, accumulation=2, clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
+    "dp-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, is_tied=True, is_slow=True),
+    "tp-bf16": Setup(tp=2, dtype="bf16", optimizer="sgd", is_tied=True, is_slow=True),
+    "dp-distributed-bf16": Setup(dp=2, dtype="bf16", clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
+}
+# Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds weights and activations.
+TOLERANCE = {"fp32": 5e-6, "bf16": 2e-3}
+
+
+def datasets() -> tuple[Any, Any]:
+    return token_datasets()
+
+
+def twin() -> torch.nn.Module:
+    return PlainGPT(is_tied=True)
+
+
+def twin_loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+    return module(batch[0])
+
+
+class Megatron:
+    """A Megatron model in training, as its own loops train it."""
+
+    def __init__(self, setup: Setup, block: dict | None) -> None:
+        self._setup = setup
+        self.model, self.optimizer = build(setup)
+        self.scheduler = scheduler_of(setup, self.optimizer)
+        self.clan, self._num_steps = None, 0
+        train, valid = datasets()
+        if block is None:
+            self.loader = ClanDataLoader(train, self._flat_sampler(len(train)))
+        else:
+            self.clan = clantune_scale.attach_megatron(
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                config={
+                    "train_micro_batch_size_per_gpu": MICRO,
+                    "gradient_accumulation_steps": setup.accumulation,
+                    "clantune": block,
+                },
+                forward_step=forward_step,
+                seq_length=CONTEXT,
+                eval_data=valid,
+            )
+            self.loader = self.clan.loader(train)
+
+    def _flat_sampler(self, num_samples: int) -> ClanBatchSampler:
+        from megatron.core import parallel_state
+
+        return ClanBatchSampler(
+            num_samples,
+            seed=0,
+            micro_batch_size=MICRO,
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            member=0,
+            population_size=1,
+            plan=lambda step: StepPlan(False, self._setup.accumulation, self._setup.accumulation),
+        )
+
+    def train(self, num_steps: int) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        batches = _forever(self.loader)
+        while self._num_steps < num_steps:
+            accumulation = self.clan.backend.accumulation if self.clan else self._setup.accumulation
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=batches,
+                model=[self.model],
+                num_microbatches=accumulation,
+                seq_length=CONTEXT,
+                micro_batch_size=MICRO,
+                forward_only=False,
+            )
+            is_updated, *_ = self.optimizer.step()
+            if self.scheduler is not None and is_updated:
+                self.scheduler.step(increment=1)
+            self._num_steps += 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return master_weights(self.model, self.optimizer)
+
+
+def _forever(loader: ClanDataLoader) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def start(setup: Setup, block: dict | None) -> Megatron:
+    megatron_shim.install()
+    if block is not None:
+        clantune_scale.join(setup.members)
+    initialize(setup)
+    return Megatron(setup, block)
+
+
+def initialize(setup: Setup) -> None:
+    """The process group and Megatron's own, in the world at hand."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(7)
+    model_parallel_cuda_manual_seed(7)
+
+
+def transformer_config(setup: Setup) -> Any:
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        sequence_parallel=setup.options.get("sequence_parallel", False),
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=setup.dtype == "bf16",
+        hidden_dropout=setup.options.get("dropout", 0.0),
+        attention_dropout=setup.options.get("dropout", 0.0),
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=setup.options.get("per_token", False),
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def build(setup: Setup) -> tuple[Any, Any]:
+    """Megatron's model in its data parallelism with the twin's weights, and its optimizer."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    config = transformer_config(setup)
+    module = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="LayerNorm"),
+        vocab_size=VOCABULARY,
+        max_sequence_length=CONTEXT,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=setup.is_tied,
+    )
+    load(module, PlainGPT(is_tied=setup.is_tied, seed=setup.options.get("seed", 0)).state_dict())
+    is_distributed, overlaps = (setup.options.get(name, False) for name in ("distributed", "overlap"))
+    model = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=is_distributed,
+            overlap_grad_reduce=overlaps,
+            grad_reduce_in_fp32=True,
+            bucket_size=2000 if overlaps else None,
+        ),
+        Float16Module(config, module) if config.bf16 else module,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam" if setup.optimizer == "adamw" else "sgd",
+            lr=setup.lr,
+            weight_decay=0.01 if setup.optimizer == "adamw" else 0.0,
+            adam_beta2=0.95,
+            clip_grad=setup.clip,
+            use_distributed_optimizer=is_distributed,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = model.no_sync if overlaps else None
+    return model, optimizer
+
+
+def scheduler_of(setup: Setup, optimizer: Any) -> Any:
+    """Megatron's schedule with a falling rate, where the setup asks for one."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    if not setup.options.get("scheduled", False):
+        return None
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=setup.lr, min_lr=0.0, lr_warmup_steps=2, lr_decay_steps=40,
+        lr_decay_style="cosine", start_wd=0.01, end_wd=0.01, wd_incr_steps=40, wd_incr_style="constant",
+    )  # fmt: skip
+
+
+def _whole_name(name: str) -> str:
+    """A parameter's name on this stage, in the whole model: Megatron spreads the layers evenly."""
+    from megatron.core import parallel_state
+
+    offset = parallel_state.get_pipeline_model_parallel_rank() * (
+        LAYERS // parallel_state.get_pipeline_model_parallel_world_size()
+    )
+    name = re.sub(r"^(module\.)+", "", name)
+    return re.sub(r"layers\.(\d+)", lambda found: f"layers.{int(found[1]) + offset}", name)
+
+
+@torch.no_grad()
+def load(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
+    """Gives this rank its part of a whole model's weights."""
+    from megatron.core import parallel_state
+
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in module.named_parameters():
+        name = _whole_name(name)
+        # The last stage's copy of a tied embedding.
+        full = whole.get(name, whole["embedding.word_embeddings.weight"])
+        if getattr(parameter, "tensor_model_parallel", False):
+            full = full.chunk(size, dim=parameter.partition_dim)[rank]
+        parameter.copy_(full)
+
+
+@torch.no_grad()
+def master_weights(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Every fp32 weight of the member on all its ranks, gathered independently of the backend."""
+    from megatron.core import parallel_state
+
+    mine = {}
+    for name, parameter in model.named_parameters():
+        # A tied embedding's copy in the last stage has the same shape under another name: it is compared too.
+        full = _master(model, optimizer, parameter)
+        if getattr(parameter, "tensor_model_parallel", False):
+            shards = [torch.empty_like(full) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+            dist.all_gather(shards, full.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+            full = torch.cat(shards, dim=parameter.partition_dim)
+        mine["copy" if getattr(parameter, "shared", False) else _whole_name(name)] = full
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found: dict[str, torch.Tensor] = {}
+    for weights in everyone:
+        for name, tensor in weights.items():
+            assert torch.equal(found.setdefault(name, tensor), tensor), f"{name} differs inside the member"
+    if "copy" in found:
+        assert torch.equal(found.pop("copy"), found["embedding.word_embeddings.weight"])
+    return found
+
+
+def _master(model: Any, optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole fp32 weight behind a parameter of this rank."""
+    if not model.ddp_config.use_distributed_optimizer:
+        return getattr(parameter, "main_param", parameter).detach().clone()
+    full = torch.zeros(parameter.numel())
+    for part in optimizer.chained_optimizers:
+        for models, mains in (
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ):
+            for inside, main in zip(sum(models, []), sum(mains, []), strict=True):
+                if inside is parameter:
+                    place = part._get_model_param_range_map(parameter)["param"]
+                    full[place.start : place.end] = main.detach()
+    dist.all_reduce(full, group=model.dp_group)
+    return full.view(parameter.shape)
+
+
+def forward_step(data_iterator: Any, model: Any) -> Any:
+    """One micro-batch, as Megatron's training scripts write it."""
+    window = next(data_iterator)[0]
+    tokens, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+    positions = torch.arange(CONTEXT).expand(len(tokens), -1)
+    mask = torch.ones(1, 1, CONTEXT, CONTEXT).tril() < 0.5
+    return model(tokens, positions, mask, labels=labels), _loss
+
+
+def _loss(output: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    loss = output.float().mean()
+    return loss, {"lm loss": loss.detach().clone()}
