@@ -1,7 +1,6 @@
 """DDP members: every rank holds the whole model, and gradients are averaged in buckets while backward goes on."""
 
-from __future__ import annotations
-
+# No postponed annotations here: DDP reads the types of its communication hook and takes no names of types.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -79,6 +79,9 @@ class LoopBackend:
     def has_schedule(self) -> bool:
         return self._scheduler is not None
 
+    def optimizer_name(self) -> str:
+        return type(self._optimizer).__name__
+
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
@@ -226,6 +229,9 @@ class LoopBackend:
 
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         raise ClanError(f"the loss is not scaled in this loop, and cannot take {dict(state)}. Train in bf16 or fp32.")
+
+    def optimizer_name(self) -> str:
+        return type(self._optimizer).__name__
 
     def counters(self) -> dict[str, int]:
         return {"num_steps": self.num_steps}

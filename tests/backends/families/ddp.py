@@ -1,0 +1,53 @@
+"""DDP on a small network, in buckets so small that there are several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import clantune_scale
+from tests.backends.families import Setup
+from tests.backends.families.loops import MICRO, Loop
+from tests.backends.small_runs import Net
+from tests.small_clans import datasets
+
+__all__ = ["CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
+
+CASES = {
+    "dp": Setup(dp=2, accumulation=2, clip=0.5),
+    "three": Setup(members=3, is_slow=True),
+    "compiled": Setup(dp=2, clip=0.5, is_slow=True, options={"compile": "aot_eager"}),
+}
+# Two summation orders in float32, and AdamW's division by small second moments.
+TOLERANCE = {"fp32": 2e-6}
+BUCKET_MB = 2e-3
+
+
+class Replicated(Loop):
+    """A loop over a model under DDP."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        found = {name.replace("_orig_mod.", "").replace("module.", ""): p for name, p in self.model.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in found.items()}
+
+
+def start(setup: Setup, block: dict | None) -> Replicated:
+    if block is not None:
+        clantune_scale.join(block)
+    dist.init_process_group("gloo")
+    model: nn.Module = DistributedDataParallel(Net(), bucket_cap_mb=BUCKET_MB)
+    if "compile" in setup.options:
+        model = torch.compile(model, backend=setup.options["compile"])
+    return Replicated(setup, model, block, datasets())
+
+
+def twin() -> nn.Module:
+    return Net()
+
+
+def twin_loss(module: nn.Module, batch: Any) -> torch.Tensor:
+    return module(*batch)
