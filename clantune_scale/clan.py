@@ -6,29 +6,25 @@ Every rank of every member runs this. Ranks meet at a round's end alone: they ga
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from clantune_scale import champion
+from clantune_scale.agreement import agree_on_loss_scale, decide
 from clantune_scale.averaging import AveragedWeights
 from clantune_scale.backends.base import Backend
 from clantune_scale.batch import BatchPlan
-from clantune_scale.config import ClanConfig
 from clantune_scale.checkpoint.durable import DurableRounds
+from clantune_scale.config import ClanConfig
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Genome
-from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPlan
-from clantune_scale.core.strategies import Decision, RunFacts, build
-from clantune_scale.core.strategies.lost import replace_lost
+from clantune_scale.core.rounds import PhaseKind, RoundClock, RoundPlan
+from clantune_scale.core.strategies import RunFacts, build
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader
-from clantune_scale.errors import DivergenceError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
 from clantune_scale.feed import make_loader, make_sampler
@@ -198,7 +194,7 @@ class Clan:
         if self.aside is not None:
             self.aside.restore(self.state())
             self.aside = None
-        decision = self._decide(plan)
+        decision = decide(self, plan)
         if decision.restore and self.kept is not None:
             self.kept.restore(self.state())
         transfer(self.state(), decision.donors, self.world.column, self.groups.column_for)
@@ -221,13 +217,13 @@ class Clan:
         if is_resumed:
             self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
             return
-        if position.starts_round and position.plan.averages and not self._averaged_before(position):
+        if position.starts_round and position.plan.averages and not self.phases.averaged_before:
             self._averages.restart()
         if not phase.keeps and self.aside is None:
             self.aside = Snapshot(self.state())
         self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
         if phase.kind is PhaseKind.COOPERATIVE:
-            self._agree_on_loss_scale()
+            agree_on_loss_scale(self)
         self._batches.begin(phase)
         self.recorder.phase_start(self, position)
 
@@ -238,10 +234,6 @@ class Clan:
         common = common if kind is PhaseKind.COOPERATIVE else {}
         return [dict(genome.values) | common for genome in self.population.genomes]
 
-    def _averaged_before(self, position: Position) -> bool:
-        index = position.plan.index
-        return index == 0 or self.phases.clock.round(index - 1).averages
-
     def measure(self, *, averages: bool) -> Fitness:
         """The clan's losses on the common window, of averaged weights or of those that train.
 
@@ -251,33 +243,6 @@ class Clan:
         with self.phases.suspended(), swapped:
             losses = self._window.losses(self.backend, self._evaluate)
         return Fitness.from_losses(self.world.column.gather(losses))
-
-    def _decide(self, plan: RoundPlan) -> Decision:
-        """The strategy's decision; every rank makes its own, and all must be equal.
-
-        Raises:
-            DivergenceError: if a peer decided otherwise.
-        """
-        if plan.evolves:
-            decision = replace_lost(self.strategy.evolve(self.population, plan, self.fitness), self.fitness)
-        else:
-            decision = Decision(self.population, tuple(range(self.config.population_size)))
-        digest = hashlib.blake2b(json.dumps(asdict(decision), sort_keys=True, default=dict).encode()).hexdigest()[:16]
-        said = self.world.column.gather_json(digest)
-        if len(set(said)) > 1:
-            raise DivergenceError(
-                f"round {plan.index}: members decided differently ({said}, by member) on the same losses. "
-                f"Run the same versions of this package, numpy and scipy on every host."
-            )
-        return decision
-
-    def _agree_on_loss_scale(self) -> None:
-        """While gradients are averaged they must carry one scale: the clan takes the smallest."""
-        mine = self.backend.loss_scale()
-        if mine is None:
-            return
-        everyone = self.world.column.gather_json(dict(mine))
-        self.backend.set_loss_scale(min(everyone, key=lambda state: state["cur_scale"]))
 
     def sampler(self, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
         """A batch sampler that follows the phases, for a loader of your own (``DataLoader(batch_sampler=...)``).

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
 
 from clantune_scale.core.genome import Consensus, Kind, Scale
 
@@ -211,12 +211,6 @@ class ClanConfig(Block):
 
     join: JoinConfig = JoinConfig()
     """How members find each other."""
-
-    @model_validator(mode="after")
-    def _auto_needs_a_name(self) -> ClanConfig:
-        if self.checkpoint.resume == "auto" and self.tracking.run_name is None:
-            raise ValueError("checkpoint.resume is 'auto', which looks for a run by name: set tracking.run_name")
-        return self
 
     @field_validator("strategy", mode="before")
     @classmethod

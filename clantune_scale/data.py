@@ -219,13 +219,21 @@ class ClanDataLoader:
         dataset: with ``__len__`` and ``__getitem__``.
         sampler: this rank's.
         num_workers: prefetching processes, as in ``DataLoader``.
+        on_first: called once, before the first micro-batch is drawn.
         **options: passed on to ``DataLoader`` (``collate_fn``, ``pin_memory`` and so on).
     """
 
     def __init__(
-        self, dataset: Dataset[Any], sampler: ClanBatchSampler, *, num_workers: int = 0, **options: Any
+        self,
+        dataset: Dataset[Any],
+        sampler: ClanBatchSampler,
+        *,
+        num_workers: int = 0,
+        on_first: Callable[[], None] | None = None,
+        **options: Any,
     ) -> None:
         self.dataset, self.batch_sampler = dataset, sampler
+        self._on_first = on_first
         # Workers that persist make replan() cheap: they drop what they fetched and start over. A generator of
         # its own keeps the loader from drawing its workers' seeds out of the stream that dropout reads, and
         # gives competing members, whose samples are common, common augmentations too.
@@ -240,6 +248,9 @@ class ClanDataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(len(self)):
+            if self._on_first is not None:
+                self._on_first, call = None, self._on_first
+                call()
             if self._stream is None:
                 self._stream = iter(self._loader)
             batch = next(self._stream)

@@ -45,4 +45,5 @@ def make_loader(clan: Clan, dataset: Dataset, **options: Any) -> ClanDataLoader:
             f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
             f"must read the same samples again. Pass a map-style dataset, or make your own loader."
         )
-    return ClanDataLoader(dataset, make_sampler(clan, len(dataset)), **options)
+    sampler = clan.sampler(len(dataset))
+    return ClanDataLoader(dataset, sampler, on_first=clan.rounds.ready_data, **options)

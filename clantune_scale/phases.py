@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from clantune_scale.core.rounds import PhaseKind, Position, RoundClock
+from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPlan
 
 
 class PhaseManager:
@@ -29,6 +29,12 @@ class PhaseManager:
         """Whether gradients are averaged over all members in the step that comes."""
         return self.position.phase.kind is PhaseKind.COOPERATIVE and not self._is_suspended
 
+    @property
+    def averaged_before(self) -> bool:
+        """Whether the round before measured averaged weights; before the first there are none to restart."""
+        index = self.position.plan.index
+        return index == 0 or self.clock.round(index - 1).averages
+
     def team(self, member: int, population_size: int) -> tuple[int, ...]:
         """The members with whom ``member`` averages its gradients in the step that comes, itself among them."""
         teams = self.position.phase.teams
@@ -42,6 +48,11 @@ class PhaseManager:
         """From round ``index`` on, which has not begun, members compete in ``teams``."""
         self.clock.regroup(index, teams)
         self.position = self.clock.at(self.position.step)
+
+    def resume(self, step: int, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
+        """Goes to where ``step`` optimizer steps are done, after the rounds that are over (``RoundClock.resume``)."""
+        self.clock.resume(past, teams)
+        self.position = self.clock.at(step)
 
     def advance(self) -> Position:
         """Moves on by one optimizer step; returns the position that was just completed."""

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clantune_scale.checkpoint.manifest import FOLDER, committed
+from clantune_scale.checkpoint.opening import VARIABLE
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
 from clantune_scale.figures import Figures
-from clantune_scale.tracking import Tracking, create_run_dir
-from clantune_scale.tracking.events import SCHEMA, to_plain
+from clantune_scale.tracking import KILLED, Tracking
+from clantune_scale.tracking.events import SCHEMA, cut_events, to_plain
 from clantune_scale.watch import LossMeter
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class Summary:
         champion: the fittest member, or None where no loss was finite.
         champion_loss: its mean loss on the validation window.
         averaged: whether the champion's averaged weights were better than its last ones, and were kept.
-        run_dir: the run's folder; None on ranks that do not know it.
+        run_dir: the run's folder.
         artifacts: by name, files on the host that wrote them (the champion's own for its weights).
     """
 
@@ -59,22 +62,26 @@ class Recorder:
     """
 
     def __init__(self, clan: Clan) -> None:
-        world = clan.world
-        run_dir = str(create_run_dir(clan.config.tracking)) if world.is_clan_leader else None
-        # The column of first ranks learns the folder: the champion's first rank writes into it.
-        known = world.column.gather_json(run_dir)[0]
-        self.run_dir = Path(known) if known is not None else None
+        # All ranks know the folder: the champion's first rank writes into it, and every rank its part of a round.
+        self.run_dir = clan.rounds.run_dir
         self.lineage = Lineage()
+        self.samples = 0
+        self._lost: str | None = None
+        is_writer = clan.world.is_clan_leader
+        if is_writer and clan.rounds.events_bytes is not None:
+            self._lost = cut_events(self.run_dir / "events.jsonl", clan.rounds.events_bytes)
         self.tracking = Tracking.open(
-            clan.config.tracking, run_dir=self.run_dir or Path(), is_writer=world.is_clan_leader
+            clan.config.tracking,
+            run_dir=self.run_dir,
+            is_writer=is_writer,
+            continues=clan.rounds.events_bytes is not None,
         )
         self._steps_since = 0
-        self._samples = 0
 
     def start(self, clan: Clan) -> None:
         """The run begins."""
         topology = clan.world.topology
-        name = self.run_dir.name if self.run_dir else ""
+        name = self.run_dir.name
         facts = {
             "run_id": name,
             "name": name,
@@ -95,9 +102,48 @@ class Recorder:
             "resumed_from": None,
         }
         self.tracking.emit("run_start", clan.phases.position.step, **facts)
-        if clan.world.is_clan_leader and self.run_dir is not None:
+        if clan.world.is_clan_leader:
             manifest = {"schema": SCHEMA, "kind": "run", **to_plain(facts)}
             (self.run_dir / "run.json").write_text(json.dumps(manifest, indent=1))
+
+    def resume(self, clan: Clan) -> None:
+        """The run goes on from a committed round."""
+        position = clan.phases.position
+        for complaint in clan.rounds.opening.refused:
+            warnings.warn(complaint, UserWarning, stacklevel=2)
+            self.tracking.emit("warning", position.step, message=complaint)
+        self.tracking.emit(
+            "resume",
+            position.step,
+            name=self.run_dir.name,
+            resumed_from=str(clan.rounds.opening.folder),
+            round=position.plan.index,
+            population_size=clan.config.population_size,
+            total_steps=clan.strategy.facts.total_steps,
+            lost_events=self._lost,
+            versions=_versions(),
+            hardware=_hardware(clan.backend.device),
+            command=shlex.join(sys.argv),
+        )
+
+    def stop(self, clan: Clan, round_name: str | None) -> None:
+        """The run stops and can be continued: says from where."""
+        if not clan.world.is_clan_leader:
+            return
+        rounds = self.run_dir / FOLDER
+        known = committed(rounds)
+        where = rounds / known[0] if known else None
+        if round_name is None:
+            self.tracking.emit(
+                "warning", clan.phases.position.step, message="the state at the end could not be committed"
+            )
+        self.tracking.close(KILLED)
+        said = (
+            f"continue with: export {VARIABLE}={shlex.quote(str(where))} and the launch of {shlex.join(sys.argv)}"
+            if where is not None
+            else "nothing was committed, so that it cannot be continued"
+        )
+        print(f"clan {self.run_dir.name} stopped after {clan.phases.position.step} steps; {said}", flush=True)
 
     def phase_start(self, clan: Clan, position: Position) -> None:
         """A phase begins."""
@@ -134,7 +180,7 @@ class Recorder:
         complaints: Sequence[str],
     ) -> None:
         """A round is over: ``measured`` was the population until now, ``decision`` made the next."""
-        self._samples += sum(_samples_of(clan, phase) for phase in plan.phases)
+        self.samples += sum(_samples_of(clan, phase) for phase in plan.phases)
         self.lineage.append(RoundRecord.of(plan, measured.genomes, clan.fitness, decision if plan.evolves else None))
         for complaint in complaints:
             self.tracking.emit("warning", plan.end_step, message=complaint)
@@ -155,8 +201,8 @@ class Recorder:
             learning_rates=figures.learning_rate.tolist(),
             straggler=figures.straggler,
             throughput=_throughput(clan, plan, seconds),
-            samples=self._samples,
-            tokens=self._samples * clan.tokens_per_sample if clan.tokens_per_sample else None,
+            samples=self.samples,
+            tokens=self.samples * clan.tokens_per_sample if clan.tokens_per_sample else None,
         )
 
     def finish(self, clan: Clan, summary: Summary, *, status: str) -> None:

@@ -109,6 +109,9 @@ class Backend(Protocol):
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         """Takes over such a state."""
 
+    def optimizer_name(self) -> str:
+        """The class of the optimizer that applies the update."""
+
     def counters(self) -> dict[str, int]:
         """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""
 

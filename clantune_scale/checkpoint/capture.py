@@ -115,14 +115,13 @@ def population_from(data: Mapping[str, Any]) -> Population:
 
 def _of_clan(clan: Clan, begun: bool) -> dict[str, Any]:
     position, recorder = clan.phases.position, clan.recorder
-    index = position.plan.index
     return {
         "step": position.step,
         "begun": begun,
         "population": asdict(clan.population),
         "losses": clan.fitness.losses.tolist(),
         "lineage": recorder.lineage.to_json(),
-        "averaged_before": index > 0 and clan.phases.clock.round(index - 1).averages,
+        "averaged_before": clan.phases.averaged_before,
         "samples": recorder.samples,
     }
 

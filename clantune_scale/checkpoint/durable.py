@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from clantune_scale.checkpoint import fit, manifest
 from clantune_scale.checkpoint.capture import Capture
 from clantune_scale.checkpoint.everyone import Everyone
 from clantune_scale.checkpoint.lock import RunLock
-from clantune_scale.checkpoint.opening import Opening, open_run, put_aside
+from clantune_scale.checkpoint.opening import open_run, put_aside
+from clantune_scale.checkpoint.preemption import Preemption
 from clantune_scale.checkpoint.restore import fault_of, restore_clan
 from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.checkpoint.writer import RoundWriter
@@ -42,39 +44,157 @@ class DurableRounds:
     def __init__(self, clan: Clan) -> None:
         self._clan, self._settings = clan, clan.config.checkpoint
         self._everyone = Everyone(clan.world, clan.groups)
-        self.opening = open_run(clan.config, self._everyone, self._fault)
-        self._content: dict[str, Any] = {"settings": fit.settings_of(clan)}
-        if self.opening.content is not None:
-            fit.check_settings(self.opening.content["settings"], self._content["settings"], self._settings.allow)
-        self._folder = self.opening.run_dir / manifest.FOLDER
         self._lock: RunLock | None = None
-        self._prepare()
-        self._writer: RoundWriter | None = None
+        self.opening = open_run(clan.config, self._everyone, take=self._take, fault=self._fault)
+        self._facts = {"settings": fit.settings_of(clan), "topology": asdict(clan.world.topology)}
+        if self.opening.content is not None:
+            fit.check_settings(self.opening.content["settings"], self._facts["settings"], self._settings.allow)
+            if self._everyone.is_leader:
+                put_aside(self._folder, self.opening.name)
+        self._made: RoundWriter | None = None
         self._places: list[dict[str, int]] = []
         self._streams: RandomStreams | None = None
+        self._has_told = False
+        self._preemption = Preemption(self._everyone, self._settings) if self._settings.every_rounds else None
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder, on every rank."""
         return self.opening.run_dir
+
+    @property
+    def events_bytes(self) -> int | None:
+        """Length of the events file when the round was captured that this run goes on from; None for a new run."""
+        return None if self.opening.content is None else self.opening.content["events_bytes"]
+
+    def restore(self) -> bool:
+        """Puts the round into the clan; whether its phase had begun. Random streams follow with :meth:`ready`."""
+        assert self.opening.content is not None
+        numbers = restore_clan(self._clan, self.opening.folder, self._sources(self.opening.content))
+        self._places, self._streams = list(numbers["samplers"]), numbers["streams"]
+        return numbers["begun"]
+
+    def ready_data(self) -> None:
+        """Streams go on where they were, whatever has been drawn since the launch; after a step there is no going."""
+        if self._streams is not None:
+            self._streams.restore(self._clan.backend)
+
+    def ready(self) -> None:
+        """The clan stands. A loader asks for the streams again: the user's own set-up may draw from them."""
+        self.ready_data()
+        if self._preemption is not None:
+            self._preemption.start(self._clan.phases.position.step)
+
+    def follow(self, sampler: ClanBatchSampler) -> ClanBatchSampler:
+        """Keeps a sampler's place with each round; one of a resumed run goes to where its predecessor was.
+
+        Samplers are told apart by the order in which they are made.
+        """
+        self._clan.samplers.append(sampler)
+        if self._places:
+            sampler.load_state_dict(self._places.pop(0))
+        elif self.opening.content is not None:
+            sampler.load_state_dict({"step": self._clan.phases.position.step})
+        return sampler
+
+    def round_ended(self, plan: RoundPlan, decision: Decision) -> None:
+        """The meeting point is over: commits what is written, and starts on this round where it is due."""
+        every = self._settings.every_rounds
+        if every is None or not self._writer.settle(wait=False):
+            self._tell_of_slowness(plan)
+            return
+        if (plan.index + 1) % every == 0:
+            is_alone = decision.average is None and all(m == d for m, d in enumerate(decision.donors))
+            capture = Capture.take(self._clan, begun=False, kept_is_live=not decision.restore or is_alone)
+            self._write(manifest.round_name(plan.index), capture, decision.donors, wait=not self._settings.asynchronous)
+
+    def step_done(self) -> None:
+        """An optimizer step is done, and the next phase has begun where one did: a signal may end the run here.
+
+        Raises:
+            SystemExit: with status 143, once the state is committed, where SIGTERM came.
+        """
+        self._streams = None
+        if self._preemption is not None and self._preemption.is_due(self._clan.phases.position.step):
+            self._clan.stop()
+            self._preemption.leave()
+
+    def commit(self) -> str | None:
+        """Commits the state as it is, inside a round too, and waits for it; the name, or None where it failed."""
+        step = self._clan.phases.position.step
+        self._writer.settle(wait=True)
+        if self._everyone.from_leader(self._writer.last_step) != step:
+            name = manifest.round_name(self._clan.phases.position.plan.index, step)
+            members = range(self._clan.config.population_size)
+            self._write(name, Capture.take(self._clan, begun=True, kept_is_live=False), members, wait=True)
+        names = manifest.committed(self._folder)
+        return self._everyone.from_leader(names[0] if self._writer.last_step == step else None)
+
+    def finish(self) -> None:
+        """Waits for the round that is being written and leaves the folder to others."""
+        if self._made is not None:
+            self._made.settle(wait=True)
+        self.release()
+
+    def release(self) -> None:
+        """Leaves the folder to others, and signals to who handled them before."""
+        if self._preemption is not None:
+            self._preemption.release()
+        if self._lock is not None:
+            self._lock.release()
+            atexit.unregister(self._lock.release)
+
+    @property
+    def _folder(self) -> Path:
+        return self.run_dir / manifest.FOLDER
+
+    @property
+    def _writer(self) -> RoundWriter:
+        """Made when first asked for: all ranks of a member ask alike."""
+        if self._made is None:
+            self._made = RoundWriter(
+                self._folder,
+                self._everyone,
+                self._clan.world.at,
+                # The thread that writes talks over it while training talks over the engine's own.
+                dist.new_group(backend="gloo"),
+                keep_last=self._settings.keep_last,
+                say=self._warn,
+            )
+        return self._made
+
+    def _write(self, name: str, capture: Capture, holders: Sequence[int], *, wait: bool) -> None:
+        clan = self._clan
+        content = {
+            **self._facts,
+            "run_id": self.run_dir.name,
+            "round": clan.phases.position.plan.index,
+            "step": clan.phases.position.step,
+            "time_s": time.time(),
+            "losses": clan.fitness.mean.tolist(),
+            "events_bytes": clan.recorder.tracking.num_bytes,
+            "clan": capture.clan,
+        }
+        if self._writer.begin(name, capture, holders, content, wait=wait) and wait:
+            self._writer.settle(wait=True)
+
+    def _warn(self, message: str) -> None:
+        self._clan.recorder.tracking.emit("warning", self._clan.phases.position.step, message=message)
+
+    def _tell_of_slowness(self, plan: RoundPlan) -> None:
+        if self._settings.every_rounds is not None and not self._has_told:
+            self._has_told = True
+            self._warn(
+                f"round {plan.index} is not written down, because the one before is still being written. A round is "
+                f"written as often as the file system of {self._folder} can; this is said once."
+            )
+
+    def _take(self, run_dir: Path) -> None:
+        self._lock = RunLock(run_dir)
+        atexit.register(self._lock.release)
 
     def _fault(self, folder: Path, content: dict[str, Any]) -> str | None:
         return fault_of(folder, content, self._clan.world.at, self._sources(content))
 
     def _sources(self, content: dict[str, Any]) -> Sequence[int]:
         return range(self._clan.config.population_size)
-
-    def _prepare(self) -> None:
-        """The leader takes the folder; what it cannot do is raised everywhere."""
-        trouble = None
-        if self._everyone.is_leader:
-            try:
-                self._lock = RunLock(self.run_dir)
-                atexit.register(self._lock.release)
-                self._folder.mkdir(exist_ok=True)
-                if self.opening.content is not None:
-                    put_aside(self._folder, self.opening.name)
-            except CheckpointError as error:
-                trouble = str(error)
-        trouble = self._everyone.from_leader(trouble)
-        if trouble is not None:
-            raise CheckpointError(trouble)

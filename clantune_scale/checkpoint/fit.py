@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clantune_scale.clan import Clan
 
 # What can change from launch to launch without any effect on what is computed.
-_WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "join")
+_WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join")
 # Names that `clantune.checkpoint.allow` takes beside the block's own keys.
 PARAMETERS = "parameters"
 
@@ -54,9 +54,11 @@ def layout_difference(saved: Sequence[Sequence[Any]], live: Sequence[Sequence[An
     wrong = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not wrong:
         return None
-    told = [f"{name}: {before.get(name, 'nothing')} was saved, this launch has {now.get(name, 'nothing')}" for name in wrong]
-    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-    return "; ".join(told[:3]) + more
+    told = [
+        f"{name}: {before.get(name, 'nothing')} was saved, this launch has {now.get(name, 'nothing')}"
+        for name in wrong[:3]
+    ]
+    return "; ".join(told) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _difference(saved: Any, live: Any) -> str:

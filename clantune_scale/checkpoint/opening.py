@@ -59,8 +59,13 @@ def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) ->
 def _last_of_name(config: ClanConfig) -> Found | None:
     """The latest run of the configured name, if it has not finished and has a committed round."""
     parent, name = Path(config.tracking.directory).resolve(), config.tracking.run_name
-    siblings = parent.glob(f"{name}*") if name is not None else ()
-    pattern = re.compile(rf"{re.escape(name or '')}(?:-(\d+))?")
+    if name is None:
+        raise CheckpointError(
+            "clantune.checkpoint.resume is 'auto', which looks for a run by its name, and clantune.tracking.run_name "
+            "gives none. Set it, or give the folder of the run in place of 'auto'."
+        )
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    siblings = parent.iterdir() if parent.is_dir() else ()
     numbered = {int(m.group(1) or 1): path for path in siblings if (m := pattern.fullmatch(path.name))}
     if not numbered:
         return None
@@ -105,18 +110,25 @@ class Opening:
         return self.run_dir / manifest.FOLDER / self.name
 
 
-def open_run(config: ClanConfig, everyone: Everyone, fault: Callable[[Path, dict[str, Any]], str | None]) -> Opening:
+def open_run(
+    config: ClanConfig,
+    everyone: Everyone,
+    *,
+    take: Callable[[Path], None],
+    fault: Callable[[Path, dict[str, Any]], str | None],
+) -> Opening:
     """Agrees on the run's folder and, where one is continued, on the newest round that all ranks can verify.
 
     Args:
         config: the block.
         everyone: all ranks; each calls this.
+        take: called on the leader with the run's folder, before anything in it is read or written.
         fault: (round's folder, its manifest) to what is wrong with the files that this rank reads.
 
     Raises:
         CheckpointError: if no round is whole, or there is nothing where a path was given.
     """
-    said = everyone.from_leader(_look_on_leader(config) if everyone.is_leader else None)
+    said = everyone.from_leader(_look_on_leader(config, take) if everyone.is_leader else None)
     if "error" in said:
         raise CheckpointError(said["error"])
     run_dir = Path(said["run_dir"])
@@ -134,11 +146,11 @@ def open_run(config: ClanConfig, everyone: Everyone, fault: Callable[[Path, dict
     )
 
 
-def _look_on_leader(config: ClanConfig) -> dict[str, Any]:
+def _look_on_leader(config: ClanConfig, take: Callable[[Path], None]) -> dict[str, Any]:
     try:
-        found = look_for_run(config)
-        if found is None:
-            return {"run_dir": str(create_run_dir(config.tracking)), "rounds": []}
+        found = look_for_run(config) or Found(create_run_dir(config.tracking), [])
+        take(found.run_dir)
+        (found.run_dir / manifest.FOLDER).mkdir(exist_ok=True)
         return {"run_dir": str(found.run_dir), "rounds": found.rounds}
     except CheckpointError as error:
         return {"error": str(error)}

@@ -54,14 +54,25 @@ class RoundWriter:
         group: the member's ranks over gloo, used by the writing thread alone.
         keep_last: committed rounds that stay.
         say: told what did not work, on the leader.
+
+    Attributes:
+        last_step: optimizer steps done in the newest round that this launch committed; known to the leader.
     """
 
     def __init__(
-        self, folder: Path, everyone: Everyone, at: Coordinates, group: Any, *, keep_last: int, say: Callable[[str], None]
+        self,
+        folder: Path,
+        everyone: Everyone,
+        at: Coordinates,
+        group: Any,
+        *,
+        keep_last: int,
+        say: Callable[[str], None],
     ) -> None:
         self._folder, self._everyone, self._at, self._group = folder, everyone, at, group
         self._keep_last, self._say = keep_last, say
         self._attempt: Attempt | None = None
+        self.last_step: int | None = None
 
     def begin(
         self, name: str, capture: Capture, holders: Sequence[int], content: dict[str, Any], *, wait: bool
@@ -168,10 +179,14 @@ class RoundWriter:
             manifest.write(attempt.folder, {**attempt.content, "name": attempt.name, "files": entries})
             os.rename(attempt.folder, self._folder / attempt.name)
             sync_folder(self._folder)
+        except OSError as error:
+            return {0: _in_short(error)}
+        self.last_step = attempt.content["step"]
+        try:
             manifest.point_latest(self._folder, attempt.name)
             self._prune()
         except OSError as error:
-            return {0: _in_short(error)}
+            self._say(f"{attempt.name} is committed, and older rounds could not be put away: {error}.")
         return {}
 
     def _prune(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -126,6 +126,15 @@ class RoundClock:
             self.round(index - 1)  # what comes before keeps the teams that it had
         del self._plans[index:]
         self._teams = teams
+
+    def resume(self, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
+        """Goes on after rounds that are over, as they were: teams and lengths of another time are in them alone.
+
+        Args:
+            past: all of them, from the first round on.
+            teams: of the round that follows.
+        """
+        self._plans, self._teams = list(past), teams
 
     def round(self, index: int) -> RoundPlan:
         """The plan of round ``index``."""

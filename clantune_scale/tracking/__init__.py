@@ -38,17 +38,18 @@ class Tracking:
         self._has_warned = False
 
     @classmethod
-    def open(cls, config: TrackingConfig, *, run_dir: Path, is_writer: bool) -> Tracking:
-        """Starts tracking a run.
+    def open(cls, config: TrackingConfig, *, run_dir: Path, is_writer: bool, continues: bool = False) -> Tracking:
+        """Starts tracking a run, or goes on.
 
         Args:
             config: the block's ``tracking`` part.
             run_dir: the run's own folder, from :func:`create_run_dir`.
             is_writer: true on exactly one rank of the whole clan.
+            continues: whether an earlier launch of the run has written events; ``resume`` comes first then.
         """
         tracking = cls()
         if is_writer:
-            tracking._start(config, run_dir)
+            tracking._start(config, run_dir, continues)
         return tracking
 
     @property
@@ -56,11 +57,16 @@ class Tracking:
         """Events that MLflow has not yet been sent."""
         return self._mlflow.num_waiting if self._mlflow is not None else 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Length of the events file; 0 where this rank writes none."""
+        return self._log.num_bytes if self._log is not None else 0
+
     def emit(self, kind: str, step: int, **fields: Any) -> None:
         """Records an event.
 
         Args:
-            kind: what happened; ``run_start`` comes first.
+            kind: what happened; ``run_start`` comes first (in a launch that continues a run, ``resume``).
             step: optimizer steps completed.
             fields: what else is known, as plain data, dataclasses, pydantic models or numpy values.
         """
@@ -96,9 +102,9 @@ class Tracking:
         if self._terminal is not None and self._end is not None:
             self._terminal.show(self._end)
 
-    def _start(self, config: TrackingConfig, run_dir: Path) -> None:
+    def _start(self, config: TrackingConfig, run_dir: Path, continues: bool) -> None:
         self._run_dir = run_dir
-        self._log = EventLog(run_dir / "events.jsonl")
+        self._log = EventLog(run_dir / "events.jsonl", continues=continues)
         hint = None
         if config.mlflow:
             uri = uris.resolve(config.tracking_uri, directory=run_dir.parent)

@@ -31,11 +31,17 @@ class EventLog:
 
     Args:
         path: the file, which must not exist: a record is never continued by another run.
+        continues: whether the run is the one that wrote the file, which is there then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, continues: bool = False) -> None:
         self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | (0 if continues else os.O_CREAT | os.O_EXCL), 0o644)
+
+    @property
+    def num_bytes(self) -> int:
+        """What has been written, earlier launches of the run included."""
+        return os.fstat(self._file).st_size
 
     def append(self, kind: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Writes an event.
@@ -57,6 +63,35 @@ class EventLog:
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
+
+
+def cut_events(path: Path, num_bytes: int) -> str | None:
+    """Ends a run's events where a committed round was captured; what came after goes into ``events.lost-N.jsonl``.
+
+    The file itself is replaced, so that whoever follows it sees that it is another one.
+
+    Args:
+        path: of the events.
+        num_bytes: length of what stays.
+
+    Returns:
+        The name of the file that has the rest; None where there was none.
+    """
+    with open(path, "rb") as file:
+        kept = file.read(num_bytes)
+        rest = file.read()
+    if not rest:
+        return None
+    number = 1
+    while (lost := path.with_name(f"events.lost-{number}.jsonl")).exists():
+        number += 1
+    for target, data in ((lost, rest), (path.with_name(".events.part"), kept)):
+        with open(target, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(path.with_name(".events.part"), path)
+    return lost.name
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -224,6 +224,9 @@ class DeepSpeedBackend:
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         shards.set_loss_scale(self.engine, state)
 
+    def optimizer_name(self) -> str:
+        return type(self.engine.basic_optimizer).__name__
+
     def counters(self) -> dict[str, int]:
         return shards.counters(self.engine)
 

@@ -1,0 +1,115 @@
+"""SIGTERM: the scheduler wants the machines back. All ranks stop after the same step, with its state on disk.
+
+A signal reaches ranks at different moments, or only some of them, so that it only raises a flag. Ranks compare
+flags at steps that they have agreed on, about once a second: at each comparison they also tell how long their steps
+take, and from that follows the step of the next one. A step without a comparison costs an integer's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from clantune_scale.checkpoint.everyone import Everyone
+from clantune_scale.config import CheckpointConfig
+
+#: What a shell reports of a process that SIGTERM ended.
+STATUS = 128 + signal.SIGTERM
+_POLL_S = 1.0
+_MOST_STEPS = 10_000
+# Nobody knows yet how long a step takes, and the first ones take longer.
+_FIRST_STEPS = 8
+# For closing what follows the run, which may wait for a server.
+_CLOSING_S = 12.0
+
+
+class Preemption:
+    """Handles SIGTERM from :meth:`start` to :meth:`release`.
+
+    A second SIGTERM, and the end of the grace period, do what the signal did before.
+
+    Args:
+        everyone: all ranks.
+        settings: the block's ``checkpoint`` part.
+    """
+
+    def __init__(self, everyone: Everyone, settings: CheckpointConfig) -> None:
+        self._everyone, self._grace_s = everyone, settings.grace_s
+        self._poll_s = min(_POLL_S, settings.grace_s / 10)
+        self._next = 0
+        self._since = (0, time.monotonic())
+        self._is_flagged = False
+        self._previous: Any = None
+        self._timer: threading.Timer | None = None
+        # Only the main thread may set signal handlers; a run that is started elsewhere goes without.
+        self._handles = threading.current_thread() is threading.main_thread()
+
+    def start(self, step: int) -> None:
+        """Takes the signal over; ``step`` optimizer steps are done."""
+        if self._handles:
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._since = (step, time.monotonic())
+        self._next = step + _FIRST_STEPS
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run ends here, after ``step`` optimizer steps; all ranks of the clan ask after each one."""
+        if step < self._next:
+            return False
+        before, then = self._since
+        now = time.monotonic()
+        step_s = (now - then) / max(1, step - before)
+        said = self._everyone.gather([self._is_flagged, step_s])
+        slowest = max(seconds for _, seconds in said)
+        self._since = (step, now)
+        self._next = step + min(_MOST_STEPS, max(1, int(self._poll_s / max(slowest, 1e-9))))
+        return any(flag for flag, _ in said)
+
+    def leave(self) -> None:
+        """Ends this process, when all ranks are as far: one of them serves the store that all use.
+
+        Raises:
+            SystemExit: always.
+        """
+        self._everyone.gather(None)
+        sys.exit(STATUS)
+
+    def release(self) -> None:
+        """Gives the signal back; harmless the second time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._handles and signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        self._handles = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_flagged:
+            self._do_as_before(number, frame)
+            return
+        self._is_flagged = True
+        self._timer = threading.Timer(self._grace_s, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _do_as_before(self, number: int, frame: FrameType | None) -> None:
+        self.release()
+        if callable(self._previous):
+            self._previous(number, frame)
+        elif self._previous != signal.SIG_IGN:
+            os.kill(os.getpid(), number)
+
+    def _give_up(self) -> None:
+        """The state could not be committed in time. On a thread: the main one may wait for a rank that is gone."""
+        print(
+            f"clan: no state could be committed within the {self._grace_s:g} s of clantune.checkpoint.grace_s after "
+            f"SIGTERM; the last committed round stays as it is.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_CLOSING_S)
+        os._exit(STATUS)
