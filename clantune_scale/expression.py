@@ -12,9 +12,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from clantune_scale.backends.base import Backend
 from clantune_scale.config import GeneConfig
@@ -23,6 +25,7 @@ from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.genes import build_gene, target_of
 
 Setter = Callable[[float], None]
+_SHARES = {"lr": "lr_mult", "weight_decay": "wd_mult"}
 
 
 def bind_genes(configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]) -> tuple[Gene, ...]:
@@ -34,25 +37,60 @@ def bind_genes(configs: Mapping[str, GeneConfig], backend: Backend, setters: Map
     Raises:
         ConfigError: if a gene cannot be built (see :func:`clantune_scale.genes.build_gene`).
     """
-    genes = []
     for target in setters.keys() - {target_of(name, config) for name, config in configs.items()}:
         warnings.warn(
             f"gene_setters[{target!r}] has no effect: no gene sets it. Add {target!r} to clantune.genes.",
             NoEffectWarning,
             stacklevel=2,
         )
+    genes = []
+    for (name, config), seen in zip(configs.items(), _seen_by_member(configs, backend, setters), strict=True):
+        if seen.reason:
+            text = f"gene {name!r} has no effect: {seen.reason}. It is left out."
+            warnings.warn(text, NoEffectWarning, stacklevel=2)
+            continue
+        if seen.missing:
+            text = f"gene {name!r} has no effect on {', '.join(seen.missing)}: no parameter group is called so."
+            warnings.warn(text, NoEffectWarning, stacklevel=2)
+        genes.append(build_gene(name, config, found=seen.found))
+    return tuple(genes)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an engine has for a gene: why it changes nothing, names of groups that are not there, the value now."""
+
+    reason: str | None
+    missing: list[str]
+    found: float | None
+
+
+def _seen_by_member(configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]) -> list[_Seen]:
+    """By gene; the same on all ranks of a member, whose pipeline stages hold different modules and groups."""
+    seen = []
     for name, config in configs.items():
         target = target_of(name, config)
         reason = _why_without_effect(target, config, backend, setters)
-        if reason:
-            warnings.warn(f"gene {name!r} has no effect: {reason}. It is left out.", NoEffectWarning, stacklevel=2)
-            continue
-        missing = _missing_groups(target, config, backend)
-        if missing:
-            text = f"gene {name!r} has no effect on {', '.join(missing)}: no parameter group is called so."
-            warnings.warn(text, NoEffectWarning, stacklevel=2)
-        genes.append(build_gene(name, config, found=_found(target, config.groups, backend)))
-    return tuple(genes)
+        found = None if reason else _found(target, config.groups, backend)
+        seen.append(_Seen(reason, _missing_groups(target, config, backend), found))
+    if getattr(backend, "pp_size", 1) == 1:
+        return seen
+    # What one stage has, the member has: the largest of 0 and 1, and of values, which are mostly equal.
+    present = [
+        [name not in one.missing for name in c.groups or []] for one, c in zip(seen, configs.values(), strict=True)
+    ]
+    numbers = [
+        [one.reason is None, one.found is not None, -math.inf if one.found is None else one.found, *flags]
+        for one, flags in zip(seen, present, strict=True)
+    ]
+    everyone = torch.tensor([float(n) for row in numbers for n in row], dtype=torch.float64, device=backend.device)
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+    agreed = []
+    for one, config, row in zip(seen, configs.values(), everyone.split([len(row) for row in numbers]), strict=True):
+        has_effect, has_value, value, *flags = row.tolist()
+        missing = [name for name, flag in zip(config.groups or [], flags, strict=True) if not flag]
+        agreed.append(_Seen(None if has_effect else one.reason, missing, value if has_value else None))
+    return agreed
 
 
 class Expression:
@@ -71,7 +109,7 @@ class Expression:
         self._setters = dict(setters)
         self._found = {gene.name: _found(gene.target, gene.groups, backend) for gene in self._between_steps}
         self._clip, self._accumulation = backend.clip, backend.accumulation
-        self._dropouts = [(module, module.p) for module in _dropouts(backend.module)]
+        self._dropouts = [(module, name, getattr(module, name)) for module, name in _dropouts(backend.module)]
         self._values: Mapping[str, float] = {}
 
     def express(self, values: Mapping[str, float], *, batch_factor: int = 1) -> None:
@@ -100,8 +138,8 @@ class Expression:
         self._backend.clip = self._clip
         if self._backend.accumulation != self._accumulation:
             self._backend.accumulation = self._accumulation
-        for module, rate in self._dropouts:
-            module.p = rate
+        for module, name, rate in self._dropouts:
+            setattr(module, name, rate)
 
     def _in_effect(self, gene: Gene, value: float) -> float:
         base = self._found[gene.name]
@@ -158,9 +196,9 @@ class Expression:
         elif gene.target == "clip":
             self._backend.clip = self._in_effect(gene, value)
         elif gene.target == "dropout":
-            for module, rate in self._dropouts:
+            for module, name, rate in self._dropouts:
                 # A relative gene keeps the user's proportions between modules; torch refuses rates above 1.
-                module.p = min(rate * value, 1.0) if gene.relative else value
+                setattr(module, name, min(rate * value, 1.0) if gene.relative else value)
 
 
 def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
@@ -169,7 +207,8 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
     if key not in group:
         return
     scheduled = group[key] if place is None else group[key][place]
-    wanted = scheduled * value if gene.relative else value
+    # Megatron-core's groups say which share of a common value they take; norms and biases take no weight decay.
+    wanted = scheduled * value if gene.relative else value * group.get(_SHARES.get(key), 1.0)
     if isinstance(group[key], torch.Tensor):
         group[key] = torch.full_like(group[key], float(wanted))
     else:
@@ -183,12 +222,16 @@ def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | lis
     return [group for index, group in enumerate(groups) if str(group.get("name", index)) in names]
 
 
-def _dropouts(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Every module whose rate ``p`` drops something."""
+def _dropouts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """Every place that holds a rate at which something is dropped: a module and the name of the rate in it.
+
+    Dropout modules call it ``p``; layers that drop by function, as Megatron-core's do, ``hidden_dropout``.
+    """
     return [
-        part
+        (part, name)
         for part in module.modules()
-        if isinstance(getattr(part, "p", None), int | float) and "Drop" in type(part).__name__
+        for name in ("p", "hidden_dropout")
+        if isinstance(getattr(part, name, None), int | float) and (name != "p" or "Drop" in type(part).__name__)
     ]
 
 
@@ -204,7 +247,7 @@ def _found(target: str, names: Sequence[str] | None, backend: Backend) -> float 
     if target == "accumulation":
         return float(backend.accumulation)
     if target == "dropout":
-        rates = [part.p for part in _dropouts(backend.module)]
+        rates = [getattr(part, name) for part, name in _dropouts(backend.module)]
         return sum(rates) / len(rates) if rates else None
     return None
 
