@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self.apply(_initialize)
+        self.apply(initialize_weights)
         for block in self.blocks:
             # GPT-2's: the variance of the residual stream does not grow with the number of layers.
             for layer in (block.attention.out, block.mlp[2]):
@@ -90,7 +90,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def _initialize(module: nn.Module) -> None:
+def initialize_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
