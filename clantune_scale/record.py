@@ -119,6 +119,7 @@ class Recorder:
             resumed_from=str(clan.rounds.opening.folder),
             round=position.plan.index,
             population_size=clan.config.population_size,
+            sources=clan.rounds.sources,
             total_steps=clan.strategy.facts.total_steps,
             lost_events=self._lost,
             versions=_versions(),

@@ -17,7 +17,7 @@ from clantune_scale.checkpoint.everyone import Everyone
 from clantune_scale.checkpoint.lock import RunLock
 from clantune_scale.checkpoint.opening import open_run, put_aside
 from clantune_scale.checkpoint.preemption import Preemption
-from clantune_scale.checkpoint.restore import fault_of, restore_clan
+from clantune_scale.checkpoint.restore import fault_of, restore_clan, sources_of
 from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.checkpoint.writer import RoundWriter
 from clantune_scale.core.rounds import RoundPlan
@@ -67,11 +67,23 @@ class DurableRounds:
         """Length of the events file when the round was captured that this run goes on from; None for a new run."""
         return None if self.opening.content is None else self.opening.content["events_bytes"]
 
+    @property
+    def sources(self) -> list[int] | None:
+        """By member, the member that it continues, where there is another number of them now."""
+        content = self.opening.content
+        if content is None or len(content["holders"]) == self._clan.config.population_size:
+            return None
+        return list(self._sources(content))
+
     def restore(self) -> bool:
         """Puts the round into the clan; whether its phase had begun. Random streams follow with :meth:`ready`."""
         assert self.opening.content is not None
         numbers = restore_clan(self._clan, self.opening.folder, self._sources(self.opening.content))
-        self._places, self._streams = list(numbers["samplers"]), numbers["streams"]
+        self._places = list(numbers["samplers"])
+        # A member that was added goes on with the streams that it was started with: its source's would give it the
+        # same dropout in every step.
+        is_added = self._clan.member >= len(self.opening.content["holders"])
+        self._streams = None if is_added else numbers["streams"]
         return numbers["begun"]
 
     def ready_data(self) -> None:
@@ -170,6 +182,7 @@ class DurableRounds:
             "run_id": self.run_dir.name,
             "round": clan.phases.position.plan.index,
             "step": clan.phases.position.step,
+            "begun": capture.clan["begun"],
             "time_s": time.time(),
             "losses": clan.fitness.mean.tolist(),
             "events_bytes": clan.recorder.tracking.num_bytes,
@@ -197,4 +210,4 @@ class DurableRounds:
         return fault_of(folder, content, self._clan.world.at, self._sources(content))
 
     def _sources(self, content: dict[str, Any]) -> Sequence[int]:
-        return range(self._clan.config.population_size)
+        return sources_of(content, self._clan.config.population_size)

@@ -35,6 +35,8 @@ def fault_of(folder: Path, content: Mapping[str, Any], at: Coordinates, sources:
         at: the rank's place.
         sources: by member of this launch, the member that it continues.
     """
+    if content["begun"] and len(sources) != len(content["holders"]):
+        return "it was stopped inside a round, and another number of members can go on from a round's end alone"
     source = sources[at.member]
     holder = content["holders"][source]
     own = {path.relative_to(folder).as_posix() for path in rank_files(folder, source, at.member_rank)}
@@ -47,6 +49,20 @@ def fault_of(folder: Path, content: Mapping[str, Any], at: Coordinates, sources:
         elif entry.path.startswith(f"{RANKS}/") and not (folder / entry.path).exists():
             return f"{entry.path} is missing"
     return None
+
+
+def sources_of(content: Mapping[str, Any], population_size: int) -> list[int]:
+    """By member of this launch, the member of the saved round that it continues.
+
+    As many as there were: each its own. Fewer: the fittest of the round stay, in their order. More: all stay, and
+    the others are clones of the fittest, the second fittest and so on.
+    """
+    losses = content["losses"]
+    ranking = sorted(range(len(losses)), key=lambda member: (losses[member], member))
+    if population_size <= len(losses):
+        return sorted(ranking[:population_size])
+    added = population_size - len(losses)
+    return [*range(len(losses)), *(ranking[place % len(ranking)] for place in range(added))]
 
 
 def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, Any]:
@@ -65,9 +81,14 @@ def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, 
     past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
     if past:
         past[-1] = replace(past[-1], averages=data["averaged_before"])
-    clan.population = population_from(data["population"])
-    clan.fitness = Fitness.from_losses(data["losses"])
-    clan.phases.resume(data["step"], past, clan.population.teams)
+    population = population_from(data["population"])
+    clan.fitness = Fitness.from_losses([data["losses"][source] for source in sources])
+    clan.phases.resume(data["step"], past, population.teams)
+    clan.population = population
+    if list(sources) != list(range(len(population.genomes))):
+        clan.phases.resume(data["step"], past, None)
+        clan.population = clan.strategy.resized(population, sources, clan.phases.position.plan)
+        lineage.resize(sources)
     clan.recorder.lineage, clan.recorder.samples = lineage, data["samples"]
     numbers = _restore_rank(clan, folder, sources[clan.member])
     return {**numbers, "begun": data["begun"]}

@@ -59,9 +59,17 @@ class RoundRecord:
 
 
 class Lineage:
-    """The rounds of a run, in order."""
+    """The rounds of a run, in order.
 
-    def __init__(self, records: tuple[RoundRecord, ...] = ()) -> None:
+    Attributes:
+        resizes: by index of the first round with another number of members, for each of them the member whose state
+            it took.
+    """
+
+    def __init__(
+        self, records: tuple[RoundRecord, ...] = (), resizes: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
+        self.resizes = {index: tuple(sources) for index, sources in (resizes or {}).items()}
         self._records: list[RoundRecord] = []
         for record in records:
             self.append(record)
@@ -89,6 +97,10 @@ class Lineage:
             )
         self._records.append(record)
 
+    def resize(self, sources: Sequence[int]) -> None:
+        """The run goes on with these members (see ``resizes``)."""
+        self.resizes[len(self)] = tuple(sources)
+
     def ancestry(self, member: int) -> tuple[int | None, ...]:
         """For each round, the member that trained in it what ``member`` carries now.
 
@@ -112,7 +124,7 @@ class Lineage:
         Returns:
             Per round [members] shares that sum to 1, or None for a round that was restored away.
         """
-        held = {member: 1.0}
+        held = self._before_resize(len(self), {member: 1.0})
         found: list[tuple[float, ...] | None] = []
         for record in reversed(self._records):
             if record.average is not None:
@@ -122,12 +134,24 @@ class Lineage:
                 before[record.donors[holder]] += share
             # The guard keeps the state after every round that was not restored: going back undoes one round alone.
             found.append(None if record.restored else tuple(before))
-            held = {m: share for m, share in enumerate(before) if share}
+            held = self._before_resize(record.index, {m: share for m, share in enumerate(before) if share})
         return tuple(reversed(found))
+
+    def _before_resize(self, index: int, held: Mapping[int, float]) -> dict[int, float]:
+        """Shares in the members that there were before round ``index``."""
+        if index not in self.resizes:
+            return dict(held)
+        before: dict[int, float] = {}
+        for member, share in held.items():
+            source = self.resizes[index][member]
+            before[source] = before.get(source, 0.0) + share
+        return before
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that ``json.dumps`` takes."""
-        return {"schema": SCHEMA, "kind": "lineage", "rounds": [_to_plain(record) for record in self._records]}
+        plain = {"schema": SCHEMA, "kind": "lineage", "rounds": [_to_plain(record) for record in self._records]}
+        resizes = {str(index): list(sources) for index, sources in self.resizes.items()}
+        return plain | ({"resizes": resizes} if resizes else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Lineage:
@@ -141,7 +165,8 @@ class Lineage:
                 f"this is {data.get('kind')!r} of schema {data.get('schema')!r}, not 'lineage' of schema {SCHEMA}. "
                 f"Read it with the version of clantune_scale that wrote it."
             )
-        return cls(tuple(_from_plain(item) for item in data["rounds"]))
+        resizes = {int(index): sources for index, sources in data.get("resizes", {}).items()}
+        return cls(tuple(_from_plain(item) for item in data["rounds"]), resizes)
 
 
 def _only(shares: tuple[float, ...]) -> int:

@@ -67,7 +67,13 @@ def lineage_from_events(events: Iterable[Event]) -> Lineage:
     Args:
         events: as :func:`clantune_scale.tracking.read_events` gives them.
     """
-    return Lineage(tuple(_record(event) for event in rounds_of(events)))
+    lineage = Lineage()
+    for event in events:
+        if event["kind"] == "round_end":
+            lineage.append(_record(event))
+        elif event["kind"] == "resume" and event.get("sources"):
+            lineage.resize(event["sources"])
+    return lineage
 
 
 def schedule_from_events(events: Sequence[Event], *, member: int | None = None) -> ClanSchedule:
@@ -85,7 +91,8 @@ def schedule_from_events(events: Sequence[Event], *, member: int | None = None) 
     """
     genes, lineage = genes_of(events), lineage_from_events(events)
     chosen = champion_of(events) if member is None else member
-    size = start_of(events)["population_size"]
+    # A resumed run may have gone on with another number of members.
+    size = len(rounds_of(events)[-1]["members"])
     if not 0 <= chosen < size:
         raise ClanError(f"there is no member {chosen} in a clan of {size}. Give 0 to {size - 1}.")
     schedule = ClanSchedule.from_lineage(lineage, genes, member=chosen)

@@ -84,7 +84,7 @@ class Progress:
     def take(self, event: Event) -> str | None:
         """The line after this event; None where it changes nothing."""
         kind, step = event["kind"], event["step"]
-        if kind == "run_start":
+        if kind in ("run_start", "resume"):
             self._total, self._began = event["total_steps"], (step, event["time_s"])
         elif kind == "phase_start":
             self._phase = (event["round"], event["phase"], step, event["num_steps"])

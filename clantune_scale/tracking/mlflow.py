@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import sys
@@ -18,7 +19,7 @@ from clantune_scale.tracking import metrics
 from clantune_scale.tracking import uri as uris
 from clantune_scale.tracking.artifacts import Artifacts
 from clantune_scale.tracking.background import Event
-from clantune_scale.tracking.events import read_events
+from clantune_scale.tracking.events import iter_events, read_events
 from clantune_scale.tracking.lifecycle import KILLED
 from clantune_scale.tracking.system_metrics import start_monitor
 
@@ -26,6 +27,8 @@ _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
 # Its pages open on runs and charts, not on what MLflow has for language model applications.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
+# In the run's folder: which runs of which store are its own.
+_IDS = "mlflow.json"
 _SETTINGS = ("config", "topology", "batch", "total_steps", "resumed_from", "start_genome", "tokens_per_sample")
 
 
@@ -55,6 +58,7 @@ class MlflowRecorder:
         self._experiment_id = self._find_or_create(experiment, uri)
         self._handlers = {
             "run_start": self._start,
+            "resume": self._resume,
             "phase_start": self._phase,
             "step": self._step,
             "round_end": self._round,
@@ -62,7 +66,7 @@ class MlflowRecorder:
             "run_end": self._end,
         }
         self._uri = uri
-        self._refreshes, self._monitors_system = is_live, is_live and system_metrics
+        self._is_live, self._monitors_system = is_live, is_live and system_metrics
         self._artifacts: Artifacts | None = None
         self._monitor: Any = None
         self._step_now = 0
@@ -97,9 +101,42 @@ class MlflowRecorder:
         for member, ranks in enumerate(event["member_ranks"]):
             tags = {"mlflow.parentRunId": self.parent, "clantune.member": member, "clantune.ranks": ranks}
             self.children.append(self._create(event, f"{event['name']}/member-{member}", tags))
+        if self._is_live:
+            ids = {"uri": uris.redact(self._uri), "parent": self.parent, "children": self.children}
+            (self._run_dir / _IDS).write_text(json.dumps(ids))
+        self._accompany()
+
+    def _accompany(self) -> None:
+        """What goes along with the parent run."""
+        assert self.parent is not None
         self._artifacts = Artifacts(self._client, self.parent, self._run_dir)
         if self._monitors_system:
             self._monitor = start_monitor(self.parent, uri=self._uri, step=lambda: self._step_now)
+
+    def _resume(self, event: Event) -> None:
+        """Goes on with the runs of the launch before; where this store has none, they are made from the file."""
+        if self.parent is not None:
+            return
+        ids = self._known_ids()
+        if ids is None:
+            for earlier in iter_events(self._run_dir / "events.jsonl"):
+                if earlier["kind"] == "resume" and earlier["time_s"] >= event["time_s"]:
+                    break
+                self.record(earlier)
+        else:
+            self.parent, self.children = ids["parent"], list(ids["children"])
+            for run in (self.parent, *self.children):
+                self._client.update_run(run, status="RUNNING")
+            self._accompany()
+        self._log(self.parent, event, {}, {"clantune.resumed_from": event["resumed_from"]})
+
+    def _known_ids(self) -> dict[str, Any] | None:
+        """The ids that the first launch wrote down, where this is the store that knows them."""
+        path = self._run_dir / _IDS
+        if not path.exists():
+            return None
+        ids = json.loads(path.read_text())
+        return ids if ids["uri"] == uris.redact(self._uri) else None
 
     def _step(self, event: Event) -> None:
         self._log(self.parent, event, metrics.of_step(event))
@@ -112,7 +149,7 @@ class MlflowRecorder:
         for member, rate in zip(event["members"], event["learning_rates"], strict=True):
             tags = {"clantune.donor": member["donor"], "clantune.reason": member["reason"]}
             self._log(self.children[member["member"]], event, metrics.of_member(event, member, rate), tags)
-        if self._refreshes and self._artifacts is not None:
+        if self._is_live and self._artifacts is not None:
             self._artifacts.refresh_if_due()
 
     def _warn(self, event: Event) -> None:

@@ -26,6 +26,7 @@ class Terminal:
         self._progress = Progress()
         self._formats = {
             "run_start": self._start,
+            "resume": self._resume,
             "step": self._step,
             "round_end": self._round,
             "warning": self._warning,
@@ -50,6 +51,13 @@ class Terminal:
             f"strategy {event['strategy']}, genes {genes}",
             f"clan {event['name']}: {BatchPlan(**event['batch']).describe()}",
             f"clan {event['name']}: events in {self._events_path}",
+        )
+
+    def _resume(self, event: Event) -> Sequence[str]:
+        lost = f"; what came after is in {event['lost_events']}" if event["lost_events"] else ""
+        return (
+            f"clan {event['name']}: goes on after {event['step']} steps, from {event['resumed_from']}",
+            f"clan {event['name']}: events in {self._events_path}{lost}",
         )
 
     def _step(self, event: Event) -> Sequence[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking import uri as uris
@@ -75,21 +76,43 @@ class _Follower:
         """Every event there is and every one that comes, until nothing comes for too long."""
         if not self._wait_for(self._path.exists, f"waiting for {self._path}"):
             return
-        with open(self._path, "rb") as file:
-            torn, number = b"", 0
-            while True:
-                chunk = file.readline()
-                # Without its end a line is still being written: the rest comes with a later look.
-                torn += chunk
-                if torn.endswith(b"\n"):
-                    number += 1
-                    event = self._parse(torn, number)
-                    torn = b""
-                    if event is not None:
-                        self.is_behind = file.tell() < os.fstat(file.fileno()).st_size
+        told_s = last_s = -math.inf
+        is_over = False
+        while not is_over:
+            with open(self._path, "rb") as file:
+                for event in self._lines(file):
+                    # In a file that has taken the place of another (a run was resumed), the past is told already.
+                    if event["time_s"] > told_s:
+                        last_s = max(last_s, event["time_s"])
                         yield event
-                elif not chunk and not self._wait_for(lambda: _has_more(file), self._silence()):
+                is_over = not self._is_replaced(file)
+            told_s = last_s
+
+    def _lines(self, file: BinaryIO) -> Iterator[Event]:
+        """Events of one file, until nothing comes for too long or another file has taken its place."""
+        torn, number = b"", 0
+        while True:
+            chunk = file.readline()
+            # Without its end a line is still being written: the rest comes with a later look.
+            torn += chunk
+            if torn.endswith(b"\n"):
+                number += 1
+                event = self._parse(torn, number)
+                torn = b""
+                if event is not None:
+                    self.is_behind = file.tell() < os.fstat(file.fileno()).st_size
+                    yield event
+            elif not chunk:
+                has_come = self._wait_for(lambda: _has_more(file) or self._is_replaced(file), self._silence())
+                if not has_come or not _has_more(file):
                     return
+
+    def _is_replaced(self, file: BinaryIO) -> bool:
+        """Whether the path leads to another file now: a run that is resumed writes a new one (``cut_events``)."""
+        try:
+            return os.stat(self._path).st_ino != os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
 
     def _parse(self, line: bytes, number: int) -> Event | None:
         try:

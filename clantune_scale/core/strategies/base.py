@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.mutation import mutate
 from clantune_scale.core.rounds import RoundPlan
 
 
@@ -118,6 +119,29 @@ class Strategy(ABC):
         Raises:
             EvaluationError: if no member has a finite fitness and the strategy cannot go back.
         """
+
+    def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
+        """The population of a run that goes on with another number of members.
+
+        A member keeps the genome of the one whose state it takes; where several take one's, all but the first carry
+        it mutated, as clones do. Memory stays: a strategy whose memory counts members says its own.
+
+        Args:
+            population: of the round that is over, one genome per member that there was.
+            sources: by member that there is now, the one whose state it takes.
+            plan: of the round that follows.
+
+        Raises:
+            ClanError: if this strategy cannot go on so.
+        """
+        genomes = []
+        for member, source in enumerate(sources):
+            genome = population.genomes[source]
+            if source in sources[:member]:
+                seed = self.facts.seed
+                genome = mutate(genome, self.facts.genes, seed=seed, round_=plan.index - 1, member=member)
+            genomes.append(genome)
+        return Population(tuple(genomes), population.memory)
 
     def lr_factor(self, step: int) -> float:
         """A factor on every learning rate in the step after ``step`` completed ones (the final decay)."""

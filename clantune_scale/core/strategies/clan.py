@@ -8,7 +8,7 @@ rounds grow with the age of the run; and genes freeze before the final decay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,10 @@ class Clan(Strategy):
         reasons[donor] = f"fittest; {said}"
         donors = (donor,) * fitness.num_members
         return Decision(self._population(memory, next_plan), donors, reasons=tuple(reasons))
+
+    def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
+        """Everyone around the centre, which is the clan's and no member's."""
+        return self._population(population.memory, plan)
 
     def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
         genes = [self.facts.gene(name) for name in plan.explores]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -28,7 +29,7 @@ from clantune_scale.core.strategies.lengths import round_end
 from clantune_scale.core.strategies.options import require
 from clantune_scale.core.strategies.selection import survivors
 from clantune_scale.core.strategies.teams import captains_of, join
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ClanError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,17 @@ class Halving(Strategy):
         memory = {"num_entrants": size, "reference": [_finite(loss) for loss in start.mean]}
         genomes = tuple(Genome(own, initial.step_sizes) for own in values)
         return Population(genomes, memory, teams=tuple(range(size)))
+
+    def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
+        """Refused: how many entrants leave at which step follows from how many there were.
+
+        Raises:
+            ClanError: always.
+        """
+        raise ClanError(
+            f"halving began with {len(population.genomes)} members and cannot go on with {len(sources)}: its rungs "
+            f"follow from their number. Go on with as many, or start anew."
+        )
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
         """Retires who is broken and, at a rung's end, the less fit; their members join the teams that go on.

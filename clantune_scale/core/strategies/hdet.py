@@ -135,6 +135,10 @@ class HDET(Strategy):
             base[gene.name] = _shifted(gene, base[gene.name], velocity[gene.name], o)
         return {"base": base, "velocity": velocity}
 
+    def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
+        """Everyone at a multiple of the base, which is the clan's and no member's."""
+        return self._population(population.memory, plan.index)
+
     def _population(self, memory: Mapping[str, Any], round_: int) -> Population:
         """The members of a round, each gene's multipliers dealt by a permutation of its own."""
         size, initial = self.facts.population_size, Genome.initial(self.facts.genes)
