@@ -1,4 +1,4 @@
-"""A clan on a model and an optimizer of Megatron-core's, in a training loop of the user's own."""
+"""``clantune_scale.attach_megatron``: a clan on Megatron-core's model and optimizer, in a loop of the user's own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,29 @@ from torch.utils.data import Dataset
 
 from clantune_scale import world
 from clantune_scale.backends.megatron.engine import MegatronBackend
-from clantune_scale.backends.megatron.rules import only_chunk
-from clantune_scale.batch import split_batch
+from clantune_scale.batch import BatchPlan
 from clantune_scale.clan import Clan
-from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.config import ClanConfig
 from clantune_scale.errors import ConfigError, TopologyError
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Setter
+from clantune_scale.joining import read_block
+
+
+class MegatronClan(Clan):
+    """A clan in a loop of the user's own; see :func:`attach_megatron`."""
+
+    backend: MegatronBackend
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that are done, skipped ones among them."""
+        return self.backend.num_steps
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of the step that comes, as Megatron's schedule is to be given them."""
+        return self.backend.accumulation
 
 
 def attach_megatron(
@@ -24,87 +40,112 @@ def attach_megatron(
     optimizer: Any,
     scheduler: Any = None,
     *,
-    config: str | os.PathLike[str] | Mapping[str, Any],
+    config: str | os.PathLike[str] | Mapping[str, Any] | ClanConfig,
     forward_step: Callable[..., Any],
     seq_length: int,
+    micro_batch_size: int,
+    num_microbatches: int = 1,
     eval_data: Dataset,
     evaluate: Evaluate | None = None,
     gene_setters: Mapping[str, Setter] | None = None,
     collate_fn: Callable[[list], Any] | None = None,
-) -> Clan | None:
+    total_steps: int | None = None,
+) -> MegatronClan:
     """Attaches a clan to a Megatron-core model; the training loop stays Megatron's.
 
-    Call ``clantune_scale.join(config)`` before the process group exists, and build everything in the world that is
-    left: the member's. Then read from ``clan.loader(dataset)`` and give the schedule
-    ``num_microbatches=clan.backend.accumulation`` (Megatron's calculator follows, where it is used).
+    ``clantune_scale.join(config)`` comes first of all, before ``init_process_group``: from there on the world, and
+    with it ``parallel_state``, is the member's. Then the loop is::
+
+        clan = clantune_scale.attach_megatron(model, optimizer, scheduler, config=config, ...)
+        batches = ...  # over clan.loader(dataset), again and again
+        while clan.num_steps < num_steps:
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            get_forward_backward_func()(
+                forward_step_func=forward_step, data_iterator=batches, model=[model],
+                num_microbatches=clan.num_microbatches, ...
+            )
+            is_updated, *_ = optimizer.step()
+            if is_updated:
+                scheduler.step(increment=1)
+        clan.finish()
+
+    A round's end (evaluation, cloning) is inside the call that ends the step. Megatron's calculator of the number of
+    micro-batches follows the clan where it is used.
 
     Args:
-        model: Megatron's ``DistributedDataParallel``, or a list of one.
+        model: Megatron's ``DistributedDataParallel``, or a list of one; replicas equal, as for Megatron itself.
         optimizer: from ``get_megatron_optimizer``.
-        scheduler: Megatron's ``OptimizerParamScheduler``, or None.
-        config: a mapping or a JSON file with the batch (``train_batch_size`` of the whole clan,
-            ``train_micro_batch_size_per_gpu``, ``gradient_accumulation_steps``; two say the third) and the
-            ``clantune`` block.
+        scheduler: Megatron's ``OptimizerParamScheduler``; goes with a clone, and ends each step. None where there is
+            none or it moves otherwise.
+        config: the ``clantune`` block, or a dict or JSON file that has it under that name.
         forward_step: the ``(data_iterator, model) -> (output, loss_func)`` that training gives to the schedule.
         seq_length: tokens of a sequence.
+        micro_batch_size: sequences per rank and backward pass.
+        num_microbatches: micro-batches per optimizer step; a gene may change it.
         eval_data: map-style dataset on which selection compares members; ``forward_step`` gets its batches too.
         evaluate: ``(model, batch) -> loss`` in place of ``forward_step``, run on all stages at once; what the last
             pipeline stage returns counts.
         gene_setters: by target name, a function that puts a gene's value into effect.
-        collate_fn: joins samples of ``eval_data`` to a batch; torch's default where None.
+        collate_fn: joins validation samples to a batch; torch's default where None.
+        total_steps: optimizer steps of the whole run, where the block does not say.
 
     Returns:
-        The clan; None where the config has no ``clantune`` block or one with ``"enabled": false``.
+        The clan, hooked onto model and optimizer.
 
     Raises:
-        ConfigError: if the config, the model or the optimizer cannot be used.
-        TopologyError: if the clan was not joined, or the ranks do not form it.
+        ConfigError: if the block, the model's parallelism or the optimizer cannot be used, or there is nothing to
+            evaluate on.
+        TopologyError: if the clan was not joined before, or ranks do not form it.
     """
-    rest, block = extract(load_ds_config(config))
-    if block is None or not block.enabled:
-        return None
-    joined = world.current()
-    if joined is None:
+    block = read_block(config)
+    if eval_data is None:
+        raise ConfigError(
+            "a clan compares its members on common examples and there are none. Pass eval_data=... to "
+            "attach_megatron(), a map-style dataset apart from the training and test data."
+        )
+    if world.current() is None:
         raise TopologyError(
             "the clan was not joined, and the model was built over the ranks of all members. Call "
             "clantune_scale.join(config) before torch.distributed.init_process_group()."
         )
-    if joined.topology.population_size != block.population_size:
-        raise TopologyError(
-            f"this process has joined a clan of {joined.topology.population_size} members, and the config says "
-            f"{block.population_size}. Give join() and attach_megatron() the same config."
-        )
-    if not hasattr(eval_data, "__getitem__"):
-        raise ConfigError(
-            f"eval_data is a {type(eval_data).__name__} without __getitem__, and every member must see the same "
-            f"examples of it. Pass a map-style dataset."
-        )
-    dp_group = only_chunk(model).dp_group
-    _, batch = split_batch(rest, population_size=block.population_size, dp_size=dp_group.size())
     backend = MegatronBackend(
         model,
         optimizer,
         scheduler,
         forward_step=forward_step,
         seq_length=seq_length,
-        micro_batch_size=batch.micro_batch,
-        accumulation=batch.accumulation,
+        micro_batch_size=micro_batch_size,
+        accumulation=num_microbatches,
     )
     window = ValidationWindow(
         eval_data,
         num_samples=block.fitness.num_samples,
-        batch_size=block.fitness.batch_size or batch.micro_batch,
+        batch_size=block.fitness.batch_size or micro_batch_size,
         dp_rank=backend.dp_rank,
         dp_size=backend.dp_size,
         collate_fn=collate_fn,
     )
-    return Clan(
-        world=joined,
+    return MegatronClan(
+        # Raises where it was joined with another number of members.
+        world=world.join(block.population_size),
         backend=backend,
         config=block,
-        batch=batch,
+        batch=_batch(block, backend),
         window=window,
         evaluate=evaluate,
         setters=gene_setters,
-        total_steps=block.total_steps,
+        total_steps=block.total_steps or total_steps,
+    )
+
+
+def _batch(block: ClanConfig, backend: MegatronBackend) -> BatchPlan:
+    member_batch = backend.micro_batch_size * backend.accumulation * backend.dp_size
+    return BatchPlan(
+        clan_batch=member_batch * block.population_size,
+        member_batch=member_batch,
+        micro_batch=backend.micro_batch_size,
+        accumulation=backend.accumulation,
+        dp_size=backend.dp_size,
+        population_size=block.population_size,
     )

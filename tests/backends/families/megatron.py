@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,13 +69,11 @@ class Megatron:
                 self.model,
                 self.optimizer,
                 self.scheduler,
-                config={
-                    "train_micro_batch_size_per_gpu": MICRO,
-                    "gradient_accumulation_steps": setup.accumulation,
-                    "clantune": block,
-                },
+                config=block,
                 forward_step=forward_step,
                 seq_length=CONTEXT,
+                micro_batch_size=MICRO,
+                num_microbatches=setup.accumulation,
                 eval_data=valid,
             )
             self.loader = self.clan.loader(train)
@@ -98,7 +97,7 @@ class Megatron:
 
         batches = _forever(self.loader)
         while self._num_steps < num_steps:
-            accumulation = self.clan.backend.accumulation if self.clan else self._setup.accumulation
+            accumulation = self.clan.num_microbatches if self.clan else self._setup.accumulation
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             get_forward_backward_func()(
@@ -299,7 +298,7 @@ def _master(model: Any, optimizer: Any, parameter: torch.nn.Parameter) -> torch.
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),
             (part.model_fp32_groups, part.shard_fp32_groups),
         ):
-            for inside, main in zip(sum(models, []), sum(mains, []), strict=True):
+            for inside, main in zip(chain(*models), chain(*mains), strict=True):
                 if inside is parameter:
                     place = part._get_model_param_range_map(parameter)["param"]
                     full[place.start : place.end] = main.detach()
