@@ -68,6 +68,8 @@ def end(engine: Any, losses: list[float], ends: str) -> Outcome:
 def standing(engine: Any, losses: list[float]) -> dict[str, Any]:
     """What must be equal to the last bit."""
     clan = engine.clan
+    with torch.random.fork_rng([]):
+        draw = torch.rand(3).tolist()
     group = engine.basic_optimizer.param_groups[0]
     return {
         "state": state_digest(clan.state()),
@@ -75,7 +77,7 @@ def standing(engine: Any, losses: list[float]) -> dict[str, Any]:
         "model": torch.cat([p.detach().float().flatten() for p in engine.module.parameters()]).double().sum().item(),
         "population": clan.population,
         "lineage": [(r.start_step, r.genomes, r.losses, r.donors, r.restored) for r in clan.recorder.lineage],
-        "draw": torch.rand(3).tolist(),
+        "draw": draw,
         "next": clan.samplers[0].state_dict(),
         "counters": clan.backend.counters(),
         "rates": [group["lr"], clan.learning_rate(clan.phases.position.step)],

@@ -139,7 +139,19 @@ def member_state(engine: Any) -> MemberState:
 def _grow(engine: Any, names: Collection[str]) -> None:
     """Optimizer state for exactly the masters that have some among ``names`` (see ``MemberState.grow``)."""
     wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
-    grow_optimizer(engine.basic_optimizer, masters(engine), wanted)
+    keys, inner = masters(engine), engine.basic_optimizer
+    if optimizer_kind(engine) != "DeepSpeedZeroOptimizer_Stage3":
+        grow_optimizer(inner, keys, wanted)
+        return
+    # ZeRO 3 shows the optimizer one master at a time, and none between steps.
+    hidden = [group["params"] for group in inner.param_groups]
+    for index, group in enumerate(inner.param_groups):
+        group["params"] = [
+            key for place, key in enumerate(keys) if engine.optimizer.sub_group_to_group_id[place] == index
+        ]
+    grow_optimizer(inner, keys, wanted)
+    for group, params in zip(inner.param_groups, hidden, strict=True):
+        group["params"] = params
 
 
 def counters(engine: Any) -> dict[str, int]:
