@@ -101,9 +101,7 @@ class MlflowRecorder:
         for member, ranks in enumerate(event["member_ranks"]):
             tags = {"mlflow.parentRunId": self.parent, "clantune.member": member, "clantune.ranks": ranks}
             self.children.append(self._create(event, f"{event['name']}/member-{member}", tags))
-        if self._is_live:
-            ids = {"uri": uris.redact(self._uri), "parent": self.parent, "children": self.children}
-            (self._run_dir / _IDS).write_text(json.dumps(ids))
+        self._remember_ids()
         self._accompany()
 
     def _accompany(self) -> None:
@@ -115,25 +113,32 @@ class MlflowRecorder:
 
     def _resume(self, event: Event) -> None:
         """Goes on with the runs of the launch before; where this store has none, they are made from the file."""
-        if self.parent is not None:
-            return
         ids = self._known_ids()
-        if ids is None:
-            for earlier in iter_events(self._run_dir / "events.jsonl"):
-                if earlier["kind"] == "resume" and earlier["time_s"] >= event["time_s"]:
-                    break
-                self.record(earlier)
-        else:
+        if self.parent is None and ids is not None:
             self.parent, self.children = ids["parent"], list(ids["children"])
             for run in (self.parent, *self.children):
                 self._client.update_run(run, status="RUNNING")
             self._accompany()
+        elif self.parent is None:
+            for earlier in iter_events(self._run_dir / "events.jsonl"):
+                if earlier["kind"] == "resume" and earlier["time_s"] >= event["time_s"]:
+                    break
+                self.record(earlier)
+        for member in range(len(self.children), event.get("population_size", 0)):
+            tags = {"mlflow.parentRunId": self.parent, "clantune.member": member}
+            self.children.append(self._create(event, f"{event['name']}/member-{member}", tags))
+        self._remember_ids()
         self._log(self.parent, event, {}, {"clantune.resumed_from": event["resumed_from"]})
+
+    def _remember_ids(self) -> None:
+        if self._is_live:
+            ids = {"uri": uris.redact(self._uri), "parent": self.parent, "children": self.children}
+            (self._run_dir / _IDS).write_text(json.dumps(ids))
 
     def _known_ids(self) -> dict[str, Any] | None:
         """The ids that the first launch wrote down, where this is the store that knows them."""
         path = self._run_dir / _IDS
-        if not path.exists():
+        if not (self._is_live and path.exists()):
             return None
         ids = json.loads(path.read_text())
         return ids if ids["uri"] == uris.redact(self._uri) else None

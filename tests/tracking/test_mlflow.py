@@ -10,7 +10,7 @@ import pytest
 
 from clantune_scale.config import ClanConfig
 from clantune_scale.errors import ClanError
-from clantune_scale.tracking.events import EventLog
+from clantune_scale.tracking.events import EventLog, read_events
 from clantune_scale.tracking.mlflow import MlflowRecorder, upload
 from tests.tracking import sample_run, simulated_run
 
@@ -202,3 +202,46 @@ def test_command_line(store, uri, client):
     run_id = done.stdout.split()[-1]
     assert client.get_run(run_id).info.status == "KILLED"
     assert "Traceback" not in done.stderr and "RuntimeWarning" not in done.stderr
+
+
+def _first_launch(store, uri, name, rounds=2):
+    """A live run whose process died: its folder, and the recorder that it had."""
+    recording = Recording(store / name)
+    sample_run.emit_all(recording, CONFIG, rounds=rounds)
+    recorder = MlflowRecorder(uri, experiment="clantune", run_dir=store / name, is_live=True)
+    for event in read_events(store / name / "events.jsonl"):
+        recorder.record(event)
+    return recording, recorder
+
+
+def _resume(recording, uri, run_dir, members=2):
+    """The launch after it."""
+    fields = {"name": "sample", "resumed_from": str(run_dir / "rounds" / "round-000000"), "population_size": members}
+    recording.emit("resume", 10, **fields)
+    recorder = MlflowRecorder(uri, experiment="clantune", run_dir=run_dir, is_live=True)
+    resume = read_events(run_dir / "events.jsonl")[-1]
+    recorder.record(resume)
+    recorder.record(recording.log.append("round_end", 20, sample_run.round_end(CONFIG, 1)))
+    return recorder
+
+
+def test_a_resumed_run_goes_on_in_the_same_runs(store, uri, client):
+    recording, first = _first_launch(store, uri, "resumed")
+    for run in (first.parent, *first.children):
+        client.set_terminated(run, status="KILLED")
+    second = _resume(recording, uri, store / "resumed")
+    assert (second.parent, second.children) == (first.parent, first.children)
+    parent = client.get_run(first.parent)
+    assert parent.info.status == "RUNNING"
+    assert parent.data.tags["clantune.resumed_from"].endswith("round-000000")
+    assert [step for step, _ in history(client, parent, "fitness/best")] == [10, 20, 20]
+
+
+def test_runs_that_the_store_does_not_know_are_made_from_the_file(store, uri, client):
+    recording, first = _first_launch(store, uri, "unknown", rounds=1)
+    (store / "unknown" / "mlflow.json").unlink()
+    second = _resume(recording, uri, store / "unknown", members=3)
+    assert second.parent != first.parent and len(second.children) == 3
+    parent = client.get_run(second.parent)
+    assert [step for step, _ in history(client, parent, "fitness/best")] == [10, 20]
+    assert client.get_run(second.children[2]).info.run_name == "sample/member-2"

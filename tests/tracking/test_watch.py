@@ -10,6 +10,7 @@ import pytest
 
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking import watch as watching
+from clantune_scale.tracking.events import cut_events
 from clantune_scale.tracking.live import Lines
 from clantune_scale.tracking.watch import watch
 from tests.tracking import simulated_run
@@ -98,3 +99,33 @@ def test_a_file_that_is_no_run(tmp_path, seen, line, message):
     (tmp_path / "events.jsonl").write_bytes(line)
     with pytest.raises(ClanError, match=message):
         watch(tmp_path, on=seen)
+
+
+def test_a_run_that_is_resumed_is_followed_into_its_new_file(tmp_path, seen):
+    """The last round's events are taken back and told anew; the rounds before are not told twice."""
+    path = tmp_path / "events.jsonl"
+    lines = lines_of(3, end=False)
+    kept = next(i for i, line in enumerate(lines) if b'"round_end"' in line and b'"round": 1' in line) + 1
+    path.write_bytes(b"".join(lines))
+    watcher = threading.Thread(target=watch, args=(tmp_path,), kwargs={"on": seen, "poll_s": 0.01, "timeout_s": 20})
+    watcher.start()
+    while titles(seen.lines) != ["round 0", "round 1", "round 2"]:
+        time.sleep(0.01)
+    assert cut_events(path, len(b"".join(lines[:kept]))) == "events.lost-1.jsonl"
+    assert (tmp_path / "events.lost-1.jsonl").read_bytes() == b"".join(lines[kept:])
+    latest = max(json.loads(line)["time_s"] for line in lines)
+    resume = {
+        "kind": "resume",
+        "name": "simulated",
+        "resumed_from": "round-000001",
+        "lost_events": "events.lost-1.jsonl",
+    }
+    again = [{"schema": 1, "step": 40, "total_steps": 60, **resume}, *map(json.loads, lines[kept:]), END]
+    with open(path, "ab") as file:
+        for number, event in enumerate(again):
+            file.write(json.dumps(event | {"time_s": latest + 1 + number}).encode() + b"\n")
+    watcher.join(20)
+    assert not watcher.is_alive()
+    assert titles(seen.lines) == ["round 0", "round 1", "round 2", "round 2"]
+    assert any("goes on after 40 steps" in line and "round-000001" in line for line in seen.lines)
+    assert seen.lines[-2].startswith("clan FAILED after 60 steps")
