@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from corpus import Corpus, load, standard_library, text_files
-from gpt import GPT
+from corpus import Corpus
 from torch.utils.data import DataLoader, Dataset
+from training import add_arguments, build_gpt, forever, load_corpus
 
 import clantune_scale
 
@@ -24,15 +22,7 @@ import clantune_scale
 def parse_arguments() -> argparse.Namespace:
     """DeepSpeed's arguments and the script's own."""
     parser = argparse.ArgumentParser(description="Pretrains a byte-level GPT.")
-    parser.add_argument("--text", type=Path, nargs="*", help="files and folders; the standard library where left out")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
-    parser.add_argument("--context", type=int, default=128, help="bytes that the model sees")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test_windows", type=int, default=1024, help="windows of the test split for the last line")
+    add_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return deepspeed.add_config_arguments(parser).parse_args()
 
@@ -41,16 +31,7 @@ def main() -> None:
     """Trains, then tells the test loss."""
     arguments = parse_arguments()
     is_first_rank = os.environ.get("RANK", "0") == "0"
-    files = text_files(arguments.text) if arguments.text else standard_library()
-    corpus = load(files, context=arguments.context)
-    torch.manual_seed(arguments.seed)
-    model = GPT(
-        context=arguments.context,
-        width=arguments.width,
-        num_layers=arguments.layers,
-        num_heads=arguments.heads,
-        dropout=arguments.dropout,
-    )
+    corpus, model = load_corpus(arguments), build_gpt(arguments)
     engine, _, loader, _ = clantune_scale.initialize(
         args=arguments,
         model=model,
@@ -67,12 +48,6 @@ def main() -> None:
     loss = test_loss(engine, corpus, num_windows=arguments.test_windows)
     if is_first_rank:
         print(f"test loss {loss:.4f} nats per byte", flush=True)
-
-
-def forever(loader: Any) -> Iterator[torch.Tensor]:
-    """Batches of one epoch after the other."""
-    while True:
-        yield from loader
 
 
 def test_loss(engine: Any, corpus: Corpus, *, num_windows: int) -> float:
