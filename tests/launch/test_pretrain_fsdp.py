@@ -61,5 +61,6 @@ def test_the_champion_is_a_whole_model_in_full_precision(finished):
     with safe_open(finished[1] / "champion.safetensors", framework="pt") as file:
         # Twice the rows of a rank's shard.
         assert file.get_tensor("blocks.1.mlp.0.weight").shape == (128, 32)
-        assert file.get_tensor("token.weight").dtype.is_floating_point and "head.weight" not in file.keys()
+        # The head's weight is the embedding's, and the masters are in float32 whatever the model computes in.
         assert str(file.get_tensor("token.weight").dtype) == "torch.float32"
+        assert "head.weight" not in set(file.keys())
