@@ -63,7 +63,8 @@ def split_batch(
         counted: how often DeepSpeed counts each of them: AutoTP's tensor degree, else 1.
 
     Returns:
-        The config that a member's engine gets, with all three batch keys set, and the plan.
+        The config that a member's engine gets, with all three batch keys set (with AutoTP, without
+        ``train_batch_size``, which then follows), and the plan.
 
     Raises:
         ConfigError: if a value is "auto" or not a positive whole number, no batch size is given, or
@@ -94,7 +95,11 @@ def split_batch(
         population_size=population_size,
         counted=counted,
     )
-    return {**ds_config, TRAIN: plan.member_batch * counted, MICRO: micro, ACCUMULATION: accumulation}, plan
+    member_config = {**ds_config, TRAIN: plan.member_batch, MICRO: micro, ACCUMULATION: accumulation}
+    if counted > 1:
+        # DeepSpeed checks it twice under ZeRO 3, once with the tensor ranks counted and once without.
+        del member_config[TRAIN]
+    return member_config, plan
 
 
 def _read(ds_config: Mapping[str, Any], key: str) -> int | None:

@@ -77,9 +77,7 @@ def test_autotp_counts_tensor_ranks_too():
     config = {"train_batch_size": 64, "gradient_accumulation_steps": 2}
     member, plan = split_batch(config, population_size=2, dp_size=2, counted=2)
     assert (plan.clan_batch, plan.member_batch, plan.micro_batch, plan.accumulation) == (32, 16, 4, 2)
-    assert member == {
-        "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
-    }  # fmt: skip
+    assert member == {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
     assert "each tensor rank for itself, train_batch_size is 64" in plan.describe()
     with pytest.raises(ConfigError, match=r"population_size\(2\) x dp\(2\) x tp\(2\)"):
         split_batch(config | {"train_batch_size": 60}, population_size=2, dp_size=2, counted=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
@@ -101,6 +101,15 @@ class PipelineBackend(DeepSpeedBackend):
         if evaluate is not None:
             return loss_of(evaluate(self.engine, batch))
         return self.engine.eval_batch(iter([batch]), num_micro_batches=1)
+
+    def counters(self) -> dict[str, int]:
+        """DeepSpeed's own, and the module's count of forward passes, from which it seeds its layers."""
+        return super().counters() | {"micro_offset": self.engine.module.micro_offset}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        rest = dict(counters)
+        self.engine.module.micro_offset = rest.pop("micro_offset")
+        super().load_counters(rest)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """This stage's, layers by their global number; a tied weight on the first of its stages alone."""
