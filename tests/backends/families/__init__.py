@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-FAMILIES = ("zero", "pipeline", "megatron")
+FAMILIES = ("zero", "pipeline", "deepspeed_tp", "deepspeed_moe", "fsdp", "ddp", "megatron")
 
 
 @dataclass(frozen=True)
