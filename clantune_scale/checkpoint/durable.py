@@ -6,6 +6,7 @@ import atexit
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +144,9 @@ class DurableRounds:
         return self._everyone.from_leader(names[0] if self._writer.last_step == step else None)
 
     def finish(self) -> None:
-        """Waits for the round that is being written and leaves the folder to others."""
+        """Waits for the round that is being written."""
         if self._made is not None:
             self._made.settle(wait=True)
-        self.release()
 
     def release(self) -> None:
         """Leaves the folder to others, and signals to who handled them before."""
@@ -169,7 +169,7 @@ class DurableRounds:
                 self._everyone,
                 self._clan.world.at,
                 # The thread that writes talks over it while training talks over the engine's own.
-                dist.new_group(backend="gloo"),
+                dist.new_group(backend="gloo", timeout=timedelta(seconds=self._clan.world.timeout_s)),
                 keep_last=self._settings.keep_last,
                 say=self._warn,
             )

@@ -17,14 +17,15 @@ class Everyone:
     """
 
     def __init__(self, world: ClanWorld, groups: ClanGroups) -> None:
-        size = world.topology.member_size
-        self._member = Column(groups.member() if size > 1 else None, world.at.member_rank, size)
-        self._column = world.column
+        self._world, self._groups = world, groups
         self.is_leader = world.is_clan_leader
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, in the launcher's order."""
-        return [said for member in self._column.gather_json(self._member.gather_json(value)) for said in member]
+        size = self._world.topology.member_size
+        # Asked for each time: whoever holds a group keeps it from being let go of when the interpreter ends.
+        member = Column(self._groups.member() if size > 1 else None, self._world.at.member_rank, size)
+        return [said for rank in self._world.column.gather_json(member.gather_json(value)) for said in rank]
 
     def from_leader(self, value: Any) -> Any:
         """What global rank 0 gave; what the others give does not matter."""

@@ -160,10 +160,12 @@ class RoundWriter:
 
     def _write(self, attempt: Attempt, capture: Capture, is_holder: bool) -> None:
         try:
-            files = capture.write_rank(attempt.folder, self._at)
+            files = []
             if is_holder:
+                # First, because the member's ranks wait for each other in it: none may have failed before.
                 place = attempt.folder / shards.member_folder(self._at.member)
                 files += shards.save(capture.tensors, place, self._at, self._group)
+            files += capture.write_rank(attempt.folder, self._at)
             attempt.entries = [asdict(FileEntry.of(attempt.folder, path)) for path in files]
         # A disk fails in many ways, torch wraps them in its own, and none of them must reach training.
         except Exception as error:

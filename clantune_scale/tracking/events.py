@@ -31,12 +31,12 @@ class EventLog:
 
     Args:
         path: the file, which must not exist: a record is never continued by another run.
-        continues: whether the run is the one that wrote the file, which is there then.
+        continues: whether the run is the one that wrote the file.
     """
 
     def __init__(self, path: Path, *, continues: bool = False) -> None:
         self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | (0 if continues else os.O_CREAT | os.O_EXCL), 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (0 if continues else os.O_EXCL), 0o644)
 
     @property
     def num_bytes(self) -> int:
@@ -77,9 +77,12 @@ def cut_events(path: Path, num_bytes: int) -> str | None:
     Returns:
         The name of the file that has the rest; None where there was none.
     """
-    with open(path, "rb") as file:
-        kept = file.read(num_bytes)
-        rest = file.read()
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    # A machine that died may have lost the file's end: what stays is whole lines.
+    num_bytes = data.rfind(b"\n", 0, num_bytes) + 1
+    kept, rest = data[:num_bytes], data[num_bytes:]
     if not rest:
         return None
     number = 1

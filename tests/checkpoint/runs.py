@@ -91,6 +91,7 @@ def standing(engine: Any, losses: list[float]) -> dict[str, Any]:
 def leave(clan: Any) -> None:
     """Ends a run without a word to its files, as a killed process would, once what is being written is written."""
     clan.rounds.finish()
+    clan.rounds.release()
     clan.recorder.tracking.close("FAILED")
     clan.detach()
 
