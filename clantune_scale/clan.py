@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -104,6 +105,7 @@ class Clan:
         self.samplers: list[ClanBatchSampler] = []
         self.rounds = DurableRounds(self)
         self.recorder = Recorder(self)
+        world.follow(self.rounds.run_dir, self.recorder.tracking.suspend)
         self._hook()
         self._start()
 
@@ -141,6 +143,8 @@ class Clan:
             begun = self.rounds.restore()
             self.recorder.resume(self)
             self._begin_phase(is_resumed=begun)
+        if self.world.loss is not None:
+            self.recorder.tracking.emit("member_lost", self.phases.position.step, **asdict(self.world.loss))
         self.rounds.ready()
 
     def _start_anew(self) -> None:
@@ -317,9 +321,11 @@ class Clan:
             self.rounds.finish()
             summary = champion.write(self, champion.choose(self))
             self.recorder.finish(self, summary, status=status)
+            self.rounds.release()
             self.detach()
             # Nobody leaves while another still reads from the store that rank 0 serves.
             self.world.column.gather_json(None)
+            self.world.leave()
             self._summary = summary
         return self._summary
 

@@ -170,6 +170,19 @@ class JoinConfig(Block):
     """TCP port on rank 0's host where ranks meet; null takes the launcher's `MASTER_PORT`."""
 
 
+class FaultsConfig(Block):
+    """What happens when processes die."""
+
+    min_members: Count | None = None
+    """Members with which the run goes on when others have died; null ends it when one dies."""
+
+    deadline_s: Annotated[Number, Field(gt=0)] = 300.0
+    """Seconds that the others wait for a member, in a collective or for a sign of life, until it counts as dead."""
+
+    rejoin_s: Annotated[Number, Field(gt=0)] = 60.0
+    """Seconds that survivors, which start again, wait for each other before they go on without who is missing."""
+
+
 class ClanConfig(Block):
     """The whole ``clantune`` block."""
 
@@ -211,6 +224,9 @@ class ClanConfig(Block):
 
     join: JoinConfig = JoinConfig()
     """How members find each other."""
+
+    faults: FaultsConfig = FaultsConfig()
+    """What happens when members die."""
 
     @field_validator("strategy", mode="before")
     @classmethod

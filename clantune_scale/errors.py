@@ -37,3 +37,7 @@ class NoEffectWarning(UserWarning):
 
 class CheckpointError(ClanError):
     """A round cannot be written down, or what was written cannot be continued from."""
+
+
+class MembersLostError(ClanError):
+    """Members died, and the run cannot go on with those that are left, or this process is not among them."""

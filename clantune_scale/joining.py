@@ -55,4 +55,9 @@ def join(
         TopologyError: as :func:`clantune_scale.world.join` does.
     """
     block = ClanConfig(population_size=config) if isinstance(config, int) else read_block(config)
-    return world.join(block.population_size, timeout_s=timeout_s or block.join.timeout_s, port=port or block.join.port)
+    return world.join(
+        block.population_size,
+        timeout_s=timeout_s or block.join.timeout_s,
+        port=port or block.join.port,
+        faults=None if isinstance(config, int) else block.faults,
+    )

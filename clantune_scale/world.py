@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store
 
-from clantune_scale.errors import DivergenceError, TopologyError
+from clantune_scale.batch import BatchPlan
+from clantune_scale.bootstrap import Launched, enter_member, open_column
+from clantune_scale.elastic.entry import Loss, enter
+from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.elastic.guard import Guard
+from clantune_scale.errors import TopologyError
 from clantune_scale.groups import Column, stand_alone_group
 from clantune_scale.topology import Coordinates, Topology
 
-_MOST_SHOWN = 16
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+if TYPE_CHECKING:
+    from clantune_scale.config import ClanConfig, FaultsConfig
 
 
 @dataclass
@@ -36,7 +40,10 @@ class ClanWorld:
         at: this process's coordinates in it.
         store: the bootstrap store that all ranks of the clan reach.
         column: the control group: this rank's peers in the other members, over gloo.
-        timeout_s: seconds that joining, and any clan collective, may take.
+        timeout_s: seconds that a clan collective may take.
+        launched: members that were launched; more than there are, where some have died.
+        guard: what happens when another process fails.
+        loss: of members, which led to this epoch; None in the first.
     """
 
     topology: Topology
@@ -45,10 +52,38 @@ class ClanWorld:
     column: Column
     timeout_s: float
     member_store: Store | None = field(default=None, repr=False)
+    launched: int = 0
+    guard: Guard | None = field(default=None, repr=False)
+    loss: Loss | None = None
 
     @property
     def member(self) -> int:
         return self.at.member
+
+    def present(self, config: ClanConfig) -> ClanConfig:
+        """The block for the members that there are: as it is, unless some have died."""
+        if self.loss is None:
+            return config
+        # The rounds on disk are of more members: that is what this epoch is for.
+        checkpoint = config.checkpoint.model_copy(update={"allow": [*config.checkpoint.allow, "population_size"]})
+        return config.model_copy(update={"population_size": self.topology.population_size, "checkpoint": checkpoint})
+
+    def present_batch(self, batch: BatchPlan) -> BatchPlan:
+        """The members that there are keep their share each: the clan's batch is smaller where some have died."""
+        size = self.topology.population_size
+        return replace(batch, clan_batch=batch.member_batch * size, population_size=size)
+
+    def follow(self, run_dir: Path, flush: Callable[[], None]) -> None:
+        """From now on a survivor goes on with the run in this folder; before it starts again it calls ``flush``."""
+        if self.guard is not None:
+            self.guard.run_dir = run_dir
+            self.guard.before_restart.append(flush)
+            self.guard.come_first()
+
+    def leave(self) -> None:
+        """The run is over for this rank; it waits, where members may die, until it is for all."""
+        if self.guard is not None:
+            self.guard.leave()
 
     def arrange(self, *, pp: int, tp: int, stands: tuple[int, int, int]) -> None:
         """Takes up the member's inner degrees, which its engine knows and :func:`join` need not.
@@ -94,6 +129,7 @@ def join(
     tp: int = 1,
     timeout_s: float = 300.0,
     port: int | None = None,
+    faults: FaultsConfig | None = None,
     environ: MutableMapping[str, str] = os.environ,
 ) -> ClanWorld:
     """Joins the clan and makes this process's member its world. Call it before any process group exists.
@@ -101,24 +137,23 @@ def join(
     A second call with the same population size returns the first one's world.
 
     Args:
-        population_size: number of members.
+        population_size: number of members that were launched.
         pp, tp: a member's pipeline and tensor (times context) degrees; data parallelism takes the rest.
         timeout_s: how long to wait for ranks that have not arrived.
         port: where rank 0 serves the clan's store; ``MASTER_PORT`` where None, which is free until the first
             process group exists.
+        faults: the block's part of that name: what happens when members die.
         environ: where ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` are read and rewritten.
 
     Raises:
         TopologyError: if a variable is missing, the ranks do not divide among the members, a process group
             exists already, or a rank does not arrive in time (all missing ones are named).
+        MembersLostError: if this process has started again after a failure, and too few members came back, or
+            the others went on without it.
     """
     global _joined
     if _joined is not None:
-        if _joined.topology.population_size != population_size:
-            raise TopologyError(
-                f"this process has joined a clan of {_joined.topology.population_size} members and is asked to join "
-                f"one of {population_size}. Give join() and the config the same population_size."
-            )
+        _check_alike(_joined, population_size, faults)
         return _joined
     if dist.is_initialized():
         raise TopologyError(
@@ -127,15 +162,32 @@ def join(
             f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
             f"`deepspeed --module clantune_scale.run`."
         )
-    rank, world_size, address, master_port = _launch_variables(environ)
-    topology = Topology.from_world(world_size, population_size=population_size, pp=pp, tp=tp)
-    at = topology.coordinates(rank)
-    store = _bootstrap(rank, world_size, address, port or master_port, timeout_s, environ)
-    member_store = _enter_member(store, topology, at, address, timeout_s, environ)
-    column = _open_column(store, topology, at, timeout_s)
-    _joined = ClanWorld(topology, at, store, column, timeout_s, member_store)
+    epoch = Epoch.read(environ)
+    launched = Launched.read(environ)
+    topology = Topology.from_world(launched.world_size, population_size=population_size, pp=pp, tp=tp)
+    entry = enter(epoch, launched, topology, faults=faults, timeout_s=timeout_s, port=port, environ=environ)
+    member_store, addresses = enter_member(entry.store, entry.topology, entry.at, launched.address, timeout_s, environ)
+    entry.guard.know(addresses)
+    limit_s = faults.deadline_s if faults is not None and faults.min_members is not None else timeout_s
+    column = open_column(entry.store, entry.topology, entry.at, limit_s)
+    _joined = ClanWorld(
+        entry.topology, entry.at, entry.store, column, limit_s, member_store, population_size, entry.guard, entry.loss
+    )
     atexit.register(_leave)
     return _joined
+
+
+def _check_alike(joined: ClanWorld, population_size: int, faults: FaultsConfig | None) -> None:
+    if joined.launched != population_size:
+        raise TopologyError(
+            f"this process has joined a clan of {joined.launched} members and is asked to join "
+            f"one of {population_size}. Give join() and the config the same population_size."
+        )
+    if faults is not None and joined.guard is not None and joined.guard.settings != faults:
+        raise TopologyError(
+            f"this process has joined a clan with faults {joined.guard.settings!r}, and the config says {faults!r}. "
+            f"Give join() the config that initialize() or attach() gets."
+        )
 
 
 def _leave() -> None:
@@ -146,129 +198,13 @@ def _leave() -> None:
     launcher takes a finished run for a failed one; letting go of the group joins its threads.
     """
     global _joined
+    if _joined is not None and _joined.guard is not None:
+        _joined.guard.leave()
     for groups in _made:
         groups.close()
     if _joined is not None:
         _joined.column.group = None
     _joined = None
-
-
-def _launch_variables(environ: MutableMapping[str, str]) -> tuple[int, int, str, int]:
-    missing = [name for name in _LAUNCH_VARIABLES if name not in environ]
-    if missing:
-        raise TopologyError(
-            f"the environment lacks {', '.join(missing)}, which a launcher sets for every rank. "
-            f"Start the script with `deepspeed` or `torchrun`."
-        )
-    return int(environ["RANK"]), int(environ["WORLD_SIZE"]), environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-
-
-def _bootstrap(
-    rank: int, world_size: int, address: str, port: int, timeout_s: float, environ: MutableMapping[str, str]
-) -> Store:
-    """The store that all ranks reach, once all ranks have arrived on it."""
-    # Under torchrun the agent already serves a store at this address, and a second server would not bind.
-    is_agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    timeout = timedelta(seconds=timeout_s)
-    try:
-        tcp_store = TCPStore(
-            address,
-            port,
-            world_size,
-            is_master=rank == 0 and not is_agent_store,
-            timeout=timeout,
-            wait_for_workers=False,
-        )
-    except dist.DistError as error:
-        raise TopologyError(
-            f"rank {rank} could not reach the clan's store at {address}:{port} within {timeout_s:g} s ({error}). "
-            f"Check that rank 0 runs, that MASTER_ADDR is its address and that the port is open and free."
-        ) from error
-    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"clan/{attempt}", tcp_store)
-    store.set(f"arrived/{rank}", "")
-    # One key to wait for, set by whoever comes last: if every rank waited for every other's, the store's host
-    # would have to read the square of the number of ranks.
-    if store.add("arrived", 1) == world_size:
-        store.set("arrived/all", "")
-    arrivals = [f"arrived/{other}" for other in range(world_size)]
-    _await(store, "arrived/all", arrivals, f"{world_size} ranks", timeout_s)
-    return store
-
-
-def _await(store: Store, key: str, parts: list[str], what: str, timeout_s: float) -> None:
-    """Waits until ``key`` is set; on the deadline names the ranks of those ``parts`` of it that are not."""
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-    except dist.DistError as error:
-        missing = [part.rpartition("/")[2] for part in _unset(store, parts)]
-        shown = ", ".join(missing[:_MOST_SHOWN]) + (
-            f" and {len(missing) - _MOST_SHOWN} more" * (len(missing) > _MOST_SHOWN)
-        )
-        raise TopologyError(
-            f"of {what}, {shown or 'some'} did not arrive within {timeout_s:g} s. "
-            f"Look at their logs, or raise clantune.join.timeout_s if they start slowly."
-        ) from error
-
-
-def _unset(store: Store, keys: list[str]) -> list[str]:
-    """Those of ``keys`` that are not set, by halves: few questions where few are missing."""
-    if not keys or store.check(keys):
-        return []
-    if len(keys) == 1:
-        return keys
-    middle = len(keys) // 2
-    return _unset(store, keys[:middle]) + _unset(store, keys[middle:])
-
-
-def _enter_member(
-    store: Store,
-    topology: Topology,
-    at: Coordinates,
-    address: str,
-    timeout_s: float,
-    environ: MutableMapping[str, str],
-) -> Store | None:
-    """Rewrites the launch variables to the member's; returns the member's store on the rank that serves it."""
-    member_store = None
-    key = f"member/{at.member}"
-    if at.member_rank == 0:
-        # torch hosts its store in the same process "multi-tenant": it attaches to this one, so the port
-        # cannot be taken between the moment it is chosen and the moment it is used.
-        host = _own_address(address)
-        member_store = TCPStore(
-            host, 0, topology.member_size, is_master=True, timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False, multi_tenant=True,
-        )  # fmt: skip
-        store.set(key, f"{host} {member_store.port}")
-    _await(store, key, [key], f"the first rank of member {at.member}", timeout_s)
-    host, port = store.get(key).decode().split()
-    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
-        environ.pop(name, None)
-    environ.update(RANK=str(at.member_rank), WORLD_SIZE=str(topology.member_size), MASTER_ADDR=host, MASTER_PORT=port)
-    return member_store
-
-
-def _own_address(towards: str) -> str:
-    """The address of this host on the route to ``towards``: no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((towards, 9))
-        return probe.getsockname()[0]
-
-
-def _open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> Column:
-    """The control group of this rank's column, with every peer's identity checked."""
-    name = f"column/{at.member_rank}"
-    group = stand_alone_group(store, name, at.member, topology.population_size, device_type="cpu", timeout_s=timeout_s)
-    column = Column(group, at.member, topology.population_size)
-    peers = column.gather_json([at.member, at.member_rank, socket.gethostname(), os.getpid()])
-    expected = [[member, at.member_rank] for member in range(topology.population_size)]
-    if [peer[:2] for peer in peers] != expected or len({tuple(peer[2:]) for peer in peers}) != len(peers):
-        raise DivergenceError(
-            f"column {at.member_rank} should hold one rank of each member, and holds (member, member rank, host, "
-            f"pid) {peers}. Two launches may share {os.environ.get('MASTER_ADDR')}: give each its own master port."
-        )
-    return column
 
 
 class ClanGroups:

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore  # it registers the backend "fake", too
 
 from clantune_scale import world
+from clantune_scale.bootstrap import Launched, open_store
 from clantune_scale.errors import ClanError
 from clantune_scale.groups import Column
 from clantune_scale.topology import Topology
@@ -140,7 +141,8 @@ def arrive(num_ranks: int, *, timeout_s: float = 300.0) -> float:
 
     def meet(rank: int) -> None:
         try:
-            stores.append(world._bootstrap(rank, num_ranks, "127.0.0.1", port, timeout_s, {}))
+            launched = Launched(rank, num_ranks, "127.0.0.1", port)
+            stores.append(open_store(launched, port, timeout_s, {}))
         except ClanError as error:
             failed.append(str(error))
 

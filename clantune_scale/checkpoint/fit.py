@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clantune_scale.clan import Clan
 
 # What can change from launch to launch without any effect on what is computed.
-_WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join")
+_WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")
 # Names that `clantune.checkpoint.allow` takes beside the block's own keys.
 PARAMETERS = "parameters"
 

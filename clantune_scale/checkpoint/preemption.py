@@ -15,6 +15,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from clantune_scale import world
 from clantune_scale.checkpoint.everyone import Everyone
 from clantune_scale.config import CheckpointConfig
 
@@ -91,6 +92,10 @@ class Preemption:
             self._do_as_before(number, frame)
             return
         self._is_flagged = True
+        joined = world.current()
+        if joined is not None and joined.guard is not None:
+            # What fails from now on is the others' leaving, and no reason to start again.
+            joined.guard.stand_down()
         self._timer = threading.Timer(self._grace_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()

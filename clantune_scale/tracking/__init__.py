@@ -102,6 +102,11 @@ class Tracking:
         if self._terminal is not None and self._end is not None:
             self._terminal.show(self._end)
 
+    def suspend(self) -> None:
+        """Sends what is queued, as a process does that is about to start again and go on with the run."""
+        if self._mlflow is not None:
+            self._mlflow.close(deadline_s=_DEADLINE_S[KILLED])
+
     def _start(self, config: TrackingConfig, run_dir: Path, continues: bool) -> None:
         self._run_dir = run_dir
         self._log = EventLog(run_dir / "events.jsonl", continues=continues)

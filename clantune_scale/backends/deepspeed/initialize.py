@@ -109,14 +109,20 @@ def _initialize_clan(
     num_workers: int,
 ) -> tuple[Any, Any, Any, Any]:
     _refuse_before_joining(passed, ds_config, training_data, eval_data)
-    joined = world.join(block.population_size, timeout_s=block.join.timeout_s, port=block.join.port)
+    joined = world.join(
+        block.population_size, timeout_s=block.join.timeout_s, port=block.join.port, faults=block.faults
+    )
     degrees = degrees_of(passed["model"], passed["mpu"], ds_config)
     topology = Topology.from_world(
-        joined.topology.world_size, population_size=block.population_size, pp=degrees.pp, tp=degrees.tp
+        joined.topology.world_size,
+        population_size=joined.topology.population_size,
+        pp=degrees.pp,
+        tp=degrees.tp,
     )
     member_config, batch = split_batch(
         ds_config, population_size=block.population_size, dp_size=topology.dp, counted=degrees.counted
     )
+    block, batch = joined.present(block), joined.present_batch(batch)
     if training_data is not None:
         require_samples(
             len(training_data),

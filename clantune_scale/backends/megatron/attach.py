@@ -109,6 +109,9 @@ def attach_megatron(
             "the clan was not joined, and the model was built over the ranks of all members. Call "
             "clantune_scale.join(config) before torch.distributed.init_process_group()."
         )
+    # Raises where it was joined with another number of members.
+    joined = world.join(block.population_size)
+    block = joined.present(block)
     backend = MegatronBackend(
         model,
         optimizer,
@@ -127,8 +130,7 @@ def attach_megatron(
         collate_fn=collate_fn,
     )
     return MegatronClan(
-        # Raises where it was joined with another number of members.
-        world=world.join(block.population_size),
+        world=joined,
         backend=backend,
         config=block,
         batch=_batch(block, backend),

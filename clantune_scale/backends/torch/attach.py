@@ -146,6 +146,7 @@ def attach(
             "map-style dataset apart from the training and test data."
         )
     joined = join(block)
+    block = joined.present(block)
     if not dist.is_initialized():
         raise ConfigError(
             "there is no process group yet, and so the model is not parallel. Call init_process_group() after "

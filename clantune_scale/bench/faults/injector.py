@@ -1,0 +1,144 @@
+"""A fault at (rank, step, point): ``CLANTUNE_FAULTS`` says which, and :func:`install` puts them where they strike.
+
+A point is a function of this package; a fault strikes as it is entered, or, with ``:after`` behind the point's name,
+as it is left. Nothing in the package knows of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.errors import ConfigError
+
+VARIABLE = "CLANTUNE_FAULTS"
+
+#: Name to the module and the function in it, in the order in which a round comes to them.
+POINTS: dict[str, tuple[str, str]] = {
+    "join": ("clantune_scale.world", "open_column"),
+    "start": ("clantune_scale.clan", "Clan._start"),
+    "forward": ("clantune_scale.watch", "BatchWatch.on_batch"),
+    "step": ("clantune_scale.clan", "Clan._after_step"),
+    "evaluation": ("clantune_scale.evaluation", "ValidationWindow.losses"),
+    "figures": ("clantune_scale.clan", "gather_figures"),
+    "decision": ("clantune_scale.clan", "decide"),
+    "transfer": ("clantune_scale.clan", "transfer"),
+    "record": ("clantune_scale.record", "Recorder.round_end"),
+    "commit": ("clantune_scale.checkpoint.durable", "DurableRounds.round_ended"),
+    "manifest": ("clantune_scale.checkpoint.manifest", "write"),
+    "latest": ("clantune_scale.checkpoint.manifest", "point_latest"),
+    "phase": ("clantune_scale.clan", "Clan._begin_phase"),
+    "finish": ("clantune_scale.clan", "Clan.finish"),
+    "champion": ("clantune_scale.champion", "write"),
+}
+
+
+class InjectedError(Exception):
+    """A user's own mistake, on purpose."""
+
+
+def _raise() -> None:
+    raise InjectedError("a fault that was asked for")
+
+
+ACTIONS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "raise": _raise,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where.
+
+    Attributes:
+        rank: of the launch, ``member x ranks of a member + rank in the member``.
+        point: one of :data:`POINTS`, with ``:after`` behind it for its end.
+        step: optimizer steps that are done; None for the first time that the point is reached.
+        action: one of :data:`ACTIONS`.
+        epoch: in which it strikes: who starts again comes to the same point once more.
+    """
+
+    rank: int
+    point: str
+    step: int | None = None
+    action: str = "kill"
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.point.removesuffix(":after") not in POINTS or self.action not in ACTIONS:
+            raise ConfigError(
+                f"there is no fault {self.action!r} at {self.point!r}. Points are {list(POINTS)}, with :after behind "
+                f"them or not; actions are {list(ACTIONS)}."
+            )
+
+
+def to_environ(faults: Iterable[Fault]) -> dict[str, str]:
+    """The variable that :func:`install` reads."""
+    return {VARIABLE: json.dumps([asdict(fault) for fault in faults])}
+
+
+def install(environ: Mapping[str, str] = os.environ) -> list[Fault]:
+    """Puts the faults of this process into the package; those that it has, to be taken out again by nobody."""
+    rank, epoch = int(environ["RANK"]), Epoch.read(environ).number
+    faults = [Fault(**fault) for fault in json.loads(environ.get(VARIABLE, "[]"))]
+    mine = [fault for fault in faults if (fault.rank, fault.epoch) == (rank, epoch)]
+    if mine:
+        clans = _clans()
+        for fault in mine:
+            _put(fault, clans)
+    return mine
+
+
+def _clans() -> list[Any]:
+    """The list that the clan of this process will be in: it knows the step."""
+    from clantune_scale.clan import Clan
+
+    clans: list[Any] = []
+    make = Clan.__init__
+
+    @functools.wraps(make)
+    def remember(self: Any, *args: Any, **options: Any) -> None:
+        clans.append(self)
+        make(self, *args, **options)
+
+    Clan.__init__ = remember
+    return clans
+
+
+def _put(fault: Fault, clans: list[Any]) -> None:
+    module, path = POINTS[fault.point.removesuffix(":after")]
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function = getattr(owner, name)
+    has_struck = False
+
+    def strike() -> None:
+        nonlocal has_struck
+        phases = getattr(clans[-1], "phases", None) if clans else None
+        step = phases.position.step if phases is not None else 0
+        if not has_struck and fault.step in (None, step):
+            has_struck = True
+            ACTIONS[fault.action]()
+
+    @functools.wraps(function)
+    def struck(*args: Any, **options: Any) -> Any:
+        if not fault.point.endswith(":after"):
+            strike()
+        result = function(*args, **options)
+        if fault.point.endswith(":after"):
+            strike()
+        return result
+
+    setattr(owner, name, struck)

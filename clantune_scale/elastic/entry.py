@@ -1,0 +1,128 @@
+"""Through the door: into the launch's epoch, or into one that begins with those that are left."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch.distributed import Store
+
+from clantune_scale.bootstrap import Launched, open_store
+from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.elastic.guard import RESUME, Guard
+from clantune_scale.elastic.meeting import Meeting, Roster
+from clantune_scale.errors import ConfigError
+from clantune_scale.topology import Coordinates, Topology
+
+if TYPE_CHECKING:
+    from clantune_scale.config import FaultsConfig
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of members, and how the others went on. Members have the numbers that they were launched with.
+
+    Attributes:
+        epoch: that began with it.
+        members: that are lost, and what is known of each.
+        left: those that go on, in the order of their present numbers.
+        reason: what was seen first.
+        seconds: from then to the moment at which the others stood together again.
+    """
+
+    epoch: int
+    members: dict[int, str]
+    left: tuple[int, ...]
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a rank has when it is inside: its place among those that are there."""
+
+    store: Store
+    topology: Topology
+    at: Coordinates
+    guard: Guard
+    loss: Loss | None = None
+
+
+def enter(
+    epoch: Epoch,
+    launched: Launched,
+    topology: Topology,
+    *,
+    faults: FaultsConfig | None,
+    timeout_s: float,
+    port: int | None,
+    environ: MutableMapping[str, str] = os.environ,
+) -> Entry:
+    """Meets the other ranks, and begins to watch them.
+
+    Args:
+        epoch: that begins.
+        launched, topology: this process's place among all that were launched, and their grid.
+        faults: the block's part of that name.
+        timeout_s, port: as for :func:`clantune_scale.world.join`.
+        environ: of this process.
+
+    Raises:
+        TopologyError: if ranks of the launch do not arrive.
+        MembersLostError: if a later epoch begins without this rank's member, or cannot begin.
+        ConfigError: if more members are asked for than were launched.
+    """
+    settings = faults or _no_faults()
+    if settings.min_members is not None and settings.min_members > topology.population_size:
+        raise ConfigError(
+            f"clantune.faults.min_members is {settings.min_members}, and population_size {topology.population_size}: "
+            f"the clan would have too few members from the start. Set it to {topology.population_size - 1} at most."
+        )
+    at = topology.coordinates(launched.rank)
+    name = f"rank {at.member_rank} of member {at.member}"
+    if epoch.number == 0:
+        store = open_store(launched, port or launched.port, timeout_s, environ)
+        drawn = store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode()
+        members, loss = tuple(range(topology.population_size)), None
+        epoch = replace(epoch, launch_id=drawn)
+    else:
+        store, roster = _come_back(epoch, at, topology, settings)
+        members, loss = roster.members, _loss(epoch, roster)
+        topology = replace(topology, population_size=len(members))
+        at = topology.coordinates(members.index(at.member) * topology.member_size + at.member_rank)
+        if epoch.run_dir is not None:
+            environ[RESUME] = epoch.run_dir
+    guard = Guard(settings, epoch, members=members, name=name, environ=environ)
+
+    def name_of(rank: int) -> str:
+        member, member_rank = divmod(rank, topology.member_size)
+        return f"rank {member_rank} of member {members[member]}"
+
+    guard.watch(store, rank=at.rank, size=topology.world_size, name=name_of)
+    return Entry(store, topology, at, guard, loss)
+
+
+def _come_back(epoch: Epoch, at: Coordinates, topology: Topology, settings: FaultsConfig) -> tuple[Store, Roster]:
+    meeting = Meeting(
+        epoch,
+        member=at.member,
+        member_rank=at.member_rank,
+        member_size=topology.member_size,
+        min_members=settings.min_members or 1,
+        rejoin_s=settings.rejoin_s,
+    )
+    return meeting.attend()
+
+
+def _loss(epoch: Epoch, roster: Roster) -> Loss:
+    return Loss(epoch.number, roster.missing, roster.members, epoch.failure, time.time() - epoch.failed_at)
+
+
+def _no_faults() -> FaultsConfig:
+    from clantune_scale.config import FaultsConfig
+
+    return FaultsConfig()

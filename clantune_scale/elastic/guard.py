@@ -1,0 +1,191 @@
+"""What the clan knows of members that die: the one object that starts a process again, or lets it end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from torch.distributed import Store
+
+from clantune_scale.bootstrap import Address
+from clantune_scale.checkpoint import manifest
+from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.elastic.failures import in_short, is_peer_failure
+from clantune_scale.elastic.meeting import resume_remedy, within
+from clantune_scale.elastic.pulse import Pulse
+from clantune_scale.elastic.restart import start_again
+
+if TYPE_CHECKING:
+    from clantune_scale.config import FaultsConfig
+
+RESUME = "CLANTUNE_RESUME"
+#: Epochs in a row without a further round: what fails then is no member's death, and would fail again.
+_MOST_IDLE = 3
+_FLUSH_S = 15.0
+
+
+class Guard:
+    """Stands between a failed collective and the end of the process.
+
+    It does nothing where ``faults.min_members`` is null, but say how the run goes on.
+
+    Args:
+        settings: the block's ``faults`` part.
+        epoch: that this process is in.
+        members: of it, by the numbers that they were launched with.
+        addresses: of these members' stores.
+        name: what this process calls itself in messages.
+        environ: the environment of the next start.
+
+    Attributes:
+        run_dir: the run's folder, when it is known.
+        before_restart: what is to be done before this process starts again, such as sending what is queued.
+    """
+
+    def __init__(
+        self,
+        settings: FaultsConfig,
+        epoch: Epoch,
+        *,
+        members: tuple[int, ...],
+        addresses: tuple[Address, ...] = (),
+        name: str = "",
+        environ: MutableMapping[str, str] = os.environ,
+    ) -> None:
+        self.settings, self._epoch, self._environ = settings, epoch, environ
+        self._members, self._addresses, self._name = members, addresses, name
+        self.run_dir: Path | None = None if epoch.run_dir is None else Path(epoch.run_dir)
+        self.before_restart: list[Callable[[], None]] = []
+        self._is_armed = settings.min_members is not None
+        self._has_failed = False
+        self._lock = threading.Lock()
+        self._pulse: Pulse | None = None
+        self._store: Store | None = None
+        self._size = 1
+        self._previous, self._second = sys.excepthook, sys.excepthook
+        sys.excepthook = self._on_exception
+
+    def watch(self, store: Store, *, rank: int, size: int, name: Callable[[int], str]) -> None:
+        """Begins to watch the others, where members may die."""
+        if self._is_armed and size > 1:
+            # Torch's watchdog would end the process when a collective of NCCL's takes too long: it is to end the
+            # collective alone, whose error then comes here.
+            self._environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+            self._store, self._size = store, size
+            self._pulse = Pulse(
+                store.clone(),
+                rank=rank,
+                size=size,
+                name=name,
+                silence_s=self.settings.deadline_s,
+                on_failure=self._on_failure,
+            )
+
+    def know(self, addresses: tuple[Address, ...]) -> None:
+        """The members have stores, and these are their addresses."""
+        self._addresses = addresses
+
+    def come_first(self) -> None:
+        """Looks at an error before the hooks do that were set since: they would end the run."""
+        self._second = sys.excepthook
+        sys.excepthook = self._before_others
+
+    def stand_down(self) -> None:
+        """From now on a failure ends this process: it is about to end anyway."""
+        self._is_armed = False
+
+    def leave(self) -> None:
+        """The run is over for this rank: waits, not for ever, until it is for all, because one serves the store."""
+        self._is_armed = False
+        if self._pulse is None:
+            return
+        if not self._has_failed:
+            within(self.settings.deadline_s, self._wait_for_all)
+        self._pulse.stop()
+        self._pulse = None
+
+    def _wait_for_all(self) -> None:
+        assert self._store is not None
+        if self._store.add("done", 1) == self._size:
+            self._store.set("done/all", "")
+        self._store.wait(["done/all"])
+
+    def _before_others(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if self._is_armed and is_peer_failure(error):
+            self._restart(in_short(error))
+        self._second(kind, error, traceback)
+
+    def _on_exception(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if is_peer_failure(error):
+            if self._is_armed:
+                self._restart(in_short(error))
+            if self.settings.min_members is None:
+                print(f"clan: a member is lost. {resume_remedy(self._resumable())}", file=sys.stderr, flush=True)
+        # What ends this process is its own affair, and its member's.
+        self._is_armed, self._has_failed = False, True
+        self._previous(kind, error, traceback)
+
+    def _on_failure(self, reason: str) -> None:
+        if self._is_armed:
+            self._restart(reason)
+
+    def _restart(self, reason: str) -> None:
+        """Starts this process again; a second thread that comes here waits for the end."""
+        self._lock.acquire()
+        # The first to see a failure has the best reason: what the others see is its leaving.
+        if self._pulse is not None:
+            pulse = self._pulse
+            reason = within(2.0, lambda: pulse.tell(f"{self._name}: {reason}")) or f"{self._name}: {reason}"
+        following = self._following(reason)
+        for action in self.before_restart:
+            within(_FLUSH_S, action)
+        if following.num_idle > _MOST_IDLE:
+            print(
+                f"clan: {following.num_idle} epochs in a row began and failed without a further committed round, and "
+                f"nothing is gained by another: {reason}. {resume_remedy(self._resumable())}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        print(
+            f"clan: {self._name} leaves epoch {self._epoch.number} for epoch {following.number}: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        following.write(self._environ)
+        start_again(self._environ)
+
+    def _following(self, reason: str) -> Epoch:
+        """The epoch after this one, with what it goes on from in the environment."""
+        run_dir = self._resumable()
+        newest = None
+        if run_dir is not None:
+            self._environ[RESUME] = run_dir
+            newest = manifest.committed(Path(run_dir) / manifest.FOLDER)[0]
+        else:
+            self._environ.pop(RESUME, None)
+        is_idle = self._epoch.number > 0 and newest == self._epoch.newest
+        return replace(
+            self._epoch,
+            number=self._epoch.number + 1,
+            members=self._members,
+            addresses=self._addresses,
+            run_dir=run_dir,
+            failure=reason,
+            failed_at=time.time(),
+            num_idle=self._epoch.num_idle + 1 if is_idle else 0,
+            newest=newest,
+        )
+
+    def _resumable(self) -> str | None:
+        """The run's folder, if there is a committed round in it."""
+        if self.run_dir is None or not manifest.committed(self.run_dir / manifest.FOLDER):
+            return None
+        return str(self.run_dir)

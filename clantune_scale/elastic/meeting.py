@@ -1,0 +1,259 @@
+"""Who comes to an epoch after the first: one member serves the store, the roster closes, and all read it.
+
+The store is where a member's own store was in the epoch before: all know these addresses, and the ports are free
+again. The first member of the roster serves it; where that one is gone, the next one does after it has looked for a
+server in vain for ``rejoin_s``.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from clantune_scale.bootstrap import Address, unset
+from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.errors import MembersLostError
+
+#: Seconds that one question to an address may take: a frozen process accepts connections and does not answer.
+_ANSWER_S = 5.0
+_PAUSE_S = 0.25
+# Candidates that start at the same moment must not begin to serve at the same moment.
+_STAGGER_S = 2.0
+FOLDER = "epochs"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who takes part in an epoch.
+
+    Attributes:
+        members: by the numbers that they were launched with.
+        missing: what is known of each of the others, for messages.
+        stop: why the run cannot go on with these members; empty where it can.
+    """
+
+    members: tuple[int, ...]
+    missing: dict[int, str] = field(default_factory=dict)
+    stop: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps([self.members, list(self.missing.items()), self.stop])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Roster:
+        members, missing, stop = json.loads(text)
+        return cls(tuple(members), dict(missing), stop)
+
+
+class Meeting:
+    """One rank's way into an epoch.
+
+    Args:
+        epoch: the one that begins.
+        member, member_rank: this rank, by the numbers that it was launched with.
+        member_size: ranks that make a member complete.
+        min_members: with fewer the run stops.
+        rejoin_s: seconds from the first arrival until the roster closes.
+    """
+
+    def __init__(
+        self, epoch: Epoch, *, member: int, member_rank: int, member_size: int, min_members: int, rejoin_s: float
+    ) -> None:
+        self._epoch, self._member, self._member_rank, self._member_size = epoch, member, member_rank, member_size
+        self._min_members, self._rejoin_s = min_members, rejoin_s
+        self._place = epoch.members.index(member)
+
+    def attend(self) -> tuple[Store, Roster]:
+        """Finds or serves the store, arrives, and reads the roster when it is closed.
+
+        Raises:
+            MembersLostError: if no store is found, this rank's member is not on the roster, or too few are.
+        """
+        store, serves = self._enter()
+        arrive(store, self._epoch.members, self._member, self._member_rank, self._member_size)
+        if serves:
+            store.set("roster", self._claimed(self._close(store)).to_json())
+        roster = Roster.from_json(self._read(store))
+        if roster.stop:
+            # Who serves the store must not leave before the others have read why.
+            within(_ANSWER_S, lambda: _await_readers(store))
+            raise MembersLostError(roster.stop)
+        if self._member not in roster.members:
+            raise MembersLostError(
+                f"epoch {self._epoch.number} began without member {self._member}: "
+                f"{roster.missing.get(self._member, 'it came too late')}. This rank ends; the member may come back "
+                f"with a new launch that resumes the run."
+            )
+        return store, roster
+
+    def _enter(self) -> tuple[Store, bool]:
+        """The store, and whether this process serves it."""
+        serve_after_s = None
+        if self._member_rank == 0:
+            serve_after_s = self._place and self._rejoin_s + self._place * _STAGGER_S
+        give_up_s = 2 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + 30.0
+        began = time.monotonic()
+        while time.monotonic() - began < give_up_s:
+            if serve_after_s is not None and time.monotonic() - began >= serve_after_s:
+                store = self._serve()
+                if store is not None:
+                    return store, True
+            for address in self._epoch.addresses:
+                store = look(address, self._epoch.number)
+                if store is not None:
+                    return store, False
+            time.sleep(_PAUSE_S)
+        raise MembersLostError(
+            f"nobody serves the store of epoch {self._epoch.number}: members {list(self._epoch.members)} were asked at "
+            f"{[f'{host}:{port}' for host, port in self._epoch.addresses]} for {give_up_s:g} s. {self.remedy()}"
+        )
+
+    def _serve(self) -> Store | None:
+        """Serves the store where this member's own was; None where the port is not free yet."""
+        host, port = self._epoch.addresses[self._place]
+        try:
+            tcp_store = TCPStore(
+                host, port, is_master=True, timeout=timedelta(seconds=self._rejoin_s), wait_for_workers=False
+            )
+        except DistError:
+            return None
+        store = PrefixStore(prefix(self._epoch.number), tcp_store)
+        store.set("open", "")
+        return store
+
+    def _close(self, store: Store) -> Roster:
+        """Waits until all have come, or not longer than is agreed, and says who is there."""
+        # On the deadline those go on who are there.
+        with suppress(DistError):
+            store.wait(["arrived/all"], timedelta(seconds=self._rejoin_s))
+        return close(store, self._epoch, self._member_size, self._min_members, self.remedy())
+
+    def _claimed(self, roster: Roster) -> Roster:
+        """Two halves of a clan that cannot see each other must not both go on: the first to make the file does."""
+        if self._epoch.run_dir is None or roster.stop:
+            return roster
+        folder = Path(self._epoch.run_dir) / FOLDER
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{self._epoch.launch_id}-{self._epoch.number:04d}.json"
+        try:
+            with open(path, "x") as file:
+                file.write(roster.to_json())
+        except FileExistsError:
+            others = Roster.from_json(path.read_bytes()).members
+            return replace(
+                roster,
+                stop=f"epoch {self._epoch.number} was begun by members {list(others)} ({path}), and members "
+                f"{list(roster.members)} cannot reach them. These end; look at the network between their hosts.",
+            )
+        return roster
+
+    def _read(self, store: Store) -> bytes:
+        patience_s = self._rejoin_s + 30.0
+        try:
+            store.wait(["roster"], timedelta(seconds=patience_s))
+            return store.get("roster")
+        except DistError as error:
+            raise MembersLostError(
+                f"the roster of epoch {self._epoch.number} was not closed within {patience_s:g} s ({error}). "
+                f"{self.remedy()}"
+            ) from error
+
+    def remedy(self) -> str:
+        """How the run goes on."""
+        return resume_remedy(self._epoch.run_dir)
+
+
+def resume_remedy(run_dir: str | None) -> str:
+    """What to do when a run has stopped because members were lost."""
+    if run_dir is None:
+        return "No round was committed: launch again."
+    return f"Launch again, as before and with CLANTUNE_RESUME={run_dir} in the environment: the run goes on from there."
+
+
+def prefix(number: int) -> str:
+    """Under which an epoch's keys are: a server of another epoch is not taken for this one's."""
+    return f"clan/epoch/{number}"
+
+
+def arrive(store: Store, members: tuple[int, ...], member: int, member_rank: int, member_size: int) -> None:
+    """Writes this rank down; the last of all tells."""
+    store.set(f"arrived/{member}/{member_rank}", "")
+    store.add("arrived", 1)
+    if store.add(f"arrived/{member}", 1) == member_size and store.add("complete", 1) == len(members):
+        store.set("arrived/all", "")
+
+
+def _await_readers(store: Store) -> None:
+    """Waits until all who have arrived are here."""
+    store.add("read", 1)
+    while store.add("read", 0) < store.add("arrived", 0):
+        time.sleep(_PAUSE_S)
+
+
+def close(store: Store, epoch: Epoch, member_size: int, min_members: int, remedy: str) -> Roster:
+    """The roster of those who have arrived until now."""
+    missing = {}
+    for member in epoch.members:
+        count = store.add(f"arrived/{member}", 0)
+        if count == 0:
+            missing[member] = "none of its ranks came"
+        elif count < member_size:
+            ranks = [key.rpartition("/")[2] for key in unset(store, _keys(member, member_size))]
+            missing[member] = f"of its {member_size} ranks, {', '.join(ranks[:16])} did not come"
+    present = tuple(member for member in epoch.members if member not in missing)
+    stop = ""
+    if len(present) < min_members:
+        told = "; ".join(f"member {member}: {what}" for member, what in missing.items())
+        stop = (
+            f"{len(present)} members are left and clantune.faults.min_members is {min_members} ({told}; first seen: "
+            f"{epoch.failure}). {remedy}"
+        )
+    return Roster(present, missing, stop)
+
+
+def _keys(member: int, member_size: int) -> list[str]:
+    return [f"arrived/{member}/{rank}" for rank in range(member_size)]
+
+
+def look(address: Address, number: int) -> Store | None:
+    """The store at an address, if it serves this epoch."""
+
+    def ask() -> Store | None:
+        # Torch tells the terminal of every refused connection; this asks the quiet way first.
+        socket.create_connection(address, timeout=_ANSWER_S).close()
+        store = PrefixStore(
+            prefix(number),
+            TCPStore(*address, is_master=False, timeout=timedelta(seconds=_ANSWER_S), wait_for_workers=False),
+        )
+        return store if store.check(["open"]) else None
+
+    return within(_ANSWER_S, ask)
+
+
+def within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """What ``ask`` returns; None if it fails to reach anybody, or does not return in time.
+
+    Calls on a store whose host is frozen do not return at all: a thread is left behind with them.
+    """
+    answers: list[Any] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except (OSError, DistError):
+            answers.append(None)
+
+    thread = threading.Thread(target=run, name="clantune-ask", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
