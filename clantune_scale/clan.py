@@ -7,7 +7,7 @@ Every rank of every member runs this. Ranks meet at a round's end alone: they ga
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +28,7 @@ from clantune_scale.core.strategies import RunFacts, build
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
-from clantune_scale.feed import make_loader, make_sampler
+from clantune_scale.feed import make_loader, make_sampler, make_window
 from clantune_scale.figures import gather_figures
 from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
@@ -290,14 +290,7 @@ class Clan:
 
         Selection never sees it: give it a test split.
         """
-        window = ValidationWindow(
-            dataset,
-            num_samples=num_samples or len(dataset),
-            batch_size=self.config.fitness.batch_size or self.backend.micro_batch_size,
-            dp_rank=self.backend.dp_rank,
-            dp_size=self.backend.dp_size,
-            collate_fn=collate_fn,
-        )
+        window = make_window(self, dataset, num_samples=num_samples, collate_fn=collate_fn)
         with self.phases.suspended():
             losses = window.losses(self.backend, self._evaluate)
         return Fitness.from_losses(self.world.column.gather(losses)).mean.tolist()
@@ -346,10 +339,7 @@ class Clan:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, each member's model computes with its averaged weights, where the strategy keeps them."""
-        context: AbstractContextManager = (
-            nullcontext() if self._averages is None else self._averages.in_place_of_weights()
-        )
-        with context:
+        with nullcontext() if self._averages is None else self._averages.in_place_of_weights():
             yield
 
     def detach(self) -> None:

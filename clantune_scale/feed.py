@@ -1,13 +1,15 @@
-"""Samplers and loaders that follow a clan's phases."""
+"""Samplers and loaders that follow a clan's phases, and windows that all its members are measured on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
+from clantune_scale.evaluation import ValidationWindow
 
 if TYPE_CHECKING:
     from clantune_scale.clan import Clan
@@ -47,3 +49,17 @@ def make_loader(clan: Clan, dataset: Dataset, **options: Any) -> ClanDataLoader:
         )
     sampler = clan.sampler(len(dataset))
     return ClanDataLoader(dataset, sampler, on_first=clan.rounds.ready_data, **options)
+
+
+def make_window(
+    clan: Clan, dataset: Dataset, *, num_samples: int | None, collate_fn: Callable | None
+) -> ValidationWindow:
+    """A window on a dataset, its batches shared out over a member's ranks; the whole of it where no number is given."""
+    return ValidationWindow(
+        dataset,
+        num_samples=num_samples or len(dataset),
+        batch_size=clan.config.fitness.batch_size or clan.backend.micro_batch_size,
+        dp_rank=clan.backend.dp_rank,
+        dp_size=clan.backend.dp_size,
+        collate_fn=collate_fn,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from clantune_scale.core.genome import Genome
 from clantune_scale.core.strategies import Population
 from clantune_scale.selfcheck import parameter_layout
 from clantune_scale.topology import Coordinates
-from clantune_scale.transfer import Snapshot
+from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.plain import plain
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Capture:
             "samplers": [sampler.progress(clan.phases.position.step) for sampler in clan.samplers],
             "layout": state.manifest(),
             "parameters": parameter_layout(clan.backend.module),
+            "pieces": pieces_of(state),
         }
         for prefix, snapshot in {ASIDE: aside, KEPT: None if kept_is_live else kept}.items():
             if snapshot is not None:
@@ -86,6 +87,19 @@ class Capture:
         with open(streams, "rb+") as file:
             os.fsync(file.fileno())
         return [numbers, streams]
+
+
+def pieces_of(state: MemberState) -> dict[str, list[list[Any]]] | None:
+    """Where each tensor's elements lie whatever the number of ranks, as JSON holds it; None where nobody can say."""
+    known = state.logical() if state.logical is not None else None
+    if known is None:
+        return None
+    # The clan keeps averaged weights as the masters lie.
+    for name, _ in state.tensors:
+        if name.startswith("average."):
+            masters = known["master." + name.removeprefix("average.")]
+            known[name] = [replace(piece, key=f"average/{piece.key}") for piece in masters]
+    return {name: [list(astuple(piece)) for piece in pieces] for name, pieces in known.items()}
 
 
 def rank_files(folder: Path, member: int, member_rank: int) -> tuple[Path, Path]:

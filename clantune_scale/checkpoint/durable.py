@@ -207,7 +207,7 @@ class DurableRounds:
         atexit.register(self._lock.release)
 
     def _fault(self, folder: Path, content: dict[str, Any]) -> str | None:
-        return fault_of(folder, content, self._clan.world.at, self._sources(content))
+        return fault_of(folder, content, self._clan.world.at, self._sources(content), self._clan.world.topology)
 
     def _sources(self, content: dict[str, Any]) -> Sequence[int]:
         return sources_of(content, self._clan.config.population_size)

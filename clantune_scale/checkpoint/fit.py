@@ -36,8 +36,8 @@ def settings_of(clan: Clan) -> dict[str, Any]:
 def check_settings(saved: Mapping[str, Any], live: Mapping[str, Any], allow: Sequence[str]) -> None:
     """Raises CheckpointError with every difference that is not allowed by name."""
     allowed = set(allow)
-    if "population_size" in allowed:
-        # The clan's batch is divided among the members: another number of them divides it otherwise.
+    if allowed & {"population_size", "topology"}:
+        # The clan's batch is divided among members and their ranks: another number of them divides it otherwise.
         allowed.add("batch")
     names = [name for name in {**saved, **live} if saved.get(name) != live.get(name) and name not in allowed]
     if names:

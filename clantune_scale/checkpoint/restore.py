@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clantune_scale.checkpoint import manifest, shards
-from clantune_scale.checkpoint.capture import ASIDE, KEPT, RANKS, copy_from, population_from, rank_files, read_rank
+from clantune_scale.checkpoint import manifest, reshard, shards
+from clantune_scale.checkpoint.capture import (
+    ASIDE,
+    KEPT,
+    RANKS,
+    copy_from,
+    pieces_of,
+    population_from,
+    rank_files,
+    read_rank,
+)
 from clantune_scale.checkpoint.fit import PARAMETERS, layout_difference
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.errors import CheckpointError
 from clantune_scale.selfcheck import parameter_layout
-from clantune_scale.topology import Coordinates
+from clantune_scale.topology import Coordinates, Topology
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.plain import merged
 
@@ -26,7 +35,15 @@ if TYPE_CHECKING:
     from clantune_scale.clan import Clan
 
 
-def fault_of(folder: Path, content: Mapping[str, Any], at: Coordinates, sources: Sequence[int]) -> str | None:
+def _is_laid_out(content: Mapping[str, Any], topology: Topology) -> bool:
+    """Whether a member was then as many ranks as it is now, in the same grid."""
+    saved = content["topology"]
+    return (saved["dp"], saved["pp"], saved["tp"]) == (topology.dp, topology.pp, topology.tp)
+
+
+def fault_of(
+    folder: Path, content: Mapping[str, Any], at: Coordinates, sources: Sequence[int], topology: Topology
+) -> str | None:
     """What is wrong with the files that a rank reads; the others' only have to be there.
 
     Args:
@@ -34,14 +51,18 @@ def fault_of(folder: Path, content: Mapping[str, Any], at: Coordinates, sources:
         content: its manifest.
         at: the rank's place.
         sources: by member of this launch, the member that it continues.
+        topology: of this launch.
     """
     if content["begun"] and len(sources) != len(content["holders"]):
         return "it was stopped inside a round, and another number of members can go on from a round's end alone"
     source = sources[at.member]
     holder = content["holders"][source]
     own = {path.relative_to(folder).as_posix() for path in rank_files(folder, source, at.member_rank)}
+    whole = (f"{RANKS}/{source:03d}-", f"{RANKS}/{holder:03d}-", f"{shards.member_folder(holder)}/")
+    is_same = _is_laid_out(content, topology)
     for entry in manifest.files_of(content):
         reads = entry.path == "clan.json" or entry.path in own or shards.is_read_by(entry.path, holder, at)
+        reads = reads or (not is_same and entry.path.startswith(whole))
         if reads:
             fault = entry.fault(folder)
             if fault is not None:
@@ -96,17 +117,21 @@ def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, 
 
 def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
     content = manifest.read(folder)
-    place = folder / shards.member_folder(content["holders"][source])
+    holder = content["holders"][source]
+    if not _is_laid_out(content, clan.world.topology):
+        return _restore_resharded(clan, folder, content, source)
     numbers, streams = read_rank(folder, source, clan.world.at.member_rank)
     state = _grown(clan, numbers)
-    live = dict(state.tensors)
     copies = {
         prefix + name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
         for prefix in (ASIDE, KEPT)
         for name, shape, dtype in numbers.get(prefix, {}).get("layout", [])
     }
-    shards.load({**live, **copies}, place, clan.world.at)
+    shards.load({**dict(state.tensors), **copies}, folder / shards.member_folder(holder), clan.world.at)
     _load_numbers(clan, state, numbers)
+    if clan.backend.accumulation != numbers["accumulation"]:
+        clan.backend.accumulation = numbers["accumulation"]
+    clan.backend.load_counters(numbers["counters"])
     for prefix, attribute in ((ASIDE, "aside"), (KEPT, "kept")):
         if prefix in numbers:
             setattr(clan, attribute, copy_from(numbers, prefix, copies))
@@ -115,14 +140,59 @@ def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
     return {**numbers, "streams": streams}
 
 
-def _grown(clan: Clan, numbers: Mapping[str, Any]) -> MemberState:
-    """The live state, with the optimizer state that the saved one has."""
-    allow = clan.config.checkpoint.allow
+def _restore_resharded(clan: Clan, folder: Path, content: Mapping[str, Any], source: int) -> dict[str, Any]:
+    """The same on another number of data-parallel ranks; streams of ranks that there were not begin anew."""
+    holder, at = content["holders"][source], clan.world.at
+    saved = []
+    for place in reshard.saved_places(at, content["topology"]):
+        theirs, _ = read_rank(folder, holder, place.member_rank)
+        saved.append((place, theirs))
+    own_place = saved[at.dp % len(saved)][0]
+    numbers, streams = read_rank(folder, source, own_place.member_rank)
+    _check_parameters(clan, numbers)
+    state = clan.state()
+    if state.grow is not None and any(name.startswith("optimizer.") for name, *_ in numbers["layout"]):
+        state.grow([f"optimizer.{index}." for index in range(len(clan.backend.masters()))])
+        state = clan.state()
+    live, known = pieces_of(state), [theirs["pieces"] for _, theirs in saved]
+    if live is None or None in known or content["begun"]:
+        raise CheckpointError(
+            f"{folder.name} was saved on {content['topology']['dp']} data-parallel ranks and this launch has "
+            f"{clan.backend.dp_size}: this engine's state, or one that was stopped inside a round, goes on with as "
+            f"many alone. Launch with as many."
+        )
+    reshard.load(
+        dict(state.tensors),
+        reshard.pieces_from(live),
+        folder / shards.member_folder(holder),
+        [(place, reshard.pieces_from(theirs["pieces"]), theirs["layout"]) for place, theirs in saved],
+    )
+    counts = numbers["scalars"]["optimizer"].get("counts")
+    if counts:
+        # Masters are cut otherwise, and all have taken the same steps.
+        numbers["scalars"]["optimizer"]["counts"] = (counts * len(clan.backend.masters()))[
+            : len(clan.backend.masters())
+        ]
+    _load_numbers(clan, state, numbers)
+    clan.backend.load_counters(numbers["counters"])
+    # The boundary of an accumulation is where the counter says, and that counted another accumulation.
+    clan.backend.accumulation = clan.backend.accumulation
+    if clan.strategy.guards:
+        clan.kept = Snapshot(clan.state())
+    return {**numbers, "streams": streams if at.dp < len(saved) else None}
+
+
+def _check_parameters(clan: Clan, numbers: Mapping[str, Any]) -> None:
     difference = layout_difference(numbers["parameters"], parameter_layout(clan.backend.module))
-    if difference is not None and PARAMETERS not in allow:
+    if difference is not None and PARAMETERS not in clan.config.checkpoint.allow:
         raise CheckpointError(
             f"the model is not the one that was saved: {difference}. Build the model that the run was started with."
         )
+
+
+def _grown(clan: Clan, numbers: Mapping[str, Any]) -> MemberState:
+    """The live state, with the optimizer state that the saved one has."""
+    _check_parameters(clan, numbers)
     state = clan.state()
     names = [name for name, *_ in numbers["layout"]]
     if state.grow is not None:
@@ -142,6 +212,3 @@ def _load_numbers(clan: Clan, state: MemberState, numbers: Mapping[str, Any]) ->
     for group, saved in zip(clan.backend.param_groups(), numbers["groups"], strict=True):
         group.update({key: merged(group.get(key), value) for key, value in saved.items()})
     state.refresh()
-    if clan.backend.accumulation != numbers["accumulation"]:
-        clan.backend.accumulation = numbers["accumulation"]
-    clan.backend.load_counters(numbers["counters"])

@@ -10,6 +10,23 @@ from typing import Any
 import torch
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a logical vector, as it lies in a flat tensor of one rank.
+
+    Attributes:
+        key: names the vector; the same however many ranks share it.
+        start: first element of the vector that is here.
+        offset: where it lies in the tensor.
+        length: elements.
+    """
+
+    key: str
+    start: int
+    offset: int
+    length: int
+
+
 @dataclass
 class MemberState:
     """One rank's shard of everything that training continues from.
@@ -27,8 +44,8 @@ class MemberState:
         grow: makes optimizer state that a saved state has, by the names of its tensors, and this one lacks
             because the optimizer has not stepped yet (most make theirs in the first step); state that is not
             among the names goes. None where the backend's states are there from the start.
-        logical: the same tensors by names that do not depend on the layout, as ``DTensor`` or ``ShardedTensor``,
-            for a resume on another number of data-parallel ranks; None where the backend cannot say.
+        logical: by tensor name, the stretches of vectors that it holds which do not depend on the number of
+            data-parallel ranks, for a resume on another; None where the backend cannot say.
     """
 
     tensors: list[tuple[str, torch.Tensor]]
@@ -36,7 +53,7 @@ class MemberState:
     load_scalars: Callable[[Mapping[str, Any]], None] = field(repr=False)
     refresh: Callable[[], None] = field(repr=False)
     grow: Callable[[Collection[str]], None] | None = field(default=None, repr=False)
-    logical: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
+    logical: Callable[[], dict[str, list[Piece]] | None] | None = field(default=None, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +100,9 @@ def bytes_digest(buffer: torch.Tensor) -> list[int]:
     The plain sum changes with any single flipped bit; the sum with weights 1, 3, 5, ... changes when words
     change places. It guards against faults, not against an adversary.
     """
+    if buffer.storage_offset() % 8:
+        # A view that begins inside a word cannot be read by words.
+        buffer = buffer.clone()
     words = buffer[: buffer.numel() // 8 * 8].view(torch.int64)
     rest = buffer.new_zeros(8)
     rest[: buffer.numel() % 8] = buffer[words.numel() * 8 :]

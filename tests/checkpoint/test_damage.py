@@ -54,7 +54,7 @@ def _fault(folder):
         content = manifest.read(folder)
     except CheckpointError as error:
         return str(error)
-    faults = (fault_of(folder, content, GRID.coordinates(rank), range(2)) for rank in range(RANKS))
+    faults = (fault_of(folder, content, GRID.coordinates(rank), range(2), GRID) for rank in range(RANKS))
     return next((fault for fault in faults if fault is not None), None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
+from clantune_scale.backends.deepspeed import pieces
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.plain import merged, plain
-from clantune_scale.transfer.state import grow_optimizer
+from clantune_scale.transfer.state import Piece, grow_optimizer
 
 _COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -133,7 +135,28 @@ def member_state(engine: Any) -> MemberState:
         load_scalars=lambda scalars: _load_scalars(engine, scalars),
         refresh=lambda: refresh(engine),
         grow=lambda names: _grow(engine, names),
+        logical=lambda: _logical(engine),
     )
+
+
+def _logical(engine: Any) -> dict[str, list[Piece]] | None:
+    """The pieces of every tensor of the state; None where they cannot be told."""
+    keys = masters(engine)
+    cut = pieces.master_pieces(engine, keys)
+    if cut is None:
+        return None
+    frozen = {f"frozen.{name}": p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    found = {}
+    for name, tensor in _tensors(engine):
+        kind, _, rest = name.partition(".")
+        if kind == "frozen":
+            found[name] = pieces.frozen_pieces(rest, frozen[name])
+        elif kind == "buffer" or tensor.numel() != keys[int(rest.partition(".")[0])].numel():
+            found[name] = pieces.whole(name, tensor)
+        else:
+            index, _, moment = rest.partition(".")
+            found[name] = [replace(piece, key=f"{moment or 'master'}/{piece.key}") for piece in cut[int(index)]]
+    return found
 
 
 def _grow(engine: Any, names: Collection[str]) -> None:
