@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +40,10 @@ def plot_genes(events: Sequence[Event], path: Path) -> Path:
     figure = Figure(figsize=(9, 2.2 * (2 + len(genes)) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2 + len(genes), 1, sharex=True)
-    members = range(len(rounds[0]["members"]))
-    _draw_ends(panels[0], rounds, {m: [event["members"][m]["loss"] for event in rounds] for m in members})
+    members = _members(rounds)
+    _draw_ends(panels[0], rounds, {m: [_of(event["members"], m, "loss") for event in rounds] for m in members})
     panels[0].set_ylabel("validation loss")
-    _draw_ends(panels[1], rounds, {m: [event["learning_rates"][m] for event in rounds] for m in members})
+    _draw_ends(panels[1], rounds, {m: [_of(event["learning_rates"], m) for event in rounds] for m in members})
     panels[1].set(ylabel="learning rate", yscale="log")
     for axes, gene in zip(panels[2:], genes, strict=True):
         _draw_gene(axes, rounds, gene)
@@ -62,10 +63,25 @@ def _draw_ends(axes: Axes, rounds: Sequence[Event], values: dict[int, list[float
         axes.plot(steps, ends, marker=".", label=f"member {member}", **_look(member))
 
 
+def _members(rounds: Sequence[Event]) -> range:
+    """All that there ever were: a resumed run may have gone on with another number."""
+    return range(max(len(event["members"]) for event in rounds))
+
+
+def _of(table: Sequence[Any], member: int, *keys: str) -> float:
+    """A member's value, nan in a round in which it was not there."""
+    if member >= len(table):
+        return math.nan
+    value = table[member]
+    for key in keys:
+        value = value[key]
+    return value
+
+
 def _draw_gene(axes: Axes, rounds: Sequence[Event], gene: dict[str, Any]) -> None:
     name = gene["name"]
-    for member in range(len(rounds[0]["members"])):
-        values = [event["members"][member]["genome"]["values"][name] for event in rounds]
+    for member in _members(rounds):
+        values = [_of(event["members"], member, "genome", "values", name) for event in rounds]
         axes.plot(*_held(rounds, values), **_look(member))
     consensus = [event["consensus"].get(name) for event in rounds]
     if all(value is not None for value in consensus):

@@ -46,7 +46,13 @@ def test_sixteen_bit_weights_follow_from_the_masters(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["classic", "pbt", "hdet", "halving", "control"])
 def test_every_strategy_remembers(strategy, tmp_path):
-    block = {"strategy": strategy, "total_steps": 40, "duty_cycle": 0.4, "population_size": 2}
+    # Halving's first rungs end after 2, 10 and 20 of 200 steps.
+    block = {
+        "strategy": strategy,
+        "total_steps": 200 if strategy == "halving" else 40,
+        "duty_cycle": 0.4,
+        "population_size": 2,
+    }
     _check(clan_config(tmp_path, ds_config(0), **block), [3, 9, 15], ranks=2)
 
 

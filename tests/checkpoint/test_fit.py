@@ -92,7 +92,7 @@ def test_another_number_of_members_goes_on(before, after, strategy, tmp_path):
             "strategy": strategy,
             "total_steps": 60,
             "population_size": size,
-            "checkpoint": {"allow": ["population_size"]},
+            "checkpoint": {"allow": ["population_size"], "asynchronous": False},
         }
         return clan_config(tmp_path, ds_config(1), **block)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,9 @@ class _Collected:
             self.warnings.append((event["step"], event["message"]))
         elif kind == "round_end":
             self._take_round(event)
+        elif kind == "resume" and event.get("sources") and self.donors:
+            # Members have other numbers from here on: each carries what its source carried after the last round.
+            self.donors[-1] = self.donors[-1][event["sources"]]
         elif kind == "run_end":
             self.end = event
 
@@ -117,7 +120,7 @@ class _Collected:
         assert self.start is not None
         tables: dict[str, dict[str, np.ndarray]] = {"values": {}, "step_sizes": {}, "consensus": {}}
         for (table, name), rows in self.rows.items():
-            tables.setdefault(table, {})[name] = np.stack(rows)
+            tables.setdefault(table, {})[name] = _stacked(rows)
         parts = dict.fromkeys(part for seconds in self.seconds for part in seconds)
         return Run(
             start=self.start,
@@ -129,7 +132,7 @@ class _Collected:
             values=tables["values"],
             step_sizes=tables["step_sizes"],
             consensus=tables["consensus"],
-            donors=np.stack(self.donors),
+            donors=_stacked(self.donors),
             restored=np.array(self.restored, dtype=bool),
             explores=self.explores,
             rates=tables["rates"][""],
@@ -143,3 +146,15 @@ class _Collected:
             stragglers=self.stragglers,
             warnings=self.warnings,
         )
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """[rounds, members]: rows of a run whose number of members changed are as long as the longest.
+
+    Who is not there has no value (nan), and as a donor nobody but itself.
+    """
+    width = max((row.size for row in rows if row.ndim), default=0)
+    if all(row.size == width for row in rows if row.ndim):
+        return np.stack(rows)
+    lacking = np.arange(width) if rows[0].dtype.kind == "i" else np.full(width, np.nan)
+    return np.stack([np.concatenate([row, lacking[row.size :]]) for row in rows])
