@@ -16,6 +16,10 @@ from clantune_scale.core.genome import Consensus, Kind, Scale
 Count = Annotated[int, Strict(), Field(ge=1)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
+Difference = Literal[
+    "population_size", "round_length", "duty_cycle", "seed", "total_steps", "strategy", "genes", "fitness",
+    "topology", "batch", "optimizer", "parameters",
+]  # fmt: skip
 ChampionForm = Literal["safetensors", "dcp", "deepspeed"]
 
 
@@ -138,7 +142,7 @@ class CheckpointConfig(Block):
     grace_s: Annotated[Number, Field(gt=0)] = 15.0
     """Seconds after SIGTERM in which the state is committed; keep it below the time until your scheduler kills."""
 
-    allow: list[str] = []
+    allow: list[Difference] = []
     """Settings in which a resumed run may differ from the one that stopped, by name; all others are refused."""
 
     @field_validator("champion", mode="before")
