@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default=["study"],
         help="names, sets of them (study, small, kinds, all), or module:NAME",
     )
-    add("--methods", nargs="*", default=["fixed", "warmup-linear", "clan"], help="baselines and strategies")
+    add("--methods", nargs="*", default=["fixed", "warmup-linear", "clan"], help="baselines, strategies and peers")
     add("--population", type=int, default=8, help="members of the strategies' clans")
     add("--variants", nargs="*", type=Path, default=[], help="JSON files: row name to strategy, options, ...")
     which = parser.add_mutually_exclusive_group()

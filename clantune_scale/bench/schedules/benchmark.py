@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from clantune_scale.bench.schedules.methods import FIXED, Method
 from clantune_scale.bench.schedules.oracle import Oracle, fixed_losses, oracle_of
+from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
 from clantune_scale.bench.schedules.problem import Problem
 from clantune_scale.bench.schedules.scores import Yardstick
 from clantune_scale.bench.schedules.table import Result
@@ -19,7 +20,7 @@ REPORTING_SEEDS = (100, 101, 102)
 
 def run(
     problems: Sequence[Problem],
-    methods: Sequence[Method],
+    methods: Sequence[Method | OptimizerPeer],
     *,
     seeds: Sequence[int],
     say: Callable[[str], object] = print,

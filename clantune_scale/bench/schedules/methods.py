@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from clantune_scale.batched import Settings
+from clantune_scale.bench.schedules.peers.extra import imported
+from clantune_scale.bench.schedules.peers.optimizers import OPTIMIZER_PEERS, OptimizerPeer
 from clantune_scale.bench.schedules.problem import Problem
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import STRATEGIES, build
@@ -63,23 +65,42 @@ class Method:
 #: A run as its start configures it: one member, no rounds to speak of.
 FIXED = Method("fixed", "control", population_size=1, round_length_steps=1_000_000)
 WARMUP_LINEAR = replace(FIXED, name="warmup-linear", schedule="warmup-linear")
-BASELINES = {method.name: method for method in (FIXED, WARMUP_LINEAR)}
+WARMUP_COSINE = replace(FIXED, name="warmup-cosine", schedule="warmup-cosine")
+BASELINES = {method.name: method for method in (FIXED, WARMUP_LINEAR, WARMUP_COSINE)}
+
+_RAY_TUNE = "clantune_scale.bench.schedules.peers.ray_tune"
+#: Peers that decide over a population. Its members share out the problem's batch, so that all together compute as many
+#: gradients as the plain run; or each takes the whole batch, as published, which costs a plain run per member. PB2's
+#: process takes seconds a decision, and grows with the data: its rounds are three of the others'.
+POPULATION_PEERS = {
+    "ray-pbt": Method("ray-pbt", f"{_RAY_TUNE}:RayPBT"),
+    "ray-pb2": Method("ray-pb2", f"{_RAY_TUNE}:RayPB2", {"stretch": 3}),
+    "ray-pbt-full": Method("ray-pbt-full", f"{_RAY_TUNE}:RayPBT", {"full_batch": True}),
+    "ray-pb2-full": Method("ray-pb2-full", f"{_RAY_TUNE}:RayPB2", {"full_batch": True, "stretch": 3}),
+}
 
 
-def named(names: Sequence[str], population_size: int) -> list[Method]:
-    """The baselines and strategies of these names, strategies with ``population_size`` members.
+def named(names: Sequence[str], population_size: int) -> list[Method | OptimizerPeer]:
+    """The baselines, peers and strategies of these names; populations with ``population_size`` members.
 
     Raises:
-        ConfigError: for a name that is neither.
+        ConfigError: for a name that is none of these, or a peer whose package is not installed.
     """
-    methods = []
+    methods: list[Method | OptimizerPeer] = []
     for name in names:
         if name in BASELINES:
             methods.append(BASELINES[name])
+        elif name in OPTIMIZER_PEERS:
+            OPTIMIZER_PEERS[name].check()
+            methods.append(OPTIMIZER_PEERS[name])
+        elif name in POPULATION_PEERS:
+            imported("ray.tune.schedulers", method=name)
+            peer = POPULATION_PEERS[name]
+            methods.append(replace(peer, name=f"{name} P={population_size}", population_size=population_size))
         elif name in STRATEGIES or ":" in name:
             methods.append(Method(f"{name} P={population_size}", name, population_size=population_size))
         else:
-            known = sorted({*BASELINES, *STRATEGIES})
+            known = sorted({*BASELINES, *OPTIMIZER_PEERS, *POPULATION_PEERS, *STRATEGIES})
             raise ConfigError(f"no method {name!r}.{did_you_mean(name, known)} Choose from: {', '.join(known)}.")
     return methods
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clantune_scale.batched import BatchedClans, Clan
+from clantune_scale.batched import BatchedClans, Clan, Settings
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.methods import Method
+from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
+from clantune_scale.bench.schedules.peers.single import run_single
 from clantune_scale.bench.schedules.problem import Problem
 
 #: Share of a sample's gradient that its loss alone costs: the backward pass is twice the forward one.
@@ -56,7 +58,9 @@ class Trial:
         return [statistics.fmean(run.loss for run in runs) for runs in self.runs]
 
 
-def run_trial(method: Method, problem: Problem, *, rates: Sequence[float], seeds: Sequence[int]) -> Trial:
+def run_trial(
+    method: Method | OptimizerPeer, problem: Problem, *, rates: Sequence[float], seeds: Sequence[int]
+) -> Trial:
     """Runs ``method`` from every start of ``problem``, with every seed.
 
     Args:
@@ -65,7 +69,8 @@ def run_trial(method: Method, problem: Problem, *, rates: Sequence[float], seeds
         rates: [starts], the learning rate of each.
         seeds: of weights, data and decisions.
     """
-    schedule = curves.over(method.schedule or problem.schedule, problem.total_steps)
+    is_single = isinstance(method, OptimizerPeer)
+    schedule = curves.over((None if is_single else method.schedule) or problem.schedule, problem.total_steps)
     configured = [
         replace(problem.settings, lr=rate, schedule=schedule, **start.changes)
         for start, rate in zip(problem.starts, rates, strict=True)
@@ -73,20 +78,39 @@ def run_trial(method: Method, problem: Problem, *, rates: Sequence[float], seeds
     settings = [own for own in configured for _ in seeds]
     runs_per_seed = list(seeds) * len(configured)
     began = time.process_time()
-    clans = BatchedClans(
-        problem,
-        strategies=[method.build(problem, own, seed) for own, seed in zip(settings, runs_per_seed, strict=True)],
-        settings=settings,
-        seeds=runs_per_seed,
-    )
-    clans.run(problem.total_steps)
-    runs = [
-        Run(loss, _cost(clan, problem), _rates(clan), sum(record.restored for record in clan.lineage))
-        for clan, loss in zip(clans.clans, champion_losses(clans, problem), strict=True)
-    ]
+    run_all = _single_runs if is_single else _clan_runs
+    runs = run_all(method, problem, settings, runs_per_seed)
     cpu_s = (time.process_time() - began) / len(runs)
     by_start = tuple(tuple(runs[i : i + len(seeds)]) for i in range(0, len(runs), len(seeds)))
     return Trial(method.name, problem.name, by_start, cpu_s)
+
+
+def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]) -> list[Run]:
+    """[runs], all clans at once."""
+    clans = BatchedClans(
+        problem,
+        strategies=[method.build(problem, own, seed) for own, seed in zip(settings, seeds, strict=True)],
+        settings=settings,
+        seeds=seeds,
+    )
+    clans.run(problem.total_steps)
+    return [
+        Run(
+            loss,
+            _cost(clan.num_trained, clan.num_evaluated, problem),
+            _rates(clan),
+            sum(record.restored for record in clan.lineage),
+        )
+        for clan, loss in zip(clans.clans, champion_losses(clans, problem), strict=True)
+    ]
+
+
+def _single_runs(
+    peer: OptimizerPeer, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]
+) -> list[Run]:
+    """[runs], one after another; nothing is evaluated on the way."""
+    singles = [run_single(peer, problem, own, seed) for own, seed in zip(settings, seeds, strict=True)]
+    return [Run(single.loss, _cost(single.num_trained, 0, problem), single.rates, 0) for single in singles]
 
 
 def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
@@ -99,8 +123,8 @@ def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
     return test.gather(1, champions).squeeze(1).nan_to_num(math.inf, math.inf).tolist()
 
 
-def _cost(clan: Clan, problem: Problem) -> float:
-    work = clan.num_trained + FORWARD_SHARE * clan.num_evaluated
+def _cost(num_trained: int, num_evaluated: int, problem: Problem) -> float:
+    work = num_trained + FORWARD_SHARE * num_evaluated
     return work / (problem.total_steps * problem.batch_size)
 
 
