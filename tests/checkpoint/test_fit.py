@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from clantune_scale.checkpoint import manifest
+from clantune_scale.checkpoint import fit, manifest
 from clantune_scale.checkpoint.fit import check_settings, layout_difference
+from clantune_scale.config import ClanConfig, Difference
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import read_events
 from clantune_scale.tracking.history import lineage_from_events, schedule_from_events
@@ -114,3 +116,10 @@ def test_another_number_of_members_goes_on(before, after, strategy, tmp_path):
     assert all(0 <= held < before for held in lineage.ancestry(after - 1)[:2])
     assert schedule_from_events(events).segments[-1].end_step == 20
     write_report(run_dir)
+
+
+def test_every_setting_has_a_name_that_can_be_allowed():
+    named = set(get_args(Difference)) - {"topology", "batch", "optimizer", "parameters"}
+    assert named == set(ClanConfig.model_fields) - set(fit._WITHOUT_EFFECT)
+    with pytest.raises(ValueError, match="checkpoint.allow"):
+        ClanConfig(population_size=2, checkpoint={"allow": ["populaton_size"]})
