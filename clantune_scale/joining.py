@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,11 @@ def join(
         TopologyError: as :func:`clantune_scale.world.join` does.
     """
     block = ClanConfig(population_size=config) if isinstance(config, int) else read_block(config)
+    if "deepspeed" in sys.modules:
+        # A script that joins by itself starts DeepSpeed by itself too, before initialize() could prepare it.
+        from clantune_scale.backends.deepspeed.quiet import quieten
+
+        quieten()
     return world.join(
         block.population_size,
         timeout_s=timeout_s or block.join.timeout_s,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import clantune_scale
-from clantune_scale.ds_config import load_ds_config
+from clantune_scale.ds_config import extract, load_ds_config
 
 
 class Token(nn.Embedding):
@@ -81,14 +81,15 @@ def main() -> None:
     """Trains, then tells the test loss."""
     arguments = parse_arguments()
     is_first_rank = os.environ.get("RANK", "0") == "0"
-    # A PipelineModule takes the world as it finds it: the member's, once the clan is joined.
-    clantune_scale.join(arguments.deepspeed_config)
+    config, block = extract(load_ds_config(arguments.deepspeed_config))
+    if block is not None and block.enabled:
+        # A PipelineModule takes the world as it finds it: the member's, once the clan is joined.
+        clantune_scale.join(block)
     deepspeed.init_distributed()
     files = text_files(arguments.text) if arguments.text else standard_library()
     corpus = load(files, context=arguments.context)
     torch.manual_seed(arguments.seed)
-    stages = load_ds_config(arguments.deepspeed_config)["pipeline"]["stages"]
-    model = PipelineModule(layers(arguments), num_stages=stages, loss_fn=next_byte_loss)
+    model = PipelineModule(layers(arguments), num_stages=config["pipeline"]["stages"], loss_fn=next_byte_loss)
     engine, *_ = clantune_scale.initialize(
         args=arguments,
         model=model,
