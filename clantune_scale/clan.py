@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -34,7 +35,7 @@ from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
-from clantune_scale.transfer import MemberState, Snapshot, average_members, transfer
+from clantune_scale.transfer import MemberState, Snapshot, Transfers, average_members
 from clantune_scale.watch import BatchWatch, LossMeter, Stopwatch
 from clantune_scale.world import ClanGroups, ClanWorld
 
@@ -93,6 +94,7 @@ class Clan:
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
+        self.transfers = Transfers.of(world, self.groups, config.transfer, runs=Path(config.tracking.directory))
         self._expression = Expression(self.genes, backend, setters or {})
         self._averages: AveragedWeights | None = None
         self.aside: Snapshot | None = None
@@ -149,7 +151,7 @@ class Clan:
 
     def _start_anew(self) -> None:
         """All members take member 0's state, are measured once, and get their first genomes."""
-        transfer(self.state(), [0] * self.config.population_size, self.world.column, self.groups.column_for)
+        self.transfers.run(self.state(), [0] * self.config.population_size)
         if self._averages is not None:
             self._averages.restart()
         self.fitness = self.measure(averages=False)
@@ -170,7 +172,12 @@ class Clan:
         return self.strategy.lr_factor(self.phases.position.step)
 
     def state(self) -> MemberState:
-        """This rank's live training state, its averaged weights included."""
+        """This rank's live training state, its averaged weights included.
+
+        Raises:
+            TransferError: if it is torn: a transfer into it failed.
+        """
+        self.transfers.require_whole()
         state = self.backend.state()
         if self._averages is not None:
             state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(self._averages.tensors)]
@@ -201,7 +208,7 @@ class Clan:
         decision = decide(self, plan)
         if decision.restore and self.kept is not None:
             self.kept.restore(self.state())
-        transfer(self.state(), decision.donors, self.world.column, self.groups.column_for)
+        self.transfers.run(self.state(), decision.donors, round_index=plan.index)
         if decision.average is not None:
             average_members(self.state(), decision.average, self.world.column, self.groups.column_for)
         if self.strategy.guards and not decision.restore:

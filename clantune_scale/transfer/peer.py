@@ -1,123 +1,87 @@
-"""A clone, rank to rank down the column, straight into live tensors.
+"""The default transport: rank to rank down the column, straight into live tensors.
 
-Several clones of one donor form a chain: each passes a bucket on before it unpacks it, so that the donor
-sends once however many receive. A rank needs room for one bucket beside its state.
+Several clones of one donor form a chain: each passes a bucket on while it receives the next, so that the donor
+sends once however many receive. A rank needs room for two buckets beside its state.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from clantune_scale.errors import DivergenceError, TransferError
-from clantune_scale.groups import Column
-from clantune_scale.transfer.state import MemberState, bytes_digest
+from clantune_scale.transfer.route import Route
+from clantune_scale.transfer.state import MemberState
+from clantune_scale.transfer.transport import OnReceived
 
 BUCKET_BYTES = 1 << 25
 _TAG = 71
 
 
-@dataclass(frozen=True)
-class TransferReport:
-    """What a transfer moved.
-
-    Attributes:
-        received_bytes: by this rank.
-        seconds: wall-clock time on this rank, the refresh included.
-    """
-
-    received_bytes: int
-    seconds: float
-
-
-def chain_of(member: int, donors: Sequence[int]) -> list[int]:
-    """The members that one donor's state passes through, donor first; ``[member]`` alone where none moves."""
-    donor = donors[member]
-    return [donor] + [m for m, source in enumerate(donors) if source == donor and m != donor]
-
-
-@torch.no_grad()
-def transfer(
-    state: MemberState,
-    donors: Sequence[int],
-    column: Column,
-    group_for: Callable[[str], Any],
-    *,
-    bucket_bytes: int = BUCKET_BYTES,
-) -> TransferReport:
-    """Gives every member ``m`` the training state of ``donors[m]``. All ranks of the clan call it.
+class PeerTransport:
+    """Point-to-point messages of one bucket each.
 
     Args:
-        state: this rank's live state; written in place where this member receives.
-        donors: by member; a donor keeps its own (``donors[donors[m]] == donors[m]``).
-        column: this rank's control column.
-        group_for: device type to the stand-alone group of the column on that device.
         bucket_bytes: size of a message.
-
-    Raises:
-        DivergenceError: if members ask for different transfers, or their states are laid out differently.
-        TransferError: if what arrived is not what was sent.
     """
-    start = time.perf_counter()
-    chain = chain_of(column.member, donors)
-    _agree(state, donors, column)
-    digests = _pass_along(state, chain, column.member, group_for, bucket_bytes) if len(chain) > 1 else []
-    sent = column.gather_json(
-        {"digests": digests, "scalars": state.scalars if donors[column.member] == column.member else None}
-    )
-    for member, donor in enumerate(donors):
-        wrong = [i for i, d in enumerate(sent[donor]["digests"]) if sent[member]["digests"][i : i + 1] != [d]]
-        if member != donor and wrong:
-            raise TransferError(
-                f"member {member} received other bytes than member {donor} sent: buckets {wrong[:8]} of "
-                f"{len(sent[donor]['digests'])} differ. Member {member}'s state is torn; restart from the last "
-                f"committed state and look at the memory and links of its hosts."
-            )
-    donor = donors[column.member]
-    if donor == column.member:
-        return TransferReport(0, time.perf_counter() - start)
-    state.load_scalars(sent[donor]["scalars"])
-    state.refresh()
-    return TransferReport(state.num_bytes, time.perf_counter() - start)
+
+    def __init__(self, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.bucket_bytes = bucket_bytes
+        self.on_received: OnReceived | None = None
+
+    def move(self, state: MemberState, route: Route) -> str | None:
+        before, after = route.before, route.after
+        if before is None and after is None:
+            return None
+        sending: Any = None
+        rooms = _Rooms(self.bucket_bytes)
+        for number, pieces in enumerate(state.pieces(self.bucket_bytes)):
+            group = route.group_for(pieces[0].device.type)
+            buffer = rooms.next(pieces)
+            if before is None:
+                _gather(pieces, buffer)
+            else:
+                group.recv([buffer], before, _TAG).wait()
+                if self.on_received is not None:
+                    self.on_received(number, buffer)
+            if sending is not None:
+                sending.wait()
+            sending = group.send([buffer], after, _TAG) if after is not None else None
+            if before is not None and len(pieces) > 1:
+                for piece, received in zip(pieces, buffer.split([p.numel() for p in pieces]), strict=True):
+                    piece.copy_(received)
+        if sending is not None:
+            sending.wait()
+        return None
 
 
-def _agree(state: MemberState, donors: Sequence[int], column: Column) -> None:
-    """Before a byte moves: the same plan and the same layout everywhere in the column."""
-    plans = column.gather_json(list(donors))
-    if plans.count(plans[0]) != len(plans):
-        raise DivergenceError(
-            f"members ask for different transfers: {plans}, by member. This is a bug: please report it."
-        )
-    difference = column.first_difference(state.manifest(), noun="tensors")
-    if difference is not None:
-        other, theirs, ours = difference
-        raise DivergenceError(
-            f"member {other}'s state is laid out differently from member 0's: {theirs} against {ours}. "
-            f"Give all members the same model, optimizer and ZeRO settings, and freeze the same parameters."
-        )
+class _Rooms:
+    """Two buffers in turns: one is still being sent while the next is filled.
 
+    They are kept over the whole transfer: allocated for each bucket, freed ones would add up in the host's allocator.
 
-def _pass_along(
-    state: MemberState, chain: list[int], member: int, group_for: Callable[[str], Any], bucket_bytes: int
-) -> list[list[int]]:
-    """Receives each bucket from the one before in the chain, passes it on, unpacks it; returns their digests."""
-    place = chain.index(member)
-    digests = []
-    for pieces in state.pieces(bucket_bytes):
-        group = group_for(pieces[0].device.type)
-        if place == 0:
-            buffer = torch.cat(pieces)
+    Args:
+        bucket_bytes: of each.
+    """
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._buffers: list[torch.Tensor] = []
+
+    def next(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """Where a bucket is put together: the live memory itself, where it is in one piece there."""
+        if len(pieces) == 1:
+            return pieces[0]
+        if len(self._buffers) == 2:
+            buffer = self._buffers.pop(0)
         else:
-            buffer = torch.empty(sum(p.numel() for p in pieces), dtype=torch.uint8, device=pieces[0].device)
-            group.recv([buffer], chain[place - 1], _TAG).wait()
-        if place + 1 < len(chain):
-            group.send([buffer], chain[place + 1], _TAG).wait()
-        if place > 0:
-            for piece, received in zip(pieces, buffer.split([p.numel() for p in pieces]), strict=True):
-                piece.copy_(received)
-        digests.append(bytes_digest(buffer))
-    return digests
+            buffer = torch.empty(self._bucket_bytes, dtype=torch.uint8, device=pieces[0].device)
+        if buffer.device != pieces[0].device:
+            buffer = torch.empty_like(buffer, device=pieces[0].device)
+        self._buffers.append(buffer)
+        return buffer[: sum(piece.numel() for piece in pieces)]
+
+
+def _gather(pieces: list[torch.Tensor], buffer: torch.Tensor) -> None:
+    if len(pieces) > 1:
+        torch.cat(pieces, out=buffer)

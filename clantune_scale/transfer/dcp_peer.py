@@ -1,0 +1,233 @@
+"""Torch's distributed checkpoint (DCP) as a transport from rank to rank, without a file.
+
+A storage writer and a storage reader face each other over the column: DCP's planner compares names, sizes and
+offsets on the recipient before it asks for a byte, and gives out the live tensors into which bytes are received.
+What DCP keeps as a pickle travels as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, save_alone
+from clantune_scale.transfer.route import Route
+from clantune_scale.transfer.state import MemberState
+from clantune_scale.transfer.transport import OnReceived
+
+_TAG = 72
+# [name, dtype, size of the whole tensor, offsets of this piece, sizes of this piece]
+Item = tuple[str, str, list[int], list[int], list[int]]
+
+
+class Line:
+    """The messages between neighbours of a chain.
+
+    Args:
+        route: who gives to whom.
+        bucket_bytes: most bytes in one message.
+    """
+
+    def __init__(self, route: Route, bucket_bytes: int) -> None:
+        self.before, self.after = route.before, route.after
+        self._route, self._bucket_bytes = route, bucket_bytes
+
+    def tell(self, member: int, value: Any) -> None:
+        """Sends what JSON holds."""
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        group = self._route.group_for("cpu")
+        group.send([torch.tensor([payload.numel()])], member, _TAG).wait()
+        group.send([payload], member, _TAG).wait()
+
+    def hear(self, member: int) -> Any:
+        """Receives what :meth:`tell` sent."""
+        group = self._route.group_for("cpu")
+        size = torch.zeros(1, dtype=torch.int64)
+        group.recv([size], member, _TAG).wait()
+        payload = torch.empty(int(size), dtype=torch.uint8)
+        group.recv([payload], member, _TAG).wait()
+        return json.loads(payload.numpy().tobytes())
+
+    def stream(self, tensor: torch.Tensor) -> None:
+        """Receives into a contiguous tensor where there is one before, and passes on where there is one after."""
+        group = self._route.group_for(tensor.device.type)
+        sending = []
+        for part in tensor.view(-1).view(torch.uint8).split(self._bucket_bytes):
+            if self.before is not None:
+                group.recv([part], self.before, _TAG).wait()
+            if self.after is not None:
+                sending.append(group.send([part], self.after, _TAG))
+        for message in sending:
+            message.wait()
+
+
+class _Alike:
+    """What a storage that has no address and changes no plan answers."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class PeerWriter(_Alike, StorageWriter):
+    """What a donor saves goes to the next in the chain, in the order of the plan.
+
+    Args:
+        line: to the next.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._parts: list[tuple[Item, torch.Tensor]] = []
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        for item in plan.items:
+            data, tensor = item.tensor_data, planner.resolve_data(item)
+            assert data is not None and isinstance(tensor, torch.Tensor), "scalars do not travel by DCP"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entry = (item.index.fqn, dtype, list(data.size), list(data.chunk.offsets), list(data.chunk.sizes))
+            self._parts.append((entry, tensor.detach()))
+            results.append(WriteResult(index=item.index, size_in_bytes=tensor.nbytes, storage_data=None))
+        return _done(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        assert self._line.after is not None, "a donor has a recipient"
+        self._line.tell(self._line.after, [entry for entry, _ in self._parts])
+        if self._line.hear(self._line.after) is None:
+            for _, tensor in self._parts:
+                self._line.stream(tensor)
+
+
+class PeerReader(_Alike, StorageReader):
+    """What a recipient loads comes from the one before in the chain, and is passed on.
+
+    Args:
+        line: from the one before and to the next.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._items: list[Item] = []
+        self.has_answered = False
+
+    def read_metadata(self, *args: Any) -> Metadata:
+        assert self._line.before is not None, "a recipient has a donor"
+        self._items = self._line.hear(self._line.before)
+        if self._line.after is not None:
+            self._line.tell(self._line.after, self._items)
+        return _metadata(self._items)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted = {(item.storage_index.fqn, tuple(item.storage_index.offset or ())): item for item in plan.items}
+        targets = []
+        for name, dtype, _, offsets, sizes in self._items:
+            item = wanted.pop((name, tuple(offsets)), None)
+            target = None if item is None else planner.resolve_tensor(item).detach()
+            if item is None or item.type is not LoadItemType.TENSOR or list(target.shape) != sizes:
+                raise ValueError(f"{name}{offsets} of {sizes} arrives and has no place of this size here")
+            if str(target.dtype) != f"torch.{dtype}":
+                raise ValueError(f"{name} arrives as {dtype} and is {target.dtype} here")
+            targets.append((item, target))
+        if wanted:
+            raise ValueError(f"{sorted(wanted)[0]} is wanted here and does not arrive")
+        complaint = self.answer(None)
+        if complaint is not None:
+            raise ValueError(complaint)
+        for item, target in targets:
+            self._line.stream(target)
+            planner.commit_tensor(item, target)
+        return _done(None)
+
+    def answer(self, complaint: str | None) -> str | None:
+        """Says whether this rank, and all after it, can take the bytes; the first complaint, or None."""
+        self.has_answered = True
+        if self._line.after is not None:
+            behind = self._line.hear(self._line.after)
+            complaint = complaint or behind
+        self._line.tell(self._line.before, complaint)
+        return complaint
+
+
+class DcpPeerTransport:
+    """DCP's writer and reader over the column.
+
+    Args:
+        bucket_bytes: most bytes in one message.
+    """
+
+    def __init__(self, *, bucket_bytes: int) -> None:
+        self._bucket_bytes = bucket_bytes
+        self.on_received: OnReceived | None = None
+
+    def move(self, state: MemberState, route: Route) -> str | None:
+        line = Line(route, self._bucket_bytes)
+        tensors = named(state, route.place)
+        if line.before is None:
+            if line.after is not None:
+                save_alone(tensors, PeerWriter(line))
+            return None
+        reader = PeerReader(line)
+        try:
+            load_alone(tensors, reader, WatchedLoadPlanner(self.on_received))
+        except CheckpointException as error:
+            # A plan that did not fit: those before wait for an answer, and send nothing.
+            complaint = _first(error.failures.values())
+            return complaint if reader.has_answered else reader.answer(complaint)
+        return None
+
+
+def _first(failures: Sequence[Any] | Any) -> str:
+    """DCP collects what each rank raised; here there is one rank."""
+    error = next(iter(failures))[0]
+    return f"{type(error).__name__}: {error}"
+
+
+def _metadata(items: list[Item]) -> Metadata:
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for name, dtype, size, offsets, sizes in items:
+        properties = TensorProperties(dtype=getattr(torch, dtype))
+        whole = tensors.setdefault(name, TensorStorageMetadata(properties, torch.Size(size), []))
+        whole.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+    places = {MetadataIndex(name, torch.Size(offsets)): None for name, _, _, offsets, _ in items}
+    return Metadata(state_dict_metadata=dict(tensors), storage_data=places)
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future

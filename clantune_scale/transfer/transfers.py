@@ -1,0 +1,220 @@
+"""A clone from its plan to its proof: agree, mark, move, compare, once more where it failed, and only then go on.
+
+A recipient's state is torn from the first byte until both ends' digests are equal and everything else is in place.
+The mark outlives whatever is raised in between, so that nobody trains on such a state, keeps it, or gives it away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clantune_scale.config import TransferConfig
+from clantune_scale.errors import TransferError
+from clantune_scale.groups import Column
+from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport
+from clantune_scale.transfer.route import Route, agree, donors_of_retry
+from clantune_scale.transfer.state import MemberState, bytes_digest
+from clantune_scale.transfer.transport import Transport, build
+
+if TYPE_CHECKING:
+    from clantune_scale.world import ClanGroups, ClanWorld
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What a transfer moved.
+
+    Attributes:
+        received_bytes: by this rank.
+        seconds: wall-clock time on this rank, the refresh included.
+        num_retries: members that had to take it once more, seen from this rank's column.
+    """
+
+    received_bytes: int
+    seconds: float
+    num_retries: int = 0
+
+
+class Transfers:
+    """All transfers of a clan on one rank, and the mark of a state that is not whole.
+
+    Args:
+        column: this rank's control column.
+        group_for: device type to the stand-alone group of the column on that device.
+        transport: how bytes move; peer to peer where None.
+        inside: makes the control column of this member's own ranks; None where a member is one rank.
+        ranks: by member, the launcher's rank of this rank's peer; the member's number where None.
+        place: this rank's coordinate in its member.
+        bucket_bytes: granularity of the comparison.
+    """
+
+    def __init__(
+        self,
+        column: Column,
+        group_for: Callable[[str], Any],
+        *,
+        transport: Transport | None = None,
+        inside: Callable[[], Column] | None = None,
+        ranks: Sequence[int] | None = None,
+        place: str = "",
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self.transport = transport or PeerTransport(bucket_bytes=bucket_bytes)
+        self._column, self._group_for, self._inside = column, group_for, inside
+        self._ranks = list(ranks if ranks is not None else range(column.size))
+        self._place, self._bucket_bytes = place, bucket_bytes
+        self._torn: str | None = None
+
+    @classmethod
+    def of(cls, world: ClanWorld, groups: ClanGroups, config: TransferConfig, *, runs: Path) -> Transfers:
+        """Those of a clan; ``runs`` is the folder of runs."""
+        at, topology = world.at, world.topology
+        size = topology.member_size
+        return cls(
+            world.column,
+            groups.column_for,
+            transport=build(config, runs=runs),
+            inside=(lambda: Column(groups.member(), at.member_rank, size)) if size > 1 else None,
+            ranks=topology.column_ranks(at.rank),
+            place=f"pp{at.pp}.dp{at.dp}.tp{at.tp}",
+            bucket_bytes=config.bucket_bytes,
+        )
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether this rank's live state is partly another member's."""
+        return self._torn is not None
+
+    def require_whole(self) -> None:
+        """Called wherever a live state is read.
+
+        Raises:
+            TransferError: if it is torn.
+        """
+        if self._torn is not None:
+            raise TransferError(f"{self._torn}, and no transfer after that put it right. {_REMEDY}")
+
+    def restored(self) -> None:
+        """Takes the mark off, once the whole state has been loaded from a committed round."""
+        self._torn = None
+
+    @torch.no_grad()
+    def run(self, state: MemberState, donors: Sequence[int], *, round_index: int | None = None) -> TransferReport:
+        """Gives every member ``m`` the training state of ``donors[m]``. All ranks of the clan call it.
+
+        Args:
+            state: this rank's live state; written in place where this member receives.
+            donors: by member; a donor keeps its own (``donors[donors[m]] == donors[m]``).
+            round_index: of the round at whose end this is, for messages.
+
+        Raises:
+            DivergenceError: if members ask for different transfers, or their states are laid out differently.
+            TransferError: on all ranks, if what arrived is not what was sent, twice.
+        """
+        start = time.perf_counter()
+        self.require_whole()
+        agree(state, donors, self._column)
+        if all(member == donor for member, donor in enumerate(donors)):
+            return TransferReport(0, time.perf_counter() - start)
+        member, donor = self._column.member, donors[self._column.member]
+        when = f"round {round_index}: " if round_index is not None else ""
+        if member != donor:
+            self._torn = f"{when}member {member} (rank {self._ranks[member]}) was receiving member {donor}'s state"
+        scalars, first, failed = self._move(state, donors)
+        torn = self._tell_the_member(failed)
+        if member != donor and member not in torn:
+            state.load_scalars(scalars[donor])
+            state.refresh()
+            self._torn = None
+        if torn:
+            raise _error(when, torn, donors)
+        received = state.num_bytes if member != donor else 0
+        return TransferReport(received, time.perf_counter() - start, num_retries=len(first))
+
+    def _move(
+        self, state: MemberState, donors: Sequence[int]
+    ) -> tuple[list[Any], Mapping[int, str], Mapping[int, str]]:
+        """Every member's scalars; whose first attempt failed in this column, and whose second, with what was wrong."""
+        said, first = self._attempt(state, donors)
+        scalars = [one["scalars"] for one in said]
+        failed: Mapping[int, str] = {}
+        if first:
+            _, failed = self._attempt(state, donors_of_retry(donors, first))
+        return scalars, first, failed
+
+    def _attempt(self, state: MemberState, donors: Sequence[int]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+        """Moves once and compares; what each member said, and by failed member what was wrong."""
+        route = Route(donors, self._column, self._group_for, self._place)
+        complaint = self.transport.move(state, route)
+        digests = self._digests(state) if len(route.chain) > 1 else []
+        scalars = state.scalars if donors[self._column.member] == self._column.member else None
+        said = self._column.gather_json({"complaint": complaint, "digests": digests, "scalars": scalars})
+        failed = {}
+        for member, donor in enumerate(donors):
+            if member != donor and (wrong := _difference(said[donor], said[member])) is not None:
+                failed[member] = wrong
+        return said, failed
+
+    def _digests(self, state: MemberState) -> list[list[int]]:
+        """Of the live tensors, read back: what was unpacked counts, not what came over the wire."""
+        return [
+            bytes_digest(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+            for pieces in state.pieces(self._bucket_bytes)
+        ]
+
+    def _tell_the_member(self, failed: Mapping[int, str]) -> dict[int, tuple[int, str]]:
+        """(rank, what was wrong) by torn member, over all columns; equal on all ranks of the clan.
+
+        One torn shard makes its member torn as a whole.
+        """
+        mine = [[member, self._ranks[member], wrong] for member, wrong in failed.items()]
+        everyone = self._inside().gather_json(mine) if self._inside is not None else [mine]
+        torn: dict[int, tuple[int, str]] = {}
+        for member, rank, wrong in (entry for said in everyone for entry in said):
+            torn.setdefault(member, (rank, wrong))
+        return torn
+
+
+def transfer(
+    state: MemberState,
+    donors: Sequence[int],
+    column: Column,
+    group_for: Callable[[str], Any],
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> TransferReport:
+    """One transfer from peer to peer, outside a clan; see :meth:`Transfers.run`."""
+    return Transfers(column, group_for, bucket_bytes=bucket_bytes).run(state, donors)
+
+
+_REMEDY = (
+    "Resume the run from its last committed round, and look at the memory, links and disks of that member's hosts."
+)
+
+
+def _difference(sent: Mapping[str, Any], received: Mapping[str, Any]) -> str | None:
+    """What is wrong with what a member received, or None."""
+    for complaint in (sent["complaint"], received["complaint"]):
+        if complaint is not None:
+            return complaint
+    ours, theirs = sent["digests"], received["digests"]
+    wrong = [index for index, digest in enumerate(ours) if theirs[index : index + 1] != [digest]]
+    if not wrong and len(ours) == len(theirs):
+        return None
+    return f"buckets {wrong[:8]} of {len(ours)} differ from what was sent"
+
+
+def _error(when: str, torn: Mapping[int, tuple[int, str]], donors: Sequence[int]) -> TransferError:
+    parts = [
+        f"member {member} (rank {rank}) did not get member {donors[member]}'s state in two attempts ({wrong})"
+        for member, (rank, wrong) in sorted(torn.items())
+    ]
+    error = TransferError(f"{when}{'; '.join(parts)}. Its state is torn. {_REMEDY}")
+    error.members = tuple(sorted(torn))
+    return error
