@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.torch import save_file
 
+from clantune_scale.champion_forms import check_forms, keep
 from clantune_scale.core.schedule import ClanSchedule
+from clantune_scale.errors import ClanError
 from clantune_scale.record import Summary
 from clantune_scale.tracking import read_events
 
 if TYPE_CHECKING:
     from clantune_scale.clan import Clan
+
+__all__ = ["check_forms", "choose", "save", "write"]
+
+_ARTIFACTS = {"safetensors": "champion", "dcp": "champion_dcp", "deepspeed": "champion_deepspeed"}
 
 
 def choose(clan: Clan) -> Summary:
@@ -36,22 +42,17 @@ def choose(clan: Clan) -> Summary:
 def write(clan: Clan, summary: Summary) -> Summary:
     """Writes the champion's weights, its schedule and the picture of the genes into the run's folder.
 
-    All ranks of the clan call it; the champion's first rank writes the weights, the clan's first the rest.
+    All ranks of the clan call it; the champion's write the weights, the clan's first rank the rest.
+
+    Raises:
+        ClanError: on all ranks, if the weights could not be written.
     """
     artifacts: dict[str, str] = {}
-    run_dir = summary.run_dir
-    if summary.champion is not None and clan.config.checkpoint.champion:
-        weights = run_dir / "champion.safetensors" if run_dir is not None else None
-        context = clan.averaged_weights() if summary.averaged else nullcontext()
-        with context:
-            tensors = clan.backend.full_weights() if clan.member == summary.champion else None
-        if tensors is not None and weights is not None:
-            save_file(tensors, weights, metadata={"format": "pt", "averaged": str(summary.averaged).lower()})
-            # safetensors writes through a private temporary file: readable as the run's other files are.
-            weights.chmod(0o644)
-        # The meeting makes sure that the file is there before anyone is told of it.
-        clan.world.column.gather_json(None)
-        artifacts["champion"] = str(weights)
+    run_dir, forms = summary.run_dir, clan.config.checkpoint.champion
+    assert run_dir is not None, "all ranks know it"
+    if summary.champion is not None and forms:
+        written = keep(clan, summary.champion, run_dir, forms, averaged=summary.averaged)
+        artifacts |= {_ARTIFACTS[form]: where for form, where in written.items()}
     if len(clan.recorder.lineage) and summary.champion is not None and run_dir is not None:
         schedule = ClanSchedule.from_lineage(
             clan.recorder.lineage, clan.genes, member=summary.champion, lr_factor=clan.strategy.lr_factor
@@ -64,6 +65,41 @@ def write(clan: Clan, summary: Summary) -> Summary:
             (run_dir / "schedule.json").write_text(schedule.to_json())
             _draw(clan)
     return replace(summary, artifacts=artifacts)
+
+
+def save(clan: Clan, folder: Path | None = None) -> Path:
+    """Writes the fittest member's weights while the run goes on; all ranks of the clan call it, between two steps.
+
+    The member is the one with the lowest loss in the last evaluation, its weights those of now: the averaged ones
+    where the strategy compares members by them.
+
+    Args:
+        clan: whose.
+        folder: where to; ``champion-step-NNNNNNNN`` in the run's folder where None.
+
+    Returns:
+        The folder, which has its name only when everything is in it.
+
+    Raises:
+        ClanError: if no loss was finite, or the weights could not be written.
+    """
+    run_dir = clan.recorder.run_dir
+    assert run_dir is not None, "all ranks know it"
+    losses = np.where(np.isfinite(clan.fitness.mean), clan.fitness.mean, np.inf)
+    member = int(np.argmin(losses))
+    if not np.isfinite(losses[member]):
+        raise ClanError(
+            f"no member had a finite loss in the last evaluation ({clan.fitness.mean.tolist()}), so that none is the "
+            f"best. Resume from an earlier round with a lower learning rate."
+        )
+    folder = folder or run_dir / f"champion-step-{clan.phases.position.step:08d}"
+    part = folder.with_name(f".{folder.name}.partial")
+    keep(clan, member, part, clan.config.checkpoint.champion or ["safetensors"], averaged=clan.keeps_averages)
+    if clan.member == member and clan.world.at.member_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    clan.world.column.gather_json(None)
+    return folder
 
 
 def _draw(clan: Clan) -> None:

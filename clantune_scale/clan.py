@@ -81,6 +81,7 @@ class Clan:
         )
         check_world(world, backend.device)
         check_parameters(world, backend)
+        champion.check_forms(self)
         self.genes = bind_genes(config.genes, backend, setters or {})
         facts = RunFacts(
             population_size=config.population_size,
@@ -342,6 +343,22 @@ class Clan:
         self.rounds.release()
         self.detach()
         return name
+
+    def save_champion(self, folder: Path | None = None) -> Path:
+        """Writes the weights of the member that was best in the last evaluation, as they are now, and goes on.
+
+        All ranks of the clan call it, between two optimizer steps.
+
+        Args:
+            folder: where to; ``champion-step-NNNNNNNN`` in the run's folder where None.
+
+        Returns:
+            The folder, with the forms that ``checkpoint.champion`` lists (safetensors where it lists none).
+
+        Raises:
+            ClanError: if no member had a finite loss, or the weights could not be written.
+        """
+        return champion.save(self, folder)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -8,51 +8,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clantune_scale import weight_files
 from clantune_scale.cli.command import Answer, Command
 from clantune_scale.cli.opened_run import OpenedRun, add_run_argument, open_run
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.history import end_of
+from clantune_scale.weight_files import WeightFiles
+
+STEM = "champion"
 
 
-def champion_file(run: OpenedRun) -> Path:
-    """The champion's weights in a run's folder.
+def champion_files(run: OpenedRun) -> WeightFiles:
+    """The champion's weights in a run's folder: those of its end, else the last that were saved on the way.
 
     Raises:
-        ClanError: if the run goes on, kept no weights, or its file is gone.
+        ClanError: if the run goes on and saved none, kept no weights, or a file is gone.
     """
-    path = run.folder / "champion.safetensors"
-    if path.is_file():
-        return path
+    on_the_way = sorted(run.folder.glob(f"{STEM}-step-*"), reverse=True)
+    for folder in (run.folder, *on_the_way):
+        found = weight_files.find(folder, STEM)
+        if found is not None:
+            return found
     end = end_of(run.events)
     if end is None:
-        raise ClanError(f"{run.folder.name} goes on or was cut off: weights are written at the end. Wait for it.")
+        raise ClanError(
+            f"{run.folder.name} goes on or was cut off: weights are written at the end, or when the script calls "
+            f"engine.clan.save_champion(). Wait for it."
+        )
     written = end.get("artifacts", {}).get("champion")
     if written is None:
         raise ClanError(
-            f"{run.folder.name} kept no weights ({end['status']}, champion {end.get('champion')}). "
-            f"Set clantune.checkpoint.champion to true for the next one."
+            f"{run.folder.name} kept no weights as safetensors ({end['status']}, champion {end.get('champion')}). "
+            f"Put 'safetensors' into clantune.checkpoint.champion for the next one."
         )
+    path = run.folder / Path(written).name
     raise ClanError(f"{path} is gone; the run wrote it as {written} on its host. Copy it from there.")
-
-
-def read_weights(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """All tensors of a safetensors file (which checks that they fill it exactly), and its metadata.
-
-    Raises:
-        ClanError: if the file is damaged, or a weight in it is not finite.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ClanError(f"{path} is damaged: {error}. Copy it again from the run's host.") from error
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise ClanError(f"{path} has weights that are not finite: {', '.join(broken[:3])}. Do not use them.")
-    return tensors, metadata
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,45 +53,51 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     run = open_run(arguments.run_path)
-    source = champion_file(run)
-    tensors, metadata = read_weights(source)
+    source = champion_files(run)
+    tensors, metadata = weight_files.read(source)
     folder = Path(arguments.to)
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / ("champion.safetensors" if arguments.format == "safetensors" else "champion.pt")
-    if target.exists() and target.samefile(source):
-        raise ClanError(f"{target} is the run's own file. Give another folder with --to.")
-    _write(source, tensors, target)
+    if folder.samefile(source.main.parent):
+        raise ClanError(f"{folder / source.main.name} is the run's own file. Give another folder with --to.")
+    files = _write(source, tensors, folder, arguments.format)
     num_weights = sum(tensor.numel() for tensor in tensors.values())
     data = {
-        "file": str(target),
+        "file": str(files[0]),
+        "files": [str(file) for file in files],
         "format": arguments.format,
         "tensors": len(tensors),
         "weights": num_weights,
-        "bytes": target.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in files),
         "averaged": metadata.get("averaged") == "true",
     }
-    return Answer(f"{target}: {len(tensors)} tensors, {num_weights:,} numbers, all finite", data)
+    several = f" and {len(files) - 1} files beside it" if len(files) > 1 else ""
+    return Answer(f"{files[0]}{several}: {len(tensors)} tensors, {num_weights:,} numbers, all finite", data)
 
 
-def _write(source: Path, tensors: Mapping[str, Any], target: Path) -> None:
-    """Copies or converts, and reads back what arrived."""
+def _write(source: WeightFiles, tensors: Mapping[str, Any], folder: Path, kind: str) -> list[Path]:
+    """Copies or converts, and reads back what arrived; the files, the one to load first."""
     import torch
 
-    if target.suffix == ".safetensors":
-        shutil.copyfile(source, target)
-        written, _ = read_weights(target)
+    if kind == "safetensors":
+        files = [source.main] + [file for file in source.files if file != source.main]
+        targets = [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+        arrived = weight_files.find(folder, STEM)
+        written = weight_files.read(arrived)[0] if arrived is not None else {}
     else:
-        torch.save(dict(tensors), target)
-        written = torch.load(target, weights_only=True)
+        targets = [folder / f"{STEM}.pt"]
+        torch.save(dict(tensors), targets[0])
+        written = torch.load(targets[0], weights_only=True)
     if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
-        raise ClanError(f"{target} is not what {source} holds. Check the disk, and export again.")
+        raise ClanError(f"{targets[0]} is not what {source.main} holds. Check the disk, and export again.")
+    return targets
 
 
 COMMAND = Command(
     name="export",
     summary="the champion's weights",
     description="""Copies the champion's weights out of a run's folder: every tensor is read, checked to be finite, and
-read back after it was written. The names are those of the model's state_dict.""",
+read back after it was written. The names are those of the model's state_dict. A model in several files comes with
+its index. While a run goes on, what engine.clan.save_champion() wrote last is taken.""",
     examples="""  clantune export quickstart --to champion/
   clantune export quickstart --to champion/ --format pytorch    # for torch.load(..., weights_only=True)""",
     add_arguments=_add_arguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -238,6 +239,10 @@ class DeepSpeedBackend:
 
     def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
         """DeepSpeed has none of its own that training draws from."""
+
+    def save_checkpoint(self, folder: Path, tag: str) -> None:
+        """An ordinary DeepSpeed checkpoint, from which a run without a clan resumes (member collective)."""
+        self.engine.save_checkpoint(str(folder), tag=tag)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """Weights and persistent buffers in host memory, put together one by one; shared ones once."""
