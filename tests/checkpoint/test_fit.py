@@ -87,7 +87,14 @@ def _stop(rank, config, num_steps, ends):
     return launch(config, num_steps, ends=ends, dropout=0.0)
 
 
-@pytest.mark.parametrize(("before", "after", "strategy"), [(4, 2, "classic"), (2, 4, "clan"), (3, 2, "clan")])
+@pytest.mark.parametrize(
+    ("before", "after", "strategy"),
+    [
+        (3, 2, "classic"),
+        pytest.param(2, 4, "clan", marks=pytest.mark.slow),
+        pytest.param(4, 3, "hdet", marks=pytest.mark.slow),
+    ],
+)
 def test_another_number_of_members_goes_on(before, after, strategy, tmp_path):
     def config(size):
         block = {

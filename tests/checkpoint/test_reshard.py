@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clantune_scale.checkpoint.capture import pieces_of
 from clantune_scale.checkpoint.reshard import saved_places
 from clantune_scale.topology import Topology
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds
@@ -13,26 +14,34 @@ from tests.ranks import run_ranks
 from tests.small_clans import clan_config, start, train
 
 
-def _full_moments(engine):
-    """Every parameter's first moment, whole."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+def _stretches(clan):
+    """By logical vector, (first element, values) of what this rank holds: weights, moments, averages, buffers."""
+    state = clan.state()
+    tensors = dict(state.tensors)
+    return {
+        key: (first, tensors[name].detach().float().flatten()[offset : offset + length].clone())
+        for name, pieces in pieces_of(state).items()
+        for key, first, offset, length in pieces
+    }
 
-    if engine.zero_optimization_stage() == 0:
-        state = engine.basic_optimizer.state
-        found = [state[parameter]["exp_avg"] for parameter in engine.module.parameters()]
-    else:
-        found = [safe_get_full_optimizer_state(parameter, "exp_avg") for parameter in engine.module.parameters()]
-    return torch.cat([moment.detach().float().flatten().clone() for moment in found])
+
+def _joined(ranks):
+    """The whole vectors, from one member's ranks."""
+    joined = {}
+    for stretches in ranks:
+        for key, (first, values) in stretches.items():
+            joined.setdefault(key, {})[first] = values
+    return {key: torch.cat([parts[first] for first in sorted(parts)]) for key, parts in joined.items()}
 
 
 def _values(rank, config, num_steps, more):
-    """Weights, moments and averaged weights' sum where the run stands; it goes on for ``more`` steps."""
+    """What the rank holds where the run stands, the member's weights, and the loss after ``more`` steps."""
     seed(0)
     engine, loader = start(config)
     train(engine, loader, num_steps)
     clan = engine.clan
-    step = clan.backend.param_groups()[0].get("step"), clan.state().scalars["optimizer"]["counts"][0]
-    found = flat_weights(engine), _full_moments(engine), step, clan.population, engine.global_steps
+    counts = clan.state().scalars["optimizer"]["counts"][0]
+    found = _stretches(clan), flat_weights(engine), (counts, clan.population, engine.global_steps)
     losses = train(engine, loader, num_steps + more)
     leave(clan)
     return found, losses[-1:]
@@ -55,11 +64,14 @@ def test_values_are_the_same_on_another_number_of_ranks(stage, before, after, tm
     first = run_ranks(2 * before, in_member_worlds, _values, named(config, "first"), 10, 0)
     run_dir = tmp_path / "first"
     second = run_ranks(2 * after, in_member_worlds, _values, resumed(config, run_dir), 10, 4)
-    for rank, (found, losses) in enumerate(second):
-        weights, moments, step, population, num_steps = first[rank // after * before][0]
-        assert torch.equal(found[0], weights) and torch.equal(found[1], moments)
-        assert found[2:] == (step, population, num_steps) and moments.abs().max() > 0
-        assert losses[0] < 100
+    for member in range(2):
+        saved = [found for found, _ in first[member * before : (member + 1) * before]]
+        loaded = [found for found, _ in second[member * after : (member + 1) * after]]
+        expected, joined = (_joined([stretches for stretches, *_ in ranks]) for ranks in (saved, loaded))
+        assert expected.keys() == joined.keys() and len(expected) >= 4
+        assert all(torch.equal(joined[key], expected[key]) for key in expected)
+        assert all(torch.equal(weights, saved[0][1]) and facts == saved[0][2] for _, weights, facts in loaded)
+    assert all(losses[0] < 100 for _, losses in second)
 
 
 def test_ranks_that_held_the_same_part_are_found():

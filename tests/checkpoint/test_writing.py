@@ -51,6 +51,7 @@ def test_only_the_last_rounds_stay(tmp_path):
         ClanConfig(population_size=2, checkpoint={"keep_last": 1})
 
 
+@pytest.mark.slow
 def test_null_writes_nothing(tmp_path):
     (outcome, *_) = run_ranks(
         2, in_member_worlds, _train, named(_config(tmp_path, every_rounds=None), "no"), 11, "leave"
@@ -82,7 +83,7 @@ def _full_disk(rank, config, how):
         shards.save, writer.shutil.disk_usage = save, usage
 
 
-@pytest.mark.parametrize("how", ["before", "middle"])
+@pytest.mark.parametrize("how", [pytest.param("before", marks=pytest.mark.slow), "middle"])
 def test_a_full_disk_costs_a_round_on_disk_and_nothing_else(how, tmp_path):
     config = _config(tmp_path, asynchronous=False)
     (whole, *_) = run_ranks(2, in_member_worlds, _train, named(config, "whole"), 17, "leave")

@@ -58,7 +58,7 @@ class _Collected:
     training: list[tuple[float, float, float]] = field(default_factory=list)
     throughput: dict[str, np.ndarray] = field(default_factory=dict)
     counted: dict[str, int | None] = field(default_factory=lambda: {"samples": None, "tokens": None})
-    stragglers: list[tuple[int, int, int, float]] = field(default_factory=list)
+    stragglers: list[tuple[int, int, float]] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -97,7 +97,7 @@ class _Collected:
         self._take_phases(event)
         if event.get("straggler"):
             late = event["straggler"]
-            self.stragglers.append((event["step"], late["member"], late["rank"], late["seconds"]))
+            self.stragglers.append((event["step"], late["member"], late["seconds"]))
 
     def _take_phases(self, event: Event) -> None:
         at = event["start_step"]

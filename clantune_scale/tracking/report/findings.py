@@ -153,12 +153,12 @@ def _strikes(run: Run) -> Iterator[str]:
 def _stragglers(run: Run) -> Iterator[str]:
     if not run.stragglers:
         return
-    ranks = [rank for _, _, rank, _ in run.stragglers]
-    rank = max(set(ranks), key=ranks.count)
+    members = [member for _, member, _ in run.stragglers]
+    member = max(set(members), key=members.count)
     seconds = sum(late for *_, late in run.stragglers)
     yield (
-        f"In {_count(len(ranks), 'round')} a rank kept the others waiting, most often rank {rank} "
-        f"({ranks.count(rank)} times); {seconds:.1f} s in all."
+        f"In {_count(len(members), 'round')} a member kept the others waiting, most often member {member} "
+        f"({members.count(member)} times); {seconds:.1f} s in all."
     )
 
 

@@ -36,7 +36,7 @@ class Run:
         throughput: by phase kind, [samples, tokens or nan, seconds] in all.
         samples: trained by the clan so far; None where the events do not say.
         tokens: the same in tokens.
-        stragglers: (step, member, rank, seconds) where a round had one.
+        stragglers: (step, member, seconds) where a round had one.
         warnings: (step, message).
     """
 
@@ -60,7 +60,7 @@ class Run:
     throughput: dict[str, np.ndarray]
     samples: int | None
     tokens: int | None
-    stragglers: list[tuple[int, int, int, float]]
+    stragglers: list[tuple[int, int, float]]
     warnings: list[tuple[int, str]]
 
     @property

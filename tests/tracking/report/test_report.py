@@ -101,7 +101,7 @@ def test_words_follow_from_the_numbers(finished):
     assert "The clan trained on 2,560 samples (327,680 tokens)" in page.text("outcome")
     words = page.text("next-run")
     assert "micro-batches had a loss that was not finite (member 2: 8" in words
-    assert "In 1 round a rank kept the others waiting, most often rank 1" in words
+    assert "In 1 round a member kept the others waiting, most often member 1" in words
     assert "Throughput in cooperative phases: 144 samples/s, 18,432 tokens/s." in words
 
 
