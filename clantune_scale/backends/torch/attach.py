@@ -145,13 +145,13 @@ def attach(
             "a clan compares its members on common examples and there are none. Pass eval_data=... to attach(), a "
             "map-style dataset apart from the training and test data."
         )
-    joined = join(block)
-    block = joined.present(block)
     if not dist.is_initialized():
         raise ConfigError(
             "there is no process group yet, and so the model is not parallel. Call init_process_group() after "
             "clantune_scale.join(), apply fully_shard() or DDP, then attach()."
         )
+    joined = join(block)
+    block = joined.present(block)
     backend = _backend(
         model,
         optimizer,

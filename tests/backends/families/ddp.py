@@ -38,10 +38,13 @@ class Replicated(Loop):
 def start(setup: Setup, block: dict | None) -> Replicated:
     if block is not None:
         clantune_scale.join(block)
-    dist.init_process_group("gloo")
-    model: nn.Module = DistributedDataParallel(Net(), bucket_cap_mb=BUCKET_MB)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     if "compile" in setup.options:
-        model = torch.compile(model, backend=setup.options["compile"])
+        # Compiled graphs are cut at DDP's buckets, which must not be smaller than its first one.
+        model = torch.compile(DistributedDataParallel(Net()), backend=setup.options["compile"])
+    else:
+        model = DistributedDataParallel(Net(), bucket_cap_mb=BUCKET_MB)
     return Replicated(setup, model, block, datasets())
 
 

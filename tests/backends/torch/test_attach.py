@@ -209,8 +209,7 @@ def test_accumulation_and_clip_follow_their_genes(tmp_path):
     assert any(a[0] != b[0] for a, b in alone) and any(a[2] != b[2] for a, b in alone)
 
 
-def test_without_a_process_group_nothing_is_parallel(monkeypatch):
-    monkeypatch.setattr("clantune_scale.backends.torch.attach.join", lambda block: None)
+def test_without_a_process_group_nothing_is_parallel():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="there is no process group yet"):
