@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,9 +202,24 @@ def grow_optimizer(
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
-    # The class's own: the instance's may be hooked by an engine, a scheduler or the clan.
-    type(optimizer).step(optimizer)
+    with _without_hooks(optimizer):
+        # The class's own: the instance's may be replaced by an engine, a scheduler or the clan.
+        type(optimizer).step(optimizer)
     for key, gradient in zip(keys, gradients, strict=True):
         key.grad = gradient
     for group, rate in zip([g for g in optimizer.param_groups if "lr" in g], rates, strict=True):
         group["lr"] = rate
+
+
+@contextmanager
+def _without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the hooks that torch calls around a step are not: this one is none of the training's."""
+    names = [name for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks") if hasattr(optimizer, name)]
+    held = {name: getattr(optimizer, name) for name in names}
+    for name, hooks in held.items():
+        setattr(optimizer, name, type(hooks)())
+    try:
+        yield
+    finally:
+        for name, hooks in held.items():
+            setattr(optimizer, name, hooks)
