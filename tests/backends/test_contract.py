@@ -165,6 +165,36 @@ def _rounds(name: str, setup: Setup, block: dict, num_steps: int) -> tuple[Weigh
     return _leave((run.weights(), list(run.clan.recorder.lineage)))
 
 
+def _stop_and_resume(name: str, setup: Setup, block: dict, stops: list[int], num_steps: int) -> list[Weights]:
+    """The uninterrupted run, then one that stops after each number of steps and goes on as another."""
+    module = family(name)
+    seen = []
+    for stop in [0, *stops]:
+        torch.manual_seed(stop)
+        own = {**block, "tracking": {**block["tracking"], "run_name": f"stopped-after-{stop}"}}
+        run = module.start(setup, own)
+        if stop:
+            run.train(stop)
+            run.clan.stop()
+            checkpoint = {**own.get("checkpoint", {}), "resume": str(run.clan.recorder.run_dir)}
+            run = module.start(setup, {**own, "checkpoint": checkpoint})
+        run.train(num_steps)
+        seen.append(run.weights())
+        run.clan.rounds.finish()
+        run.clan.detach()
+    return _leave(seen)
+
+
+@every_case
+def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_path):
+    """Mid-cooperative, at a phase's end, mid-competitive, at a round's end; equal to the last bit after a round more."""
+    block = _block(setup, tmp_path, strategy="classic", duty_cycle=0.4, genes={"lr": {"step_size": 0.3}})
+    stops = [2, 3, 4, 5] if setup.is_slow else [2, 4]
+    for whole, *resumed in run_ranks(setup.world_size, _stop_and_resume, name, setup, block, stops, 7):
+        for weights in resumed:
+            _assert_equal(weights, whole)
+
+
 class _Feed:
     """Micro-batches of whole members: what the member's data-parallel ranks read between them."""
 

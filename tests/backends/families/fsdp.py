@@ -46,7 +46,8 @@ class Sharded(Loop):
 def start(setup: Setup, block: dict | None) -> Sharded:
     if block is not None:
         clantune_scale.join(block)
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size() // setup.tp, setup.tp), mesh_dim_names=("dp", "tp"))
     model = sharded(setup, TiedNet(), mesh)
     if "compile" in setup.options:
