@@ -14,6 +14,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from clantune_scale.errors import DivergenceError, TopologyError
 from clantune_scale.groups import Column, stand_alone_group
+from clantune_scale.listening import serve
 from clantune_scale.topology import Coordinates, Topology
 
 #: What a launcher sets for every rank, and a member's world rewrites.
@@ -56,15 +57,13 @@ def open_store(launched: Launched, port: int, timeout_s: float, environ: Mutable
     is_agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     rank, world_size = launched.rank, launched.world_size
     try:
-        tcp_store = TCPStore(
-            launched.address,
-            port,
-            world_size,
-            is_master=rank == 0 and not is_agent_store,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-    except dist.DistError as error:
+        if rank == 0 and not is_agent_store:
+            tcp_store = serve(launched.address, port, timeout_s=timeout_s)
+        else:
+            tcp_store = TCPStore(
+                launched.address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+            )
+    except (dist.DistError, OSError) as error:
         raise TopologyError(
             f"rank {rank} could not reach the clan's store at {launched.address}:{port} within {timeout_s:g} s "
             f"({error}). Check that rank 0 runs, that MASTER_ADDR is its address and that the port is open and free."
@@ -135,10 +134,7 @@ def enter_member(
         # torch hosts its store in the same process "multi-tenant": it attaches to this one, so the port
         # cannot be taken between the moment it is chosen and the moment it is used.
         host = own_address(towards)
-        member_store = TCPStore(
-            host, 0, topology.member_size, is_master=True, timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False, multi_tenant=True,
-        )  # fmt: skip
+        member_store = serve(host, 0, timeout_s=timeout_s, multi_tenant=True)
         store.set(f"member/{at.member}", json.dumps([host, member_store.port]))
         # Whoever comes last puts all addresses under one key, which is all that the others read.
         if store.add("member", 1) == topology.population_size:
