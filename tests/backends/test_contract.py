@@ -190,9 +190,11 @@ def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_p
     """Mid-cooperative, at a phase's end, mid-competitive, at a round's end; equal to the last bit after a round more."""
     block = _block(setup, tmp_path, strategy="classic", duty_cycle=0.4, genes={"lr": {"step_size": 0.3}})
     stops = [2, 3, 4, 5] if setup.is_slow else [2, 4]
+    # DDP learns its buckets anew in the first step after a restart, and gloo's order of a sum over four ranks
+    # depends on where in its bucket an element lies: its family names the tolerance of that.
+    tolerance = getattr(family(name), "RESUME_TOLERANCE", 0.0)
     for whole, *resumed in run_ranks(setup.world_size, _stop_and_resume, name, setup, block, stops, 7):
-        for weights in resumed:
-            _assert_equal(weights, whole)
+        assert all(_difference(weights, whole) <= tolerance for weights in resumed)
 
 
 class _Feed:
