@@ -25,6 +25,7 @@ from clantune_scale.core.strategies import Decision, Population
 from clantune_scale.figures import Figures
 from clantune_scale.tracking import KILLED, Tracking
 from clantune_scale.tracking.events import SCHEMA, cut_events, to_plain
+from clantune_scale.tracking.uri import redact_command
 from clantune_scale.watch import LossMeter
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Recorder:
             "total_steps": clan.strategy.facts.total_steps,
             "tokens_per_sample": clan.tokens_per_sample,
             "initial_loss": float(clan.fitness.mean[0]),
-            "command": shlex.join(sys.argv),
+            "command": redact_command(sys.argv),
             "resumed_from": None,
         }
         self.tracking.emit("run_start", clan.phases.position.step, **facts)
@@ -124,7 +125,7 @@ class Recorder:
             lost_events=self._lost,
             versions=_versions(),
             hardware=_hardware(clan.backend.device),
-            command=shlex.join(sys.argv),
+            command=redact_command(sys.argv),
         )
 
     def stop(self, clan: Clan, round_name: str | None) -> None:
@@ -140,7 +141,7 @@ class Recorder:
             )
         self.tracking.close(KILLED)
         said = (
-            f"continue with: export {VARIABLE}={shlex.quote(str(where))} and the launch of {shlex.join(sys.argv)}"
+            f"continue with: export {VARIABLE}={shlex.quote(str(where))} and the launch of {redact_command(sys.argv)}"
             if where is not None
             else "nothing was committed, so that it cannot be continued"
         )

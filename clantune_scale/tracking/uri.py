@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-_USERINFO = re.compile(r"(?<=://)[^/@\s?#]+@")
-_SECRET_QUERY = re.compile(
-    r"(?i)(?<=[?&])([^=&\s]*(?:token|secret|password|passwd|pwd|key|sig|credential)[^=&\s]*)=[^&\s]*"
+# Up to the last @ of the authority: a password may hold one. SQLAlchemy takes user:password with slashes too, which
+# a port before the path is not.
+_USERINFO = re.compile(r"(?<=://)(?:[^/\s?#:@]*:(?!\d{1,5}(?:[/?#]|$|\s))[^\s@]*@(?:[^/\s?#@]*@)*|[^/\s?#]*@)")
+_SECRET_WORDS = r"token|secret|passphrase|passwd|password|pwd|pass|key|sig|credential|auth|odbc_connect"
+_SECRET_QUERY = re.compile(rf"(?i)(?<=[?&;])([^=&;\s]*(?:{_SECRET_WORDS})[^=&;\s]*)=[^&;\s]*")
+# What MLflow and its stores read from the environment. It is in no URI, and might be in a server's answer.
+_SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "DATABRICKS_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
 )
+# Options that mean a secret; "--tokens-per-step" and "--key-size" do not.
+_SECRET_OPTION = re.compile(r"(?i)^--?(?:.*[-_.])?(?:password|passwd|secret|api[-_]?key|(?:access|auth|api)[-_]token)$")
 
 # With MLflow's own defaults (7 retries, 120 s each) a dead server holds a call for minutes; its telemetry is one more
 # server to wait for.
@@ -21,10 +36,33 @@ _CLIENT_DEFAULTS = {
 
 
 def redact(text: str) -> str:
-    """``text`` with the user part and the secret query values of every URI in it replaced by ``***``."""
+    """``text`` without secrets: the user part and the secret query values of every URI in it, replaced by ``***``.
+
+    So is what MLflow's own variables for tokens and passwords hold.
+    """
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name, "")
+        # Shorter ones are parts of words.
+        if len(value) >= 6:
+            text = text.replace(value, "***")
     if "://" not in text:
         return text
     return _SECRET_QUERY.sub(r"\1=***", _USERINFO.sub("***@", text))
+
+
+def redact_command(arguments: Sequence[str]) -> str:
+    """A command line as a shell takes it, without secrets: those of URIs, and values of options such as --password."""
+    shown = []
+    hides_next = False
+    for argument in arguments:
+        option, separator, _ = argument.partition("=")
+        is_secret = _SECRET_OPTION.match(option) is not None
+        if hides_next:
+            shown.append("***")
+        else:
+            shown.append(f"{option}=***" if is_secret and separator else redact(argument))
+        hides_next = is_secret and not separator and not hides_next
+    return shlex.join(shown)
 
 
 def resolve(configured: str | None, *, directory: Path) -> str:

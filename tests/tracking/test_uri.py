@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from clantune_scale.tracking.uri import redact, resolve, set_client_defaults
+from clantune_scale.tracking.uri import redact, redact_command, resolve, set_client_defaults
 
 
 @pytest.mark.parametrize(
@@ -19,11 +19,37 @@ from clantune_scale.tracking.uri import redact, resolve, set_client_defaults
         ("https://host/?api_key=1&user=a&PASSWORD=b", "https://host/?api_key=***&user=a&PASSWORD=***"),
         ("failed for http://a:b@c and http://d:e@f", "failed for http://***@c and http://***@f"),
         ("mail me@host", "mail me@host"),
+        ("https://user:p@ss@host/x", "https://***@host/x"),
+        ("postgresql://u:p/w?d@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("http://host:5000/people/me@home", "http://host:5000/people/me@home"),
+        ("http://host/?auth=a&pass=b;pwd=c", "http://host/?auth=***&pass=***;pwd=***"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
     ],
 )
 def test_redact(text, shown):
     assert redact(text) == shown
+
+
+def test_what_mlflow_takes_from_the_environment_is_hidden_wherever_it_turns_up(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc123xyz")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "no")
+    assert redact("401: Bearer abc123xyz is not valid") == "401: Bearer *** is not valid"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["train.py", "--password", "a b", "--x", "1"], "train.py --password '***' --x 1"),
+        (["train.py", "--mlflow-password=ab"], "train.py '--mlflow-password=***'"),
+        (["train.py", "--api_key", "a", "--auth-token=b"], "train.py --api_key '***' '--auth-token=***'"),
+        (["train.py", "--tokens-per-step", "8", "--tracking_uri", "http://u:p@h"], "train.py --tokens-per-step 8 "
+         "--tracking_uri 'http://***@h'"),
+        (["train.py", '{"tracking_uri": "http://u:p@h"}'], """train.py '{"tracking_uri": "http://***@h"}'"""),
+    ],
+)  # fmt: skip
+def test_a_command_line_is_shown_without_secrets(arguments, shown):
+    assert redact_command(arguments) == shown
 
 
 def test_order_of_uris(tmp_path, monkeypatch):
