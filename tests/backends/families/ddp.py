@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ BUCKET_MB = 2e-3
 
 class Replicated(Loop):
     """A loop over a model under DDP."""
+
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if is_last else self.model.no_sync()
 
     def weights(self) -> dict[str, torch.Tensor]:
         found = {name.replace("_orig_mod.", "").replace("module.", ""): p for name, p in self.model.named_parameters()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,11 @@ TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
 
 class Sharded(Loop):
     """A loop over a model under ``fully_shard``."""
+
+    @contextmanager
+    def exchanging(self, is_last: bool) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(is_last)
+        yield
 
     def weights(self) -> dict[str, torch.Tensor]:
         with torch.no_grad():
