@@ -61,14 +61,17 @@ def install() -> None:
     generator = torch.default_generator
     cuda = torch.cuda
     cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: generator.get_state()
+    # Each name a function of its own: torch's compiler keeps rules by function, and refuses one under two names.
+    cuda.get_rng_state = lambda *args, **kwargs: generator.get_state()
+    cuda.random.get_rng_state = lambda *args, **kwargs: generator.get_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
     random._get_cuda_rng_state = cuda.get_rng_state
     random._set_cuda_rng_state = cuda.set_rng_state
     # It warns that the CPU's stream moved while CUDA's was forked: here they are one.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     cuda.current_device = lambda: torch.device("cpu")
-    cuda.synchronize = cuda.empty_cache = cuda.set_device = lambda *args, **kwargs: None
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.Stream = cuda.Event = _Nothing
     cuda.stream = cuda.current_stream = cuda.default_stream = _Nothing
     _mode = _OnCpu()
