@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +58,18 @@ class FSDPBackend(LoopBackend):
     def refresh(self) -> None:
         """Drops gathered weights: a forward pass without a backward one leaves the root's behind, out of date."""
         self._reshard()
+
+    def _starts(self) -> Mapping[str, int] | None:
+        """FSDP2 cuts a parameter (or this tensor rank's part of it) into as many rows for each rank."""
+        names = {id(parameter): name for name, parameter in self._trained + self._frozen}
+        starts = {}
+        for shard in (shard for group in _param_groups(self._parts) for shard in group.fsdp_params):
+            if shard.fsdp_placement.dim != 0:
+                return None
+            num_rows, *rest = shard._orig_size
+            rows_each = -(-num_rows // self.dp_size)
+            starts[names[id(shard.sharded_param)]] = min(self.dp_rank * rows_each, num_rows) * math.prod(rest)
+        return starts
 
     @contextmanager
     def exchanging(self, is_last: bool) -> Iterator[None]:

@@ -79,9 +79,6 @@ class LoopBackend:
     def has_schedule(self) -> bool:
         return self._scheduler is not None
 
-    def optimizer_name(self) -> str:
-        return type(self._optimizer).__name__
-
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
@@ -93,7 +90,11 @@ class LoopBackend:
 
     def state(self) -> MemberState:
         fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
-        return state.member_state(self._optimizer, self._trained, fixed, self._scheduler, self.refresh)
+        return state.member_state(self._optimizer, self._trained, fixed, self._scheduler, self.refresh, self._starts)
+
+    def _starts(self) -> Mapping[str, int] | None:
+        """Where this rank's shards begin in their parameters: whole ones at their first element."""
+        return {}
 
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """Around one micro-batch's forward and backward: gradients cross ranks in the step's last one alone."""

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.plain import merged, plain
-from clantune_scale.transfer.state import grow_optimizer
+from clantune_scale.transfer.state import Piece, grow_optimizer
 
 Named = Sequence[tuple[str, torch.Tensor]]
 
@@ -29,6 +29,7 @@ def member_state(
     fixed: Named,
     scheduler: Any,
     refresh: Callable[[], None],
+    starts: Callable[[], Mapping[str, int] | None],
 ) -> MemberState:
     """This rank's training state.
 
@@ -38,6 +39,8 @@ def member_state(
         fixed: frozen parameters and buffers, by name.
         scheduler: a learning-rate scheduler, or None.
         refresh: brings the model's weights up to date with the masters.
+        starts: by parameter, the first of its elements that this rank's shard holds, 0 where left out; or None where
+            a shard is no stretch of elements.
     """
     return MemberState(
         tensors=list(_tensors(optimizer, trained, fixed)),
@@ -45,17 +48,18 @@ def member_state(
         load_scalars=lambda scalars: _load(optimizer, trained, scheduler, scalars),
         refresh=refresh,
         grow=lambda names: _grow(optimizer, trained, names),
+        logical=lambda: _pieces(optimizer, trained, fixed, starts()),
     )
 
 
 def _tensors(optimizer: torch.optim.Optimizer, trained: Named, fixed: Named) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in trained:
-        yield f"master.{name}", local(parameter)
+    for index, (_, parameter) in enumerate(trained):
+        yield f"master.{index}", local(parameter)
         moments = optimizer.state.get(parameter, {})
         for key in sorted(moments):
             _require_plain(optimizer, key, moments[key])
             if torch.is_tensor(moments[key]) and moments[key].dim() > 0:
-                yield f"optimizer.{name}.{key}", local(moments[key])
+                yield f"optimizer.{index}.{key}", local(moments[key])
     for name, tensor in fixed:
         yield f"fixed.{name}", local(tensor)
 
@@ -115,6 +119,27 @@ def _load(optimizer: torch.optim.Optimizer, trained: Named, scheduler: Any, scal
 
 def _grow(optimizer: torch.optim.Optimizer, trained: Named, names: Collection[str]) -> None:
     """Optimizer state for exactly the parameters that have some among ``names`` (see ``MemberState.grow``)."""
-    owners = {name.removeprefix("optimizer.").rpartition(".")[0] for name in names if name.startswith("optimizer.")}
-    wanted = {place for place, (name, _) in enumerate(trained) if name in owners}
+    wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
     grow_optimizer(optimizer, [parameter for _, parameter in trained], wanted)
+
+
+def _pieces(
+    optimizer: torch.optim.Optimizer, trained: Named, fixed: Named, starts: Mapping[str, int] | None
+) -> dict[str, list[Piece]] | None:
+    """Which elements of which parameter each tensor of the state holds (see ``MemberState.logical``)."""
+    if starts is None:
+        return None
+    found = {}
+    for name, tensor in _tensors(optimizer, trained, fixed):
+        kind, _, rest = name.partition(".")
+        if kind == "fixed":
+            key, start = name, starts.get(rest, 0)
+        else:
+            index, _, moment = rest.partition(".")
+            owner, parameter = trained[int(index)]
+            if tensor.numel() != local(parameter).numel():
+                # A moment of another shape than its parameter (a factored one) is cut by rules of its own.
+                return None
+            key, start = f"{moment or kind}/{owner}", starts.get(owner, 0)
+        found[name] = [Piece(key, start, 0, tensor.numel())]
+    return found

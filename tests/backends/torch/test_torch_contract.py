@@ -47,6 +47,7 @@ def _look_at(rank: int) -> dict[str, Any]:
         "mesh": [name for name in ON_MESH if hasattr(group.mesh_info, name)],
         "parameters": [shard.sharded_param.shape[0] for shard in group.fsdp_params],
         "offload": parameter.offload_to_cpu,
+        "cut": (parameter.fsdp_placement.dim, tuple(parameter._orig_size)),
         "num_shards": len(shards),
         "at_end": at_end,
         "is_view": is_view,
@@ -61,6 +62,7 @@ def test_torch_holds_what_we_look_for_also_on_one_rank():
     assert found["group"] == list(ON_GROUP), f"{version}: an FSDP2 group lacks {set(ON_GROUP) - set(found['group'])}"
     assert found["mesh"] == list(ON_MESH), f"{version}: its mesh lacks {set(ON_MESH) - set(found['mesh'])}"
     assert found["parameters"] == [24, 24, 24, 24, 8, 8] and found["offload"] is False
+    assert found["cut"] == (0, (24, 16)), f"{version}: FSDP2 cuts {found['cut']} in place of rows"
     assert found["num_shards"] == 1, f"{version}: the all-reduce hook is not called where one rank holds all"
     assert found["at_end"] == [1], f"{version}: a callback queued in backward does not run at its end"
     assert found["is_view"], f"{version}: gradients no longer lie in the memory that the hook is given"
