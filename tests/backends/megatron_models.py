@@ -14,11 +14,14 @@ from tests.backends.plain_gpt import CONTEXT, HEADS, LAYERS, VOCABULARY, WIDTH, 
 
 
 def initialize(setup: Setup) -> None:
-    """The process group and Megatron's own, in the world at hand."""
+    """The process group and Megatron's own, in the world at hand; made once, for several runs in one process."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=setup.tp,
         pipeline_model_parallel_size=setup.pp,
@@ -79,12 +82,15 @@ def build(setup: Setup) -> tuple[Any, Any]:
     )
     if not setup.options.get("gated", False):
         load(module, PlainGPT(is_tied=setup.is_tied, seed=setup.options.get("seed", 0)).state_dict())
-    is_distributed, overlaps = (setup.options.get(name, False) for name in ("distributed", "overlap"))
+    is_distributed, overlaps, gathers_late = (
+        setup.options.get(name, False) for name in ("distributed", "overlap", "late_gather")
+    )
     model = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             use_distributed_optimizer=is_distributed,
             overlap_grad_reduce=overlaps,
+            overlap_param_gather=gathers_late,
             grad_reduce_in_fp32=True,
             bucket_size=2000 if overlaps else None,
         ),
@@ -99,6 +105,7 @@ def build(setup: Setup) -> tuple[Any, Any]:
             adam_beta2=0.95,
             clip_grad=setup.clip,
             use_distributed_optimizer=is_distributed,
+            overlap_param_gather=gathers_late,
             bf16=config.bf16,
             fp16=config.fp16,
             initial_loss_scale=setup.options.get("loss_scale", 2.0**32),
