@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from clantune_scale import weight_files
 from clantune_scale.errors import ClanError
+from tests.backends.families import pipeline
 from tests.backends.small_runs import Net, ds_config, flat_weights, in_member_worlds, plain_engine, train_step
 from tests.ranks import RankError, run_ranks
 from tests.small_clans import clan_config, start, train
@@ -84,9 +86,10 @@ def _on_the_way(results: list[dict[str, Any]]) -> None:
 
 def _load_dcp(folder: Path) -> dict[str, torch.Tensor]:
     """As one process does it that has torch alone."""
-    from torch.distributed.checkpoint.state_dict_loader import load
+    return _filled({name: torch.full_like(tensor, torch.nan) for name, tensor in Net().state_dict().items()}, folder)
 
-    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in Net().state_dict().items()}
+
+def _filled(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         load(tensors, checkpoint_id=folder)
@@ -122,3 +125,32 @@ def test_a_form_that_the_engine_does_not_have_is_refused_at_the_start(tmp_path):
     config = clan_config(tmp_path, ds_config(0), checkpoint={"champion": ["deepspeed"]}, population_size=1)
     with pytest.raises(RankError, match="ConfigError: checkpoint.champion lists 'deepspeed', and the engine is"):
         run_ranks(1, _start_with_a_foreign_form, 0, config)
+
+
+def _finish_a_pipeline(block: dict) -> dict[str, Any]:
+    run = pipeline.start(pipeline.CASES["1-tied"], block)
+    run.train(6)
+    weights = run.weights()
+    summary = run.clan.finish()
+    result = {"member": run.clan.member, "summary": summary, "weights": weights}
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return result
+
+
+@pytest.mark.slow
+def test_each_stage_of_a_pipeline_writes_its_own_file(tmp_path):
+    block = clan_config(tmp_path, {}, checkpoint={"champion": FORMS})["clantune"]
+    results = run_ranks(4, _finish_a_pipeline, block)
+    summary = results[0]["summary"]
+    weights = next(result["weights"] for result in results if result["member"] == summary.champion)
+    files = weight_files.find(summary.run_dir, "champion")
+    assert [file.name for file in files.files] == [f"champion-0000{stage}-of-00002.safetensors" for stage in (1, 2)]
+    assert files.index is not None and summary.artifacts["champion"] == str(files.index)
+    tensors, _ = weight_files.read(files)
+    assert tensors.keys() == weights.keys()
+    assert all(torch.equal(tensors[name], weights[name]) for name in weights)
+    empty = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    loaded = _filled(empty, summary.run_dir / "champion_dcp")
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert (summary.run_dir / "champion_deepspeed" / "champion").is_dir()
