@@ -12,13 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
-from corpus import Corpus, load, standard_library, text_files
+from corpus import Corpus
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils import RepeatingLoader
 from gpt import VOCABULARY, Block, initialize_weights
 from pretrain_gpt import parse_arguments
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from training import load_corpus
 
 import clantune_scale
 from clantune_scale.ds_config import extract, load_ds_config
@@ -86,8 +87,7 @@ def main() -> None:
         # A PipelineModule takes the world as it finds it: the member's, once the clan is joined.
         clantune_scale.join(block)
     deepspeed.init_distributed()
-    files = text_files(arguments.text) if arguments.text else standard_library()
-    corpus = load(files, context=arguments.context)
+    corpus = load_corpus(arguments)
     torch.manual_seed(arguments.seed)
     model = PipelineModule(layers(arguments), num_stages=config["pipeline"]["stages"], loss_fn=next_byte_loss)
     engine, *_ = clantune_scale.initialize(

@@ -13,16 +13,26 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL, TensorParallel_Layer
+from deepspeed.moe import utils as moe_utils
+from deepspeed.moe.experts import Experts
+from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.runtime.tensor_parallel import init_utils
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import bwc, groups
 
 import clantune_scale
 from clantune_scale.backends.deepspeed import DeepSpeedBackend, shards
+from clantune_scale.backends.deepspeed.pipeline import _KEPT
 from clantune_scale.errors import ConfigError, TopologyError
 from tests.backends.small_runs import SGD, batch, ds_config, in_member_worlds, plain_engine
 from tests.ranks import run_ranks
@@ -54,6 +64,20 @@ METHODS = {
     (DeepSpeedZeroOptimizer_Stage3, "invalidate_secondary_tensor"): [],
     (DeepSpeedZeroOptimizer_Stage3, "partition_grads"): ["params_to_release", "grad_partitions"],
     (BF16_Optimizer, "update_lp_params"): [],
+    (DeepSpeedEngine, "autotp_size"): [],
+    (PipelineEngine, "_aggregate_total_loss"): [],
+    (PipelineEngine, "_next_batch"): [],
+    (PipelineEngine, "eval_batch"): ["data_iter"],
+    (PipelineEngine, "reset_activation_shape"): [],
+    (PipelineEngine, "set_dataloader"): ["loader"],
+    (PipelineEngine, "train_batch"): ["data_iter"],
+    (bwc, "bwc_pipeline_parallel_world_size"): [],
+    (bwc, "bwc_tensor_model_parallel_group"): [],
+    (bwc, "bwc_tensor_model_parallel_rank"): [],
+    (bwc, "bwc_tensor_model_parallel_world_size"): [],
+    (groups, "_get_expert_parallel_group"): [],
+    (moe_utils, "is_moe_param"): [],
+    (runtime_utils, "is_model_parallel_parameter"): [],
 }  # fmt: skip
 
 
@@ -186,6 +210,33 @@ def test_an_engine_holds_what_we_look_for(kind, looked_at):
 ])  # fmt: skip
 def test_gradients_are_reduced_where_they_are_shared(kind, place, looked_at):
     assert looked_at[kind]["calls"] == {place}, f"deepspeed {deepspeed.__version__}, {kind}: gradients go another way"
+
+
+# Read, not run: what the pipeline's own tests run would fail less plainly.
+SOURCES = {
+    PipelineEngine: [f"self.{name} = " for name in _KEPT] + ["num_micro_batches=None", "self.global_rank = "],
+    PipelineModule: [
+        f"self.{name} = " for name in ("tied_comms", "_local_start", "_local_stop", "_layer_specs", "_grid", "stage_id")
+    ]
+    + ["self.num_stages = ", "self.micro_offset += 1", "p.ds_pipe_replicated = True", "'ranks':", "'weight_attr':"],
+    PipelineParallelGrid: ["self.model_parallel_size = ", "self._topo = "],
+    TiedLayerSpec: ["self.key = "],
+    Experts: ["self.num_local_experts = ", "self.deepspeed_experts = ", "param.group_name = "],
+    TensorParallel_Layer: ["weight.gather_params = self.gather_params", "setattr(weight, DS_TENSOR_MODEL_PARALLEL"],
+}
+
+
+@pytest.mark.parametrize("owner", SOURCES, ids=lambda owner: owner.__name__)
+def test_a_parallel_part_keeps_what_we_look_for(owner):
+    source = inspect.getsource(owner)
+    lost = [text for text in SOURCES[owner] if text not in source]
+    assert not lost, f"deepspeed {deepspeed.__version__}: {owner.__name__} no longer says {lost}"
+
+
+def test_names_and_records_of_tensor_parallelism():
+    assert DS_TENSOR_MODEL_PARALLEL == "tensor_model_parallel"
+    assert init_utils._TP_MODEL_INIT_ARGS is None
+    assert '"tp_size": tp_size' in inspect.getsource(init_utils.record_tp_model_init_args)
 
 
 def engine_with(**changes) -> SimpleNamespace:
