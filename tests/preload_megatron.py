@@ -18,3 +18,5 @@ import megatron.core.optimizer_param_scheduler
 import megatron.core.pipeline_parallel  # noqa: F401
 import scipy.stats  # noqa: F401
 import torch._inductor.compile_fx  # noqa: F401
+
+import clantune_scale.backends.megatron.attach  # noqa: F401

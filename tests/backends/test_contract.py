@@ -193,7 +193,7 @@ def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_p
     # DDP learns its buckets anew in the first step after a restart, and gloo's order of a sum over four ranks
     # depends on where in its bucket an element lies: its family names the tolerance of that.
     tolerance = getattr(family(name), "RESUME_TOLERANCE", 0.0)
-    for whole, *resumed in run_ranks(setup.world_size, _stop_and_resume, name, setup, block, stops, 7):
+    for whole, *resumed in _run(setup.world_size, _stop_and_resume, name, setup, block, stops, 7):
         assert all(_difference(weights, whole) <= tolerance for weights in resumed)
 
 

