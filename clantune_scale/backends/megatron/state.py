@@ -81,7 +81,11 @@ def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler:
     fixed = [(name, parameter) for name, parameter in module.named_parameters() if not parameter.requires_grad]
     fixed += list(module.named_buffers())
     schedule = _Schedule(scheduler) if hasattr(scheduler, "num_steps") else scheduler
-    state = plain_state(_Inner(optimizer), trained, fixed, schedule, lambda: refresh(model, optimizer))
+    state = plain_state(
+        _Inner(optimizer), trained, fixed, schedule, lambda: refresh(model, optimizer), starts=lambda: None
+    )
+    # The distributed optimizer's shards are not told apart by parameter: a resume needs as many ranks as there were.
+    state.logical = None
     state.scalars["optimizer"]["loss_scale"] = loss_scale(optimizer)
     load_plain = state.load_scalars
 
