@@ -9,6 +9,10 @@ member, as it does without a clan.
 With the distributed optimizer it reduce-scatters inside the member, and with ``calculate_per_token_loss`` it
 divides by the member's tokens at the end: there the finished gradient (of the distributed optimizer this rank's
 shard) is averaged down the column, after ``config.finalize_model_grads_func``.
+
+The ordering rule that NCCL asks for holds because nothing is posted anywhere else: each clan collective is posted in
+the place of one of Megatron's, or after the last of them, and Megatron posts its own in one order on all ranks.
+Ranks that share must therefore run the same graph: the same layers, frozen parameters and number of micro-batches.
 """
 
 from __future__ import annotations
