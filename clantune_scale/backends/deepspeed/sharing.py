@@ -7,6 +7,12 @@ expert-data group in every member. ZeRO 3 reduce-scatters inside the member; eac
 its column, on the stream that DeepSpeed reduces on. The pipeline engine sums tied gradients over its stages
 first, by itself, as it does without a clan.
 
+Where DeepSpeed reduces during backward (ZeRO 1 and 2 with ``overlap_comm``, ZeRO 3), so does the clan. The ordering
+rule that NCCL asks for holds because nothing is posted anywhere else: each clan collective is posted in the place of
+one of DeepSpeed's or right after it, by the thread and on the stream that posted that one, and DeepSpeed posts its
+own in one order on all ranks. Ranks that share must therefore run the same graph: the same layers, frozen parameters
+and number of backward passes. ``tests/backends/test_deepspeed_overlap.py`` compares the order over ranks.
+
 The methods that are replaced are private ones of DeepSpeed 0.19 (there is no public seam);
 ``tests/backends/test_deepspeed_contract.py`` checks that the installed version has them.
 """
