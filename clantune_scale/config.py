@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
 from clantune_scale.core.genome import Consensus, Kind, Scale
 
@@ -236,6 +236,16 @@ class ClanConfig(Block):
     @classmethod
     def _strategy_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("faults")
+    @classmethod
+    def _survivors_can_go_on(cls, faults: FaultsConfig, known: ValidationInfo) -> FaultsConfig:
+        least, members, checkpoint = faults.min_members, known.data.get("population_size"), known.data.get("checkpoint")
+        if least is not None and members is not None and least > members:
+            raise ValueError(f"min_members should be at most population_size, {members}")
+        if least is not None and checkpoint is not None and checkpoint.every_rounds is None:
+            raise ValueError("min_members needs rounds on disk to go on from: give checkpoint.every_rounds a number")
+        return faults
 
     @field_validator("genes", mode="before")
     @classmethod

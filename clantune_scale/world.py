@@ -73,6 +73,11 @@ class ClanWorld:
         size = self.topology.population_size
         return replace(batch, clan_batch=batch.member_batch * size, population_size=size)
 
+    @property
+    def may_lose_members(self) -> bool:
+        """Whether the run goes on when members die."""
+        return self.guard is not None and self.guard.settings.min_members is not None
+
     def follow(self, run_dir: Path, flush: Callable[[], None]) -> None:
         """From now on a survivor goes on with the run in this folder; before it starts again it calls ``flush``."""
         if self.guard is not None:
@@ -270,7 +275,14 @@ class ClanGroups:
         name = f"{purpose}/{device_type}/{'-'.join(map(str, ranks))}"
         if name not in self._groups:
             place = ranks.index(self._world.at.rank)
+            # Where members may die, a sign of life that is missing says who it is; NCCL's watchdog only that some is.
+            patience = 2 if device_type == "cuda" and self._world.may_lose_members else 1
             self._groups[name] = stand_alone_group(
-                self._world.store, name, place, len(ranks), device_type=device_type, timeout_s=self._world.timeout_s
+                self._world.store,
+                name,
+                place,
+                len(ranks),
+                device_type=device_type,
+                timeout_s=patience * self._world.timeout_s,
             )
         return self._groups[name]

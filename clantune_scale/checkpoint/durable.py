@@ -203,7 +203,8 @@ class DurableRounds:
             )
 
     def _take(self, run_dir: Path) -> None:
-        self._lock = RunLock(run_dir)
+        guard = self._clan.world.guard
+        self._lock = RunLock(run_dir, epoch=None if guard is None else (guard.epoch.launch_id, guard.epoch.number))
         atexit.register(self._lock.release)
 
     def _fault(self, folder: Path, content: dict[str, Any]) -> str | None:

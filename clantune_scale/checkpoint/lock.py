@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from clantune_scale.errors import CheckpointError
 
@@ -25,14 +26,19 @@ class RunLock:
     Args:
         run_dir: the run's folder.
         stale_s: seconds without a touch after which a lock of another host counts as left behind.
+        epoch: (launch, number) that this process is in: it takes over from earlier epochs of its own launch, whose
+            leader counts as dead even where it is only frozen.
 
     Raises:
         CheckpointError: if another process works there.
     """
 
-    def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S) -> None:
+    def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S, epoch: tuple[str, int] | None = None) -> None:
         self._path = run_dir / NAME
         self._stale_s = stale_s
+        self._own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        if epoch is not None:
+            self._own |= {"launch": epoch[0], "epoch": epoch[1]}
         self._is_over = threading.Event()
         while not self._create():
             self._remove_if_left_behind()
@@ -43,26 +49,28 @@ class RunLock:
         """Lets others in; harmless the second time."""
         if not self._is_over.is_set():
             self._is_over.set()
-            self._path.unlink(missing_ok=True)
+            if self._holder() == self._own:
+                self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
         with open(descriptor, "w") as file:
-            json.dump(own, file)
+            json.dump(self._own, file)
         return True
 
     def _remove_if_left_behind(self) -> None:
+        holder = self._holder()
         try:
-            holder = json.loads(self._path.read_text())
             touched = self._path.stat().st_mtime_ns
         except FileNotFoundError:
             return
-        except ValueError:
-            holder, touched = {}, self._path.stat().st_mtime_ns
+        is_of_launch = "launch" in self._own and holder.get("launch") == self._own["launch"]
+        if is_of_launch and holder["epoch"] < self._own["epoch"]:
+            self._path.unlink(missing_ok=True)
+            return
         is_here = holder.get("host") == socket.gethostname()
         if is_here:
             is_alive = holder["pid"] != os.getpid() and _started(holder["pid"]) == holder["started"]
@@ -74,6 +82,13 @@ class RunLock:
                 f"launches of one run would spoil it. End the other one, or give this one another tracking.run_name."
             )
         self._path.unlink(missing_ok=True)
+
+    def _holder(self) -> dict[str, Any]:
+        """What the file says; empty where there is none, or it is not written yet."""
+        try:
+            return json.loads(self._path.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def _is_touched(self, before: int) -> bool:
         """Whether the other host touches the file while this one looks on: clocks of two hosts do not compare."""

@@ -13,9 +13,8 @@ from torch.distributed import Store
 
 from clantune_scale.bootstrap import Launched, open_store
 from clantune_scale.elastic.epoch import Epoch
-from clantune_scale.elastic.guard import RESUME, Guard
+from clantune_scale.elastic.guard import Guard
 from clantune_scale.elastic.meeting import Meeting, Roster
-from clantune_scale.errors import ConfigError
 from clantune_scale.topology import Coordinates, Topology
 
 if TYPE_CHECKING:
@@ -74,39 +73,34 @@ def enter(
     Raises:
         TopologyError: if ranks of the launch do not arrive.
         MembersLostError: if a later epoch begins without this rank's member, or cannot begin.
-        ConfigError: if more members are asked for than were launched.
     """
     settings = faults or _no_faults()
-    if settings.min_members is not None and settings.min_members > topology.population_size:
-        raise ConfigError(
-            f"clantune.faults.min_members is {settings.min_members}, and population_size {topology.population_size}: "
-            f"the clan would have too few members from the start. Set it to {topology.population_size - 1} at most."
-        )
     at = topology.coordinates(launched.rank)
     name = f"rank {at.member_rank} of member {at.member}"
+    launched_members = tuple(range(topology.population_size))
     if epoch.number == 0:
         store = open_store(launched, port or launched.port, timeout_s, environ)
-        drawn = store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode()
-        members, loss = tuple(range(topology.population_size)), None
-        epoch = replace(epoch, launch_id=drawn)
+        epoch = replace(epoch, launch_id=store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode())
+        guard, members, loss = Guard(settings, epoch, members=launched_members, name=name, environ=environ), None, None
     else:
-        store, roster = _come_back(epoch, at, topology, settings)
+        guard = Guard(settings, epoch, members=epoch.members, name=name, environ=environ)
+        store, roster = _come_back(epoch, at, topology, guard)
         members, loss = roster.members, _loss(epoch, roster)
         topology = replace(topology, population_size=len(members))
         at = topology.coordinates(members.index(at.member) * topology.member_size + at.member_rank)
-        if epoch.run_dir is not None:
-            environ[RESUME] = epoch.run_dir
-    guard = Guard(settings, epoch, members=members, name=name, environ=environ)
+        guard.admit(members)
+    present = members or launched_members
 
     def name_of(rank: int) -> str:
         member, member_rank = divmod(rank, topology.member_size)
-        return f"rank {member_rank} of member {members[member]}"
+        return f"rank {member_rank} of member {present[member]}"
 
     guard.watch(store, rank=at.rank, size=topology.world_size, name=name_of)
     return Entry(store, topology, at, guard, loss)
 
 
-def _come_back(epoch: Epoch, at: Coordinates, topology: Topology, settings: FaultsConfig) -> tuple[Store, Roster]:
+def _come_back(epoch: Epoch, at: Coordinates, topology: Topology, guard: Guard) -> tuple[Store, Roster]:
+    settings = guard.settings
     meeting = Meeting(
         epoch,
         member=at.member,
@@ -115,7 +109,8 @@ def _come_back(epoch: Epoch, at: Coordinates, topology: Topology, settings: Faul
         min_members=settings.min_members or 1,
         rejoin_s=settings.rejoin_s,
     )
-    return meeting.attend()
+    with guard.within(meeting.patience_s, f"the meeting of epoch {epoch.number}"):
+        return meeting.attend()
 
 
 def _loss(epoch: Epoch, roster: Roster) -> Loss:

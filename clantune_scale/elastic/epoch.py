@@ -24,7 +24,7 @@ class Epoch:
         run_dir: the run's folder; None where none was opened yet.
         failure: what this process saw of the failure.
         failed_at: when, in seconds of the epoch of time.
-        num_idle: epochs in a row, up to this one, that began although no further round had been committed.
+        num_idle: epochs in a row before this one that lost nobody and came to no further round.
         newest: the last committed round when this epoch began.
     """
 

@@ -6,7 +6,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+import traceback
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from clantune_scale.config import FaultsConfig
 
 RESUME = "CLANTUNE_RESUME"
-#: Epochs in a row without a further round: what fails then is no member's death, and would fail again.
+#: Epochs in a row that lost nobody and came to no further round: what fails then would fail again.
 _MOST_IDLE = 3
 _FLUSH_S = 15.0
 
@@ -39,12 +41,12 @@ class Guard:
     Args:
         settings: the block's ``faults`` part.
         epoch: that this process is in.
-        members: of it, by the numbers that they were launched with.
-        addresses: of these members' stores.
+        members: that were launched, or were in the epoch before; :meth:`admit` tells who is in this one.
         name: what this process calls itself in messages.
         environ: the environment of the next start.
 
     Attributes:
+        settings, epoch: as given.
         run_dir: the run's folder, when it is known.
         before_restart: what is to be done before this process starts again, such as sending what is queued.
     """
@@ -55,12 +57,11 @@ class Guard:
         epoch: Epoch,
         *,
         members: tuple[int, ...],
-        addresses: tuple[Address, ...] = (),
         name: str = "",
         environ: MutableMapping[str, str] = os.environ,
     ) -> None:
-        self.settings, self._epoch, self._environ = settings, epoch, environ
-        self._members, self._addresses, self._name = members, addresses, name
+        self.settings, self.epoch, self._environ = settings, epoch, environ
+        self._members, self._addresses, self._name = members, epoch.addresses, name
         self.run_dir: Path | None = None if epoch.run_dir is None else Path(epoch.run_dir)
         self.before_restart: list[Callable[[], None]] = []
         self._is_armed = settings.min_members is not None
@@ -88,9 +89,24 @@ class Guard:
                 on_failure=self._on_failure,
             )
 
+    def admit(self, members: tuple[int, ...]) -> None:
+        """The epoch has begun, with these members."""
+        self._members = members
+
     def know(self, addresses: tuple[Address, ...]) -> None:
         """The members have stores, and these are their addresses."""
         self._addresses = addresses
+
+    @contextmanager
+    def within(self, seconds: float, what: str) -> Iterator[None]:
+        """Inside, this process starts again when it takes longer: calls on a frozen host's store do not return."""
+        timer = threading.Timer(seconds, self._on_failure, [f"{what} took more than {seconds:g} s"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def come_first(self) -> None:
         """Looks at an error before the hooks do that were set since: they would end the run."""
@@ -117,12 +133,12 @@ class Guard:
             self._store.set("done/all", "")
         self._store.wait(["done/all"])
 
-    def _before_others(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def _before_others(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if self._is_armed and is_peer_failure(error):
             self._restart(in_short(error))
-        self._second(kind, error, traceback)
+        self._second(kind, error, trace)
 
-    def _on_exception(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if is_peer_failure(error):
             if self._is_armed:
                 self._restart(in_short(error))
@@ -130,11 +146,17 @@ class Guard:
                 print(f"clan: a member is lost. {resume_remedy(self._resumable())}", file=sys.stderr, flush=True)
         # What ends this process is its own affair, and its member's.
         self._is_armed, self._has_failed = False, True
-        self._previous(kind, error, traceback)
+        self._previous(kind, error, trace)
 
     def _on_failure(self, reason: str) -> None:
-        if self._is_armed:
+        """On a thread: nobody is there to whom an error could go."""
+        if not self._is_armed:
+            return
+        try:
             self._restart(reason)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
 
     def _restart(self, reason: str) -> None:
         """Starts this process again; a second thread that comes here waits for the end."""
@@ -148,14 +170,14 @@ class Guard:
             within(_FLUSH_S, action)
         if following.num_idle > _MOST_IDLE:
             print(
-                f"clan: {following.num_idle} epochs in a row began and failed without a further committed round, and "
-                f"nothing is gained by another: {reason}. {resume_remedy(self._resumable())}",
+                f"clan: {following.num_idle} epochs in a row began with all members and failed before a further round "
+                f"was committed: no member's death is the reason. It is: {reason}. {resume_remedy(self._resumable())}",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
         print(
-            f"clan: {self._name} leaves epoch {self._epoch.number} for epoch {following.number}: {reason}",
+            f"clan: {self._name} leaves epoch {self.epoch.number} for epoch {following.number}: {reason}",
             file=sys.stderr,
             flush=True,
         )
@@ -171,16 +193,17 @@ class Guard:
             newest = manifest.committed(Path(run_dir) / manifest.FOLDER)[0]
         else:
             self._environ.pop(RESUME, None)
-        is_idle = self._epoch.number > 0 and newest == self._epoch.newest
+        has_all = self._members == self.epoch.members
+        is_idle = self.epoch.number > 0 and has_all and newest == self.epoch.newest
         return replace(
-            self._epoch,
-            number=self._epoch.number + 1,
+            self.epoch,
+            number=self.epoch.number + 1,
             members=self._members,
             addresses=self._addresses,
             run_dir=run_dir,
             failure=reason,
             failed_at=time.time(),
-            num_idle=self._epoch.num_idle + 1 if is_idle else 0,
+            num_idle=self.epoch.num_idle + 1 if is_idle else 0,
             newest=newest,
         )
 

@@ -29,6 +29,8 @@ _ANSWER_S = 5.0
 _PAUSE_S = 0.25
 # Candidates that start at the same moment must not begin to serve at the same moment.
 _STAGGER_S = 2.0
+#: Seconds more than it should take, after which there is no use in waiting.
+_PATIENCE_S = 30.0
 FOLDER = "epochs"
 
 
@@ -72,18 +74,26 @@ class Meeting:
         self._epoch, self._member, self._member_rank, self._member_size = epoch, member, member_rank, member_size
         self._min_members, self._rejoin_s = min_members, rejoin_s
         self._place = epoch.members.index(member)
+        self._began = time.monotonic()
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that it takes at most, if whoever serves the store answers."""
+        return 3 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + 3 * _PATIENCE_S
 
     def attend(self) -> tuple[Store, Roster]:
         """Finds or serves the store, arrives, and reads the roster when it is closed.
 
         Raises:
             MembersLostError: if no store is found, this rank's member is not on the roster, or too few are.
+            DistError: if who serves the store dies meanwhile.
         """
         store, serves = self._enter()
         arrive(store, self._epoch.members, self._member, self._member_rank, self._member_size)
         if serves:
             store.set("roster", self._claimed(self._close(store)).to_json())
-        roster = Roster.from_json(self._read(store))
+        store.wait(["roster"], timedelta(seconds=self._rejoin_s + _PATIENCE_S))
+        roster = Roster.from_json(store.get("roster"))
         if roster.stop:
             # Who serves the store must not leave before the others have read why.
             within(_ANSWER_S, lambda: _await_readers(store))
@@ -101,10 +111,9 @@ class Meeting:
         serve_after_s = None
         if self._member_rank == 0:
             serve_after_s = self._place and self._rejoin_s + self._place * _STAGGER_S
-        give_up_s = 2 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + 30.0
-        began = time.monotonic()
-        while time.monotonic() - began < give_up_s:
-            if serve_after_s is not None and time.monotonic() - began >= serve_after_s:
+        give_up_s = 2 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + _PATIENCE_S
+        while time.monotonic() - self._began < give_up_s:
+            if serve_after_s is not None and time.monotonic() - self._began >= serve_after_s:
                 store = self._serve()
                 if store is not None:
                     return store, True
@@ -133,9 +142,11 @@ class Meeting:
 
     def _close(self, store: Store) -> Roster:
         """Waits until all have come, or not longer than is agreed, and says who is there."""
+        # Who serves because another did not has waited already, and the others with it.
+        seconds = max(_ANSWER_S, self._rejoin_s - (time.monotonic() - self._began))
         # On the deadline those go on who are there.
         with suppress(DistError):
-            store.wait(["arrived/all"], timedelta(seconds=self._rejoin_s))
+            store.wait(["arrived/all"], timedelta(seconds=seconds))
         return close(store, self._epoch, self._member_size, self._min_members, self.remedy())
 
     def _claimed(self, roster: Roster) -> Roster:
@@ -156,17 +167,6 @@ class Meeting:
                 f"{list(roster.members)} cannot reach them. These end; look at the network between their hosts.",
             )
         return roster
-
-    def _read(self, store: Store) -> bytes:
-        patience_s = self._rejoin_s + 30.0
-        try:
-            store.wait(["roster"], timedelta(seconds=patience_s))
-            return store.get("roster")
-        except DistError as error:
-            raise MembersLostError(
-                f"the roster of epoch {self._epoch.number} was not closed within {patience_s:g} s ({error}). "
-                f"{self.remedy()}"
-            ) from error
 
     def remedy(self) -> str:
         """How the run goes on."""

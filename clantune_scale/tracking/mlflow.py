@@ -63,6 +63,7 @@ class MlflowRecorder:
             "step": self._step,
             "round_end": self._round,
             "warning": self._warn,
+            "member_lost": self._lost,
             "run_end": self._end,
         }
         self._uri = uri
@@ -160,6 +161,11 @@ class MlflowRecorder:
     def _warn(self, event: Event) -> None:
         if self.parent is not None:
             self._log(self.parent, event, {}, {"clantune.warning": event["message"]})
+
+    def _lost(self, event: Event) -> None:
+        if self.parent is not None:
+            tags = {"clantune.epoch": str(event["epoch"]), "clantune.members_left": str(event["left"])}
+            self._log(self.parent, event, {}, tags)
 
     def _end(self, event: Event) -> None:
         if self.parent is None or self._artifacts is None:

@@ -30,6 +30,7 @@ class Terminal:
             "step": self._step,
             "round_end": self._round,
             "warning": self._warning,
+            "member_lost": self._lost,
             "run_end": self._end,
         }
 
@@ -75,6 +76,14 @@ class Terminal:
 
     def _warning(self, event: Event) -> Sequence[str]:
         return (f"clan warning: {event['message']}",)
+
+    def _lost(self, event: Event) -> Sequence[str]:
+        lost = "; ".join(f"member {member}: {what}" for member, what in event["members"].items()) or "no member is lost"
+        left = ", ".join(map(str, event["left"]))
+        return (
+            f"clan epoch {event['epoch']}: {lost}; goes on after {event['seconds']:.0f} s with members {left} "
+            f"(first seen by {event['reason']})",
+        )
 
     def _end(self, event: Event) -> Sequence[str]:
         result = f"clan {event['status']} after {event['step']} steps"

@@ -1,0 +1,63 @@
+"""What is taken for another process's death, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from clantune_scale.elastic.failures import in_short, is_peer_failure
+from clantune_scale.errors import TopologyError
+
+# As gloo of torch 2.13 says it; in this order: a peer was killed, stopped, used after that, absent at the start.
+GLOO = (
+    "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
+    "[127.0.0.1]:35020. This is typically caused by a remote worker crashing.",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation "
+    "to complete",
+    "Application timeout caused pair closure",
+    "Gloo connectFullMesh failed with [../third_party/gloo/gloo/transport/tcp/pair.cc:144] no error",
+)
+
+
+@pytest.mark.parametrize("text", GLOO)
+def test_gloos_errors_are(text):
+    assert is_peer_failure(RuntimeError(text))
+
+
+@pytest.mark.parametrize("kind", [dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError])
+def test_torchs_own_are(kind):
+    assert is_peer_failure(kind("NCCL communicator was aborted on rank 0"))
+
+
+def _wrapped() -> BaseException:
+    try:
+        try:
+            raise RuntimeError(GLOO[0])
+        except RuntimeError as error:
+            raise ValueError("training failed") from error
+    except ValueError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x16 and 24x8)"),
+        RuntimeError("my gloo transport timed out"),
+        ConnectionResetError("Connection reset by peer"),
+        TimeoutError("timed out"),
+        TopologyError(GLOO[0]),
+        ValueError(GLOO[0]),
+        KeyboardInterrupt(),
+        _wrapped(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_users_are_not(error):
+    assert not is_peer_failure(error)
+
+
+def test_one_line_is_told():
+    assert in_short(RuntimeError("a\n  b")) == "RuntimeError: a b"
+    assert len(in_short(RuntimeError("x" * 999))) == 300

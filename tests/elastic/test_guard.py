@@ -1,0 +1,160 @@
+"""What leads to another start, and what ends the process."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from clantune_scale.checkpoint import manifest
+from clantune_scale.config import FaultsConfig
+from clantune_scale.elastic import guard
+from clantune_scale.elastic.epoch import VARIABLE, Epoch
+from clantune_scale.elastic.guard import Guard
+
+GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+
+
+class Again(BaseException):
+    """In place of another start."""
+
+
+@pytest.fixture
+def again(monkeypatch):
+    def start(environ):
+        raise Again
+
+    monkeypatch.setattr(guard, "start_again", start)
+    ended = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: ended.append(error))
+    return ended
+
+
+def guarded(run_dir=None, *, epoch=None, min_members=2):
+    environ = {"RANK": "0", "CLANTUNE_RESUME": "before"}
+    made = Guard(
+        FaultsConfig(min_members=min_members),
+        epoch or Epoch(launch={"RANK": "5"}),
+        members=(0, 1, 2, 3),
+        name="rank 1 of member 2",
+        environ=environ,
+    )
+    made.admit((0, 2, 3))
+    made.know((("node0", 1), ("node2", 2), ("node3", 3)))
+    made.run_dir = run_dir
+    return made, environ
+
+
+def commit(run_dir, name):
+    (run_dir / manifest.FOLDER / name).mkdir(parents=True)
+
+
+def fail(error):
+    sys.excepthook(type(error), error, None)
+
+
+def test_a_peers_failure_leads_to_the_next_epoch(tmp_path, again, capfd):
+    commit(tmp_path, "round-000003")
+    _, environ = guarded(tmp_path)
+    with pytest.raises(Again):
+        fail(GONE)
+    epoch = Epoch.read(environ)
+    assert (epoch.number, epoch.members, epoch.newest) == (1, (0, 2, 3), "round-000003")
+    assert epoch.addresses == (("node0", 1), ("node2", 2), ("node3", 3))
+    assert environ["CLANTUNE_RESUME"] == str(tmp_path) and environ["RANK"] == "5" and again == []
+    assert (
+        "clan: rank 1 of member 2 leaves epoch 0 for epoch 1: rank 1 of member 2: RuntimeError:"
+        in capfd.readouterr().err
+    )
+
+
+def test_without_a_committed_round_it_begins_anew(tmp_path, again):
+    _, environ = guarded(tmp_path)
+    with pytest.raises(Again):
+        fail(GONE)
+    assert "CLANTUNE_RESUME" not in environ and Epoch.read(environ).run_dir is None
+
+
+def test_a_users_error_ends_the_process(tmp_path, again):
+    made, environ = guarded(tmp_path)
+    error = ValueError("of the user")
+    fail(error)
+    assert again == [error] and VARIABLE not in environ
+    # What fails afterwards, on the way out, does not bring it back.
+    fail(GONE)
+    made._on_failure("a peer is silent")
+    assert again == [error, GONE]
+
+
+def test_where_members_may_not_die_the_end_says_how_the_run_goes_on(tmp_path, again, capfd):
+    commit(tmp_path, "round-000003")
+    _, environ = guarded(tmp_path, min_members=None)
+    fail(GONE)
+    assert again == [GONE] and VARIABLE not in environ
+    assert f"a member is lost. Launch again, as before and with CLANTUNE_RESUME={tmp_path}" in capfd.readouterr().err
+
+
+def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
+    made, _ = guarded(tmp_path)
+    below, seen = sys.excepthook, []
+
+    def hook(kind, error, traceback):
+        seen.append(error)
+        below(kind, error, traceback)
+
+    sys.excepthook = hook
+    made.come_first()
+    with pytest.raises(Again):
+        fail(GONE)
+    assert seen == []
+
+
+def test_a_users_error_passes_all_hooks_once(tmp_path, again):
+    made, _ = guarded(tmp_path)
+    below, seen = sys.excepthook, []
+
+    def hook(kind, error, traceback):
+        seen.append(error)
+        below(kind, error, traceback)
+
+    sys.excepthook = hook
+    made.come_first()
+    error = ValueError("of the user")
+    fail(error)
+    assert seen == [error] and again == [error]
+
+
+def test_what_is_queued_is_sent_before(tmp_path, again):
+    made, _ = guarded(tmp_path)
+    sent = []
+    made.before_restart.append(lambda: sent.append(1))
+    with pytest.raises(Again):
+        made._on_failure("rank 0 of member 3 gave no sign of life for 1 s")
+    assert sent == [1]
+
+
+def test_epochs_that_come_no_further_are_the_last(tmp_path, again, monkeypatch, capfd):
+    class Exit(BaseException):
+        pass
+
+    def leave(code):
+        raise Exit(code)
+
+    monkeypatch.setattr(guard.os, "_exit", leave)
+    commit(tmp_path, "round-000003")
+    epoch = Epoch(launch={"RANK": "5"})
+    for number in range(1, 5):
+        _, environ = guarded(tmp_path, epoch=epoch)
+        with pytest.raises(Again):
+            fail(GONE)
+        epoch = Epoch.read(environ)
+        assert (epoch.number, epoch.num_idle) == (number, number - 1)
+    commit(tmp_path, "round-000004")
+    _, environ = guarded(tmp_path, epoch=epoch)
+    with pytest.raises(Again):
+        fail(GONE)
+    assert Epoch.read(environ).num_idle == 0
+    _, environ = guarded(tmp_path, epoch=Epoch(5, (0, 2, 3), launch={}, num_idle=3, newest="round-000004"))
+    with pytest.raises(Exit, match="1"):
+        fail(GONE)
+    assert "4 epochs in a row began with all members and failed" in capfd.readouterr().err
