@@ -137,7 +137,7 @@ class CheckpointConfig(Block):
     """Whether training goes on while a round is written, from a copy in host memory."""
 
     resume: str = "never"
-    """`never`; `auto` (the last run of `tracking.run_name`, unless it has finished); or a folder of a run or round."""
+    """`never`; `latest` (the last run of `tracking.run_name`, unless it has finished); or a run's or round's folder."""
 
     grace_s: Annotated[Number, Field(gt=0)] = 15.0
     """Seconds after SIGTERM in which the state is committed; keep it below the time until your scheduler kills."""

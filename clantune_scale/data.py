@@ -148,9 +148,14 @@ class ClanBatchSampler(Sampler[list[int]]):
     def progress(self, step: int) -> dict[str, int]:
         """The place after ``step`` optimizer steps of the run: what was counted, or the step where nobody counts.
 
-        A loader of torch's around this sampler does not call :meth:`consume`.
+        A loader of torch's around this sampler does not call :meth:`consume`. A loop that holds the next step's
+        first batch already has not trained on it: it is drawn again.
         """
-        return self.state_dict() if self._counts else {"step": step}
+        if not self._counts:
+            return {"step": step}
+        if self.place == Place(step + 1, self.place.cursor):
+            return {"step": step, "cursor": self.place.cursor - self._advance(self._plan(step))}
+        return self.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a saved place; without its ``"cursor"``, to where the plans of all steps before lead."""

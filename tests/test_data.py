@@ -233,3 +233,20 @@ def test_a_dataset_too_small_for_the_clan_is_refused_with_the_arithmetic(num_sam
         ConfigError, match=rf"has {num_samples} samples.*population_size\(2\) x dp\(2\) x micro_batch\(3\) = 12"
     ):
         sampler(num_samples=num_samples)
+
+
+def test_progress_is_what_training_has_used():
+    """Counted micro-batches where a loader counts them, steps where none does; what is held ahead is drawn again."""
+    own = sampler()
+    assert own.progress(7) == {"step": 7}
+    for _ in range(2 * 3):
+        own.consume()
+    place = {"step": 3, "cursor": 3 * 2 * POPULATION * DP * MICRO}
+    assert own.progress(3) == own.state_dict() == place
+    held = sampler(plan=lambda step: StepPlan(is_common=False, num_micro_batches=1, clan_micro_batches=1))
+    for _ in range(4):
+        held.consume()
+    assert held.progress(4) == {"step": 4, "cursor": 4 * POPULATION * DP * MICRO}
+    assert held.progress(3) == {"step": 3, "cursor": 3 * POPULATION * DP * MICRO}
+    own.load_state_dict({"step": 5})
+    assert own.progress(9) == {"step": 9}

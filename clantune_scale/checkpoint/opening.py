@@ -42,7 +42,7 @@ def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) ->
     asked = environ.get(VARIABLE) or config.checkpoint.resume
     if asked == "never":
         return None
-    if asked == "auto":
+    if asked == "latest":
         return _last_of_name(config)
     path = Path(asked).resolve()
     if (path / "manifest.json").exists():
@@ -61,8 +61,8 @@ def _last_of_name(config: ClanConfig) -> Found | None:
     parent, name = Path(config.tracking.directory).resolve(), config.tracking.run_name
     if name is None:
         raise CheckpointError(
-            "clantune.checkpoint.resume is 'auto', which looks for a run by its name, and clantune.tracking.run_name "
-            "gives none. Set it, or give the folder of the run in place of 'auto'."
+            "clantune.checkpoint.resume is 'latest', which looks for a run by its name, and clantune.tracking.run_name "
+            "gives none. Set it, or give the folder of the run in place of 'latest'."
         )
     pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
     siblings = parent.iterdir() if parent.is_dir() else ()

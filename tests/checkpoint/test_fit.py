@@ -10,6 +10,7 @@ import pytest
 from clantune_scale.checkpoint import fit, manifest
 from clantune_scale.checkpoint.fit import check_settings, layout_difference
 from clantune_scale.config import ClanConfig, Difference
+from clantune_scale.ds_config import extract
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import read_events
 from clantune_scale.tracking.history import lineage_from_events, schedule_from_events
@@ -130,3 +131,9 @@ def test_every_setting_has_a_name_that_can_be_allowed():
     assert named == set(ClanConfig.model_fields) - set(fit._WITHOUT_EFFECT)
     with pytest.raises(ValueError, match="checkpoint.allow"):
         ClanConfig(population_size=2, checkpoint={"allow": ["populaton_size"]})
+
+
+def test_the_word_for_the_last_run_passes_the_blocks_rules():
+    """A word of another tool's own ("auto") would be refused before anyone looked for the run."""
+    block = {"population_size": 2, "tracking": {"run_name": "mine"}, "checkpoint": {"resume": "latest"}}
+    assert extract({"train_batch_size": 8, "clantune": block})[1].checkpoint.resume == "latest"

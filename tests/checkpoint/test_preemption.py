@@ -192,7 +192,7 @@ def test_real_processes_are_preempted_and_go_on_by_the_printed_command(tmp_path)
 def test_a_killed_run_goes_on_from_its_last_committed_round_by_the_same_command(tmp_path):
     script, config_path = tmp_path / "script.py", tmp_path / "config.json"
     script.write_text(SCRIPT)
-    config = named(clan_config(tmp_path, ds_config(1), strategy="classic", total_steps=4000), "real", resume="auto")
+    config = named(clan_config(tmp_path, ds_config(1), strategy="classic", total_steps=4000), "real", resume="latest")
     config_path.write_text(json.dumps(config))
     events, latest = tmp_path / "real" / "events.jsonl", tmp_path / "real" / "rounds" / "LATEST"
     for _ in range(2):
