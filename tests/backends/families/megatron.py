@@ -96,7 +96,7 @@ class Megatron:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         batches = _forever(self.loader)
-        while self._num_steps < num_steps:
+        while self.num_steps < num_steps:
             accumulation = self.clan.num_microbatches if self.clan else self._setup.accumulation
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -113,6 +113,10 @@ class Megatron:
             if self.scheduler is not None and is_updated:
                 self.scheduler.step(increment=1)
             self._num_steps += 1
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps if self.clan is None else self.clan.num_steps
 
     def weights(self) -> dict[str, torch.Tensor]:
         return master_weights(self.model, self.optimizer)
