@@ -65,7 +65,8 @@ class _Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # Its own load_state_dict adds to the steps that were taken.
         self._scheduler.num_steps = state["num_steps"]
-        self._scheduler.step(0)
+        # The class's own: the instance's is hooked, and would take this for the end of a step.
+        type(self._scheduler).step(self._scheduler, 0)
 
 
 def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler: Any) -> MemberState:
