@@ -1,11 +1,14 @@
 """The default transport: rank to rank down the column, straight into live tensors.
 
-Several clones of one donor form a chain: each passes a bucket on while it receives the next, so that the donor
-sends once however many receive. A rank needs room for two buckets beside its state.
+Several clones of one donor form a chain: each passes a message on while it receives the next, so that the donor
+sends once however many receive. Large pieces go from live memory to live memory; small ones are put together, for
+which a rank needs a little room beside its state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,13 +19,17 @@ from clantune_scale.transfer.transport import OnReceived
 
 BUCKET_BYTES = 1 << 25
 _TAG = 71
+# Below it, a copy costs less than a message of its own.
+_DIRECT_BYTES = 1 << 18
+# Of small pieces put together: enough to make a message's latency small beside it.
+_PACKED_BYTES = 1 << 22
 
 
 class PeerTransport:
-    """Point-to-point messages of one bucket each.
+    """Point-to-point messages.
 
     Args:
-        bucket_bytes: size of a message.
+        bucket_bytes: most bytes in one.
     """
 
     def __init__(self, *, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -34,8 +41,8 @@ class PeerTransport:
         if before is None and after is None:
             return None
         sending: Any = None
-        rooms = _Rooms(self.bucket_bytes)
-        for number, pieces in enumerate(state.pieces(self.bucket_bytes)):
+        rooms = _Rooms(min(_PACKED_BYTES, self.bucket_bytes))
+        for number, pieces in enumerate(messages(state, self.bucket_bytes)):
             group = route.group_for(pieces[0].device.type)
             buffer = rooms.next(pieces)
             if before is None:
@@ -55,17 +62,30 @@ class PeerTransport:
         return None
 
 
+def messages(state: MemberState, bucket_bytes: int) -> Iterator[list[torch.Tensor]]:
+    """The state's bytes, in order: large pieces alone, small ones that follow each other together."""
+    for pieces in state.pieces(bucket_bytes):
+        for is_large, run in groupby(pieces, key=lambda piece: piece.numel() >= _DIRECT_BYTES):
+            together: list[torch.Tensor] = []
+            for piece in run:
+                if together and (is_large or sum(p.numel() for p in together) + piece.numel() > _PACKED_BYTES):
+                    yield together
+                    together = []
+                together.append(piece)
+            yield together
+
+
 class _Rooms:
     """Two buffers in turns: one is still being sent while the next is filled.
 
     They are kept over the whole transfer: allocated for each bucket, freed ones would add up in the host's allocator.
 
     Args:
-        bucket_bytes: of each.
+        num_bytes: of each.
     """
 
-    def __init__(self, bucket_bytes: int) -> None:
-        self._bucket_bytes = bucket_bytes
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
         self._buffers: list[torch.Tensor] = []
 
     def next(self, pieces: list[torch.Tensor]) -> torch.Tensor:
@@ -75,7 +95,7 @@ class _Rooms:
         if len(self._buffers) == 2:
             buffer = self._buffers.pop(0)
         else:
-            buffer = torch.empty(self._bucket_bytes, dtype=torch.uint8, device=pieces[0].device)
+            buffer = torch.empty(self._num_bytes, dtype=torch.uint8, device=pieces[0].device)
         if buffer.device != pieces[0].device:
             buffer = torch.empty_like(buffer, device=pieces[0].device)
         self._buffers.append(buffer)

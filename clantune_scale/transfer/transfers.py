@@ -17,7 +17,7 @@ import torch
 from clantune_scale.config import TransferConfig
 from clantune_scale.errors import TransferError
 from clantune_scale.groups import Column
-from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport
+from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport, messages
 from clantune_scale.transfer.route import Route, agree, donors_of_retry
 from clantune_scale.transfer.state import MemberState, bytes_digest
 from clantune_scale.transfer.transport import Transport, build
@@ -165,7 +165,7 @@ class Transfers:
         """Of the live tensors, read back: what was unpacked counts, not what came over the wire."""
         return [
             bytes_digest(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-            for pieces in state.pieces(self._bucket_bytes)
+            for pieces in messages(state, self._bucket_bytes)
         ]
 
     def _tell_the_member(self, failed: Mapping[int, str]) -> dict[int, tuple[int, str]]:

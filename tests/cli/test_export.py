@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import torch
@@ -35,6 +36,47 @@ def _copy(finished_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished_run.folder, folder)
     return folder
+
+
+def _in_two_files(path, target):
+    """The same weights as two files with an index, the form of a large model."""
+    tensors = list(load_file(path).items())
+    parts = {f"champion-0000{i + 1}-of-00002.safetensors": dict(tensors[i::2]) for i in range(2)}
+    target.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        save_file(part, target / name, metadata={"format": "pt", "averaged": "true"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (target / "champion.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_model_in_several_files_arrives_with_its_index(call, finished_run, tmp_path):
+    folder = _copy(finished_run, tmp_path)
+    _in_two_files(finished_run.folder / "champion.safetensors", folder)
+    (folder / "champion.safetensors").unlink()
+    said = call("export", folder, "--to", tmp_path / "out", "--json")
+    assert said.code == 0 and said.data["weights"] == 1208 and said.data["averaged"]
+    assert said.data["file"].endswith("out/champion.safetensors.index.json") and len(said.data["files"]) == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "champion-00001-of-00002.safetensors",
+        "champion-00002-of-00002.safetensors",
+        "champion.safetensors.index.json",
+    ]
+    assert call("export", folder, "--to", tmp_path / "one", "--format", "pytorch").code == 0
+    loaded = torch.load(tmp_path / "one" / "champion.pt", weights_only=True)
+    kept = load_file(finished_run.folder / "champion.safetensors")
+    assert loaded.keys() == kept.keys() and all(torch.equal(loaded[name], kept[name]) for name in kept)
+
+
+def test_of_a_run_that_goes_on_the_last_that_was_saved_is_taken(call, finished_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run.half, folder)
+    (folder / "champion-step-00000003").mkdir()
+    _in_two_files(finished_run.folder / "champion.safetensors", folder / "champion-step-00000007")
+    said = call("export", folder, "--to", tmp_path / "out")
+    assert said.code == 0 and "and 2 files beside it: 6 tensors" in said.out
+    (folder / "champion-step-00000007" / "champion-00001-of-00002.safetensors").unlink()
+    said = call("export", folder, "--to", tmp_path / "out")
+    assert said.code == 2 and "names champion-00001-of-00002.safetensors, and" in said.err
 
 
 def test_a_damaged_file_is_said_and_not_exported(call, finished_run, tmp_path):
