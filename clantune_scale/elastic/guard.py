@@ -162,9 +162,10 @@ class Guard:
         """Starts this process again; a second thread that comes here waits for the end."""
         self._lock.acquire()
         # The first to see a failure has the best reason: what the others see is its leaving.
+        reason = f"{self._name}: {reason}"
         if self._pulse is not None:
-            pulse = self._pulse
-            reason = within(2.0, lambda: pulse.tell(f"{self._name}: {reason}")) or f"{self._name}: {reason}"
+            pulse, own = self._pulse, reason
+            reason = within(2.0, lambda: pulse.tell(own)) or own
         following = self._following(reason)
         for action in self.before_restart:
             within(_FLUSH_S, action)

@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "evaluation": ("clantune_scale.evaluation", "ValidationWindow.losses"),
     "figures": ("clantune_scale.clan", "gather_figures"),
     "decision": ("clantune_scale.clan", "decide"),
-    "transfer": ("clantune_scale.clan", "transfer"),
+    "transfer": ("clantune_scale.transfer.transfers", "Transfers.run"),
     "record": ("clantune_scale.record", "Recorder.round_end"),
     "commit": ("clantune_scale.checkpoint.durable", "DurableRounds.round_ended"),
     "manifest": ("clantune_scale.checkpoint.manifest", "write"),
