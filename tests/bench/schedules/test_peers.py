@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import clantune_scale
 from clantune_scale.bench.schedules.__main__ import main
 from clantune_scale.bench.schedules.methods import FIXED, POPULATION_PEERS, named
 from clantune_scale.bench.schedules.peers.optimizers import OPTIMIZER_PEERS
@@ -15,6 +17,7 @@ from clantune_scale.core.strategies import build
 from clantune_scale.errors import ConfigError
 from tests.bench.schedules.tiny_problem import TINY
 
+ROOT = Path(clantune_scale.__file__).parents[1]
 PACKAGES = ("schedulefree", "prodigyopt", "dadaptation", "ray", "ray.tune.schedulers", "ray.tune.experiment")
 
 
@@ -55,7 +58,8 @@ def test_what_needs_no_package_runs_without(without_peers):
 
 def test_the_benchmark_imports_no_peer():
     script = "import clantune_scale.bench.schedules.__main__, sys; print(*[m for m in {} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script.format(PACKAGES)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script.format(PACKAGES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []
 
 
