@@ -184,3 +184,22 @@ def test_every_stage_has_the_same_genes_and_expresses_its_own_share(tmp_path):
         assert first["accumulated"] == last["accumulated"] and first["clip"] == last["clip"]
         assert first["dropped"] == set() and len(last["dropped"]) > 1
     assert len(results[0]["accumulated"] | results[2]["accumulated"]) > 1
+
+
+def _three_stages(rank: int, config: dict) -> Any:
+    clantune_scale.join(config)
+    train, valid = datasets()
+    model = _module(layers(), num_stages=3)
+    engine, _, loader, _ = clantune_scale.initialize(
+        model=model, model_parameters=list(model.parameters()), config=config, training_data=train, eval_data=valid
+    )
+    while engine.global_steps < 7:
+        engine.train_batch()
+    return loader.state_dict(), list(engine.clan.fitness.mean), Pipeline(engine).weights()
+
+
+def test_a_stage_in_the_middle_counts_the_data_along_and_knows_the_losses(tmp_path):
+    config = clan_config(tmp_path, ds_config(1, accumulation=2), population_size=1, strategy="control")
+    results = run_ranks(3, in_member_worlds, _three_stages, config)
+    for state, losses, _ in results:
+        assert (state, losses) == (results[0][0], results[0][1]) and state["step"] == 7

@@ -134,7 +134,7 @@ def _initialize_clan(
     passed["args"] = _without_config(passed["args"])
     engine, optimizer, _, scheduler = _initialize_engine(**passed, config=member_config)
     backend = PipelineBackend(engine) if degrees.pp > 1 or _is_pipeline(engine.module) else DeepSpeedBackend(engine)
-    if passed["mpu"] is not None and degrees.tp > 1:
+    if degrees.tp > 1 and degrees.counted == 1:
         _refuse_unmarked(backend)
     window = ValidationWindow(
         eval_data,
@@ -208,9 +208,9 @@ def _refuse_unmarked(backend: DeepSpeedBackend) -> None:
     names = unmarked_shards(backend.module, backend.place.tp_group)
     if names:
         raise ConfigError(
-            f"parameters {names[:3]} differ between the tensor ranks of a member (or are marked) and do not say along "
-            f"which dimension they are sharded. Set tensor_model_parallel = True, partition_dim and partition_stride "
-            f"on them, as Megatron's layers do."
+            f"parameters {names[:3]} are marked as shards or differ between the tensor ranks of a member, and do not "
+            f"say along which dimension they are sharded. Set tensor_model_parallel = True, partition_dim and "
+            f"partition_stride on them, as Megatron's layers do."
         )
 
 

@@ -34,8 +34,23 @@ class PipelineBackend(DeepSpeedBackend):
     """
 
     def feed(self, loader: ClanDataLoader) -> None:
-        """Makes ``engine.train_batch()`` read from ``loader``, epoch after epoch."""
-        self.engine.set_dataloader(_Endless(loader))
+        """Makes ``engine.train_batch()`` read from ``loader``, epoch after epoch.
+
+        A stage between the first and the last reads nothing; its loader counts along, so that what is saved of it
+        is what the others have.
+        """
+        engine = self.engine
+        engine.set_dataloader(_Endless(loader))
+        if engine.is_first_stage() or engine.is_last_stage():
+            return
+        total = engine._aggregate_total_loss
+
+        def total_counted() -> torch.Tensor:
+            for _ in range(engine.micro_batches):
+                loader.batch_sampler.consume()
+            return total()
+
+        self._undo.append(replace_method(engine, "_aggregate_total_loss", total_counted))
 
     def after_step(self, callback: Callable[[], None]) -> None:
         """Hooks ``engine.train_batch``: the step is its last instruction, and the loss is told after it."""
