@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -60,7 +61,7 @@ def _refusals(rank: int, directory: str) -> dict[str, str]:
     stale = sgd(plain)
     fully_shard(plain)
     hooked = DistributedDataParallel(Net())
-    hooked.register_comm_hook(None, dist.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook)
+    hooked.register_comm_hook(None, allreduce_hook)
     hybrid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     alone = dist.new_group([rank], use_local_synchronization=True)
     closing, deep = DistributedDataParallel(Net()), DistributedDataParallel(Net())

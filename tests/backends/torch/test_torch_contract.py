@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,7 +41,7 @@ def _look_at(rank: int) -> dict[str, Any]:
     with torch.no_grad():
         model(*batch(0, 0, rank))
     ddp = DistributedDataParallel(Net())
-    ddp.register_comm_hook(None, dist.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook)
+    ddp.register_comm_hook(None, allreduce_hook)
     parameter = group.fsdp_params[0]
     return {
         "group": [name for name in ON_GROUP if hasattr(group, name)],
