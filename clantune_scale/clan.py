@@ -36,6 +36,7 @@ from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
 from clantune_scale.transfer import MemberState, Snapshot, Transfers, average_members
+from clantune_scale.vote import FiniteVote
 from clantune_scale.watch import BatchWatch, LossMeter, Stopwatch
 from clantune_scale.world import ClanGroups, ClanWorld
 
@@ -95,6 +96,9 @@ class Clan:
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
+        # Where losses are scaled, a gradient that is not finite is the scaler's business, and ordinary.
+        if config.faults.finite_vote and backend.loss_scale() is None:
+            self.groups.vote = FiniteVote(world.member, config.population_size, self.groups.gradient)
         self.transfers = Transfers.of(world, self.groups, config.transfer, runs=Path(config.tracking.directory))
         self._expression = Expression(self.genes, backend, setters or {})
         self._averages: AveragedWeights | None = None
@@ -133,7 +137,12 @@ class Clan:
         backend.share_gradients(lambda: self.phases.team(self.member, size), self.groups, self._probe)
         backend.around_update(lambda: self._expression.during_update(self.lr_factor))
         backend.after_step(self._after_step)
-        backend.watch(self._batches.on_batch, self._losses.add)
+        backend.watch(self._batches.on_batch, self._on_loss)
+
+    def _on_loss(self, loss: Any) -> None:
+        self._losses.add(loss)
+        if self.groups.vote is not None:
+            self.groups.vote.observe(loss)
 
     def _start(self) -> None:
         """A new run, or one that goes on from a committed round."""
@@ -186,6 +195,8 @@ class Clan:
 
     def _after_step(self) -> None:
         done = self.phases.advance()
+        if self.groups.vote is not None:
+            self.groups.vote.end_step()
         if self._averages is not None and done.plan.averages:
             self._averages.update(done.step + 1, done.plan.averaging_window_steps)
         self.recorder.step(self, done, self._losses)
@@ -202,7 +213,8 @@ class Clan:
         measured = self.population
         self.fitness = self.measure(averages=plan.averages)
         self._clock.lap("evaluation")
-        figures = gather_figures(self, plan, self._probe, self._losses.read_strikes())
+        strikes = self._losses.read_strikes() + (self.groups.vote.read_strikes() if self.groups.vote else 0)
+        figures = gather_figures(self, plan, self._probe, strikes)
         if self.aside is not None:
             self.aside.restore(self.state())
             self.aside = None

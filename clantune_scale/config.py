@@ -175,7 +175,10 @@ class JoinConfig(Block):
 
 
 class FaultsConfig(Block):
-    """What happens when processes die."""
+    """What happens when processes die, or a member's numbers do."""
+
+    finite_vote: Flag = True
+    """Whether a member whose loss or gradient is not finite is left out of the clan's mean, at one number a pass."""
 
     min_members: Count | None = None
     """Members with which the run goes on when others have died; null ends it when one dies."""

@@ -33,7 +33,7 @@ class Figures:
         gradient_norm: before clipping, in the round's last step.
         drift: ``||theta_i - mean theta|| / ||mean theta||`` over the clan, before any transfer.
         alignment: cosine of the member's own gradient with the clan's, in the last cooperative step.
-        strikes: micro-batches of the member whose loss was not finite.
+        strikes: micro-batches of the member whose loss, or else whose gradient, was not finite.
         evaluation_s: the member's slowest rank's seconds for its share of the window.
     """
 

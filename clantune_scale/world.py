@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
@@ -26,6 +27,7 @@ from clantune_scale.elastic.guard import Guard
 from clantune_scale.errors import TopologyError
 from clantune_scale.groups import Column, stand_alone_group
 from clantune_scale.topology import Coordinates, Topology
+from clantune_scale.vote import FiniteVote
 
 if TYPE_CHECKING:
     from clantune_scale.config import ClanConfig, FaultsConfig
@@ -220,12 +222,16 @@ class ClanGroups:
     Args:
         world: this process's place in the clan.
         device_type: of the tensors that cross members.
+
+    Attributes:
+        vote: leaves members out of sums whose gradients are not finite; None where none is taken.
     """
 
     def __init__(self, world: ClanWorld, device_type: str) -> None:
         self._world = world
         self._device_type = device_type
         self._groups: dict[str, Any] = {}
+        self.vote: FiniteVote | None = None
         _made.add(self)
 
     def close(self) -> None:
@@ -251,6 +257,11 @@ class ClanGroups:
         topology = self._world.topology
         ranks = [topology.member_ranks(member)[rank] for member in team for rank in member_ranks]
         return self._group("gradient", ranks, self._device_type)
+
+    def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
+        """What this rank brings to a sum over the team, before it: in place, left out where it is not finite."""
+        if self.vote is not None:
+            self.vote.weigh(gradients, team)
 
     def column(self, team: tuple[int, ...]) -> Any:
         """This rank's peers, one per member of the team."""

@@ -8,7 +8,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 from tests.small_clans import clan_config, flat_run, start, train
 
 # Two summation orders in float32; AdamW's division by small second moments turns 1e-8 into up to 1e-6 in 12 steps.
@@ -125,12 +125,20 @@ def _count_flat_collectives(rank, config, num_steps):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_cooperative_step_posts_the_collectives_of_plain_data_parallelism(stage, tmp_path):
+    """And one more, of a number per member, for the finite vote."""
     config = ds_config(stage, clip=0.5)
     flat = run_ranks(2, in_member_worlds, _count_flat_collectives, config, 3)
     clan = run_ranks(4, in_member_worlds, _count_collectives, clan_config(tmp_path, config), 3)
     # The first step may set things up; the last two are inside one round.
-    assert clan[0][1:] == flat[0][1:]
+    assert clan[0][1:] == [step | {"c10d.allreduce_": step.get("c10d.allreduce_", 0) + 1} for step in flat[0][1:]]
     assert sum(flat[0][2].values()) > 0
+
+
+def test_without_the_finite_vote_the_collectives_are_those_of_plain_data_parallelism(tmp_path):
+    config = ds_config(1, clip=0.5)
+    flat = run_ranks(2, in_member_worlds, _count_flat_collectives, config, 3)
+    block = clan_config(tmp_path, config, faults={"finite_vote": False})
+    assert run_ranks(4, in_member_worlds, _count_collectives, block, 3)[0][1:] == flat[0][1:]
 
 
 def test_zero_3_adds_one_collective_for_each_bucket_of_shards(tmp_path):
@@ -139,7 +147,7 @@ def test_zero_3_adds_one_collective_for_each_bucket_of_shards(tmp_path):
     flat = run_ranks(2, in_member_worlds, _count_flat_collectives, config, 4)[0][-1]
     clan = run_ranks(4, in_member_worlds, _count_collectives, clan_config(tmp_path, config), 4)[0][-1]
     scatters = flat["c10d._reduce_scatter_base_"]
-    assert clan == flat | {"c10d.allreduce_": flat["c10d.allreduce_"] + scatters}
+    assert clan == flat | {"c10d.allreduce_": flat["c10d.allreduce_"] + scatters + 1}
     assert scatters == 1
 
 
@@ -178,3 +186,35 @@ def _finish(rank, config, num_steps):
         assert all(torch.equal(saved[name], weights[name]) for name in saved)
     assert "step" not in vars(engine)
     return summary, losses, list(saved)
+
+
+def _with_a_bad_batch(rank, config, num_steps, bad_step):
+    """Member 1 reads one batch that is not finite while the clan cooperates."""
+    engine, loader = start(config)
+    losses = []
+    for step, (inputs, targets) in zip(range(num_steps), loader, strict=False):
+        is_bad = engine.clan.member == 1 and step == bad_step
+        loss = engine(torch.full_like(inputs, float("nan")) if is_bad else inputs, targets)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    events = engine.clan.recorder.run_dir / "events.jsonl"
+    return flat_weights(engine), losses, events
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_member_with_a_bad_batch_is_left_out_of_one_mean_and_takes_a_strike(stage, tmp_path):
+    block = clan_config(tmp_path, ds_config(stage, clip=0.5), strategy="control", population_size=2)
+    results = run_ranks(4, in_member_worlds, _with_a_bad_batch, block, 5, 2)
+    for weights, losses, _ in results:
+        assert weights.isfinite().all()
+        assert torch.equal(weights, results[0][0])
+        assert sum(loss != loss for loss in losses) <= 1
+    rounds = [event for event in read_events(results[0][2]) if event["kind"] == "round_end"]
+    assert [member["strikes"] for member in rounds[0]["members"]] == [0, 2]
+
+
+def test_without_the_vote_a_bad_batch_reaches_everyone(tmp_path):
+    block = clan_config(tmp_path, ds_config(0), strategy="classic", faults={"finite_vote": False})
+    with pytest.raises(RankError, match="none of the 2 members has a finite validation loss"):
+        run_ranks(2, in_member_worlds, _with_a_bad_batch, block, 5, 2)

@@ -21,6 +21,9 @@ class GradientGroups(Protocol):
     def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
         """The ranks with these places in their member's world, in all members of the team."""
 
+    def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
+        """Before each sum over a team, what this rank brings to it: in place, left out where it is not finite."""
+
     def column(self, team: tuple[int, ...]) -> Any:
         """This rank's peers, one in each member of the team."""
 

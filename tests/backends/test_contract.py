@@ -187,7 +187,7 @@ def _stop_and_resume(name: str, setup: Setup, block: dict, stops: list[int], num
 
 @every_case
 def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_path):
-    """Mid-cooperative, at a phase's end, mid-competitive, at a round's end; equal to the last bit after a round more."""
+    """Mid-cooperative, at a phase's end, mid-competitive, at a round's end: equal to the last bit a round later."""
     block = _block(setup, tmp_path, strategy="classic", duty_cycle=0.4, genes={"lr": {"step_size": 0.3}})
     stops = [2, 3, 4, 5] if setup.is_slow else [2, 4]
     # DDP learns its buckets anew in the first step after a restart, and gloo's order of a sum over four ranks

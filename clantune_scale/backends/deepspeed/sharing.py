@@ -86,10 +86,13 @@ def _share_engine_buckets(engine: Any, sharing: Sharing) -> Callable[[], None]:
         clan = sharing.spread(team, dp_group)
         # Not the clan's size: expert gradients are summed over fewer ranks than they are divided by.
         divisor = (dp_world_size or dist.get_world_size(dp_group)) * len(team)
-        if not sharing.probe.is_active:
-            return reduce(bucket, clan, divisor)
-        own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
+        own = None
+        if sharing.probe.is_active:
+            own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
+        sharing.groups.weigh(bucket, team)
         mean = reduce(bucket, clan, divisor)
+        if own is None:
+            return mean
         sharing.probe.compare(own, mean)
         return mean
 
@@ -109,6 +112,7 @@ def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
         if sharing.probe.is_active:
             copies = [gradient.clone() for gradient in bucket]
             own = reduce(copies, communication_data_type, process_group=process_group, **options)
+        sharing.groups.weigh(bucket, team)
         if not divide:
             # The caller divided by the member's degree; the rest is divided before the sum, so that
             # sixteen-bit sums over the clan overflow no sooner than those over the member.
@@ -131,6 +135,7 @@ def _share_contiguous(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
         if len(team) == 1:
             return reduce(tensor, communication_data_type)
         own = reduce(tensor.clone(), communication_data_type) if sharing.probe.is_active else None
+        sharing.groups.weigh([tensor], team)
         in_member = optimizer.dp_process_group
         optimizer.dp_process_group = sharing.spread(team, in_member)
         try:
@@ -154,8 +159,9 @@ def _share_partitions(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
         if len(team) > 1 and grad_partitions:
             own = _flatten_dense_tensors(grad_partitions)
             # In place where nobody looks at the member's own: it is a buffer of DeepSpeed's that is spent here.
-            divide = own.div if sharing.probe.is_active else own.div_
-            mean = divide(len(team))
+            mean = own.clone() if sharing.probe.is_active else own
+            sharing.groups.weigh([mean], team)
+            mean.div_(len(team))
             dist.all_reduce(mean, group=sharing.groups.column(team))
             if sharing.probe.is_active:
                 sharing.probe.compare(own, mean)

@@ -73,6 +73,7 @@ def _share_reduction(buckets: Any, sharing: Sharing) -> list[Callable[[], None]]
             return start(force_all_reduce)
         if sharing.probe.is_active:
             own.extend(_member_means(buckets))
+        sharing.groups.weigh([bucket.grad_data for bucket in buckets.buckets], team)
         with _spread(buckets, sharing.groups, team):
             return start(force_all_reduce)
 
@@ -130,6 +131,7 @@ def _share_finished(config: Any, reductions: Sequence[Any], sharing: Sharing) ->
         if len(team) > 1:
             for mine in _owned(reductions):
                 own = mine.clone() if sharing.probe.is_active else None
+                sharing.groups.weigh([mine], team)
                 # Divided first: a sum of sixteen-bit gradients overflows no sooner than the member's own.
                 dist.all_reduce(mine.div_(len(team)), group=sharing.groups.column(team))
                 if own is not None:

@@ -98,6 +98,10 @@ class BucketSharing:
         """The ranks over which gradients are averaged in the step that runs."""
         return self._groups.gradient(self._team()) if self.is_sharing else self.member_group
 
+    def weigh(self, gradients: torch.Tensor) -> None:
+        """Leaves this rank's part of the sum out where it is not finite."""
+        self._groups.weigh([gradients], self._team())
+
     def stay_in_member(self) -> None:
         """From now on gradients are the member's own: DDP cannot take a hook off."""
         self._is_in_member = True
@@ -122,6 +126,7 @@ def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.fut
         if sharing.probe.is_active:
             own = gradients / sharing.member_group.size()
             dist.all_reduce(own, group=sharing.member_group)
+        sharing.weigh(gradients)
     # DDP without a hook multiplies so, and a division by three would round otherwise.
     gradients.mul_(1.0 / group.size())
     work = dist.all_reduce(gradients, group=group, async_op=True)

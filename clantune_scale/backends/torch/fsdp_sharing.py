@@ -57,6 +57,7 @@ class ShardSharing:
 
     def _average(self, shard: torch.Tensor, team: tuple[int, ...], param_group: Any) -> None:
         own = shard.clone() if self._probe.is_active else None
+        self._groups.weigh([shard], team)
         # Before the sum, so that sixteen-bit sums over the clan overflow no sooner than those over the member.
         shard.div_(len(team))
         group = self._groups.column(team)
