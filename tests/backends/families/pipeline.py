@@ -27,7 +27,7 @@ CASES = {
     ),
     "1-bf16-fp32": Setup(
         pp=2, dtype="bf16", optimizer="sgd", accumulation=2, clip=0.5, is_tied=True,
-        options={"stage": 1, "config": _FP32_ACCUMULATION},
+        options={"stage": 1, "config": _FP32_ACCUMULATION}, is_slow=True,
     ),
 }  # fmt: skip
 # Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds sums of gradients.
