@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from clantune_scale.transfer.dcp_plans import Named, WatchedLoadPlanner, load_alone, named, save_alone
+from clantune_scale.transfer.dcp_plans import Named, WatchedLoadPlanner, load_alone, named, reason, save_alone
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 from clantune_scale.transfer.transport import OnReceived
@@ -89,7 +89,7 @@ class DcpFilesTransport:
             save_alone(tensors, FileSystemWriter(folder, sync_files=False))
             digest = _digest((folder / _METADATA).read_bytes())
         except (OSError, CheckpointException) as error:
-            return folder, {"folder": "", "metadata": "", "complaint": f"it could not be saved: {_reason(error)}"}
+            return folder, {"folder": "", "metadata": "", "complaint": f"it could not be saved: {reason(error)}"}
         return folder, {"folder": folder.name, "metadata": digest, "complaint": None}
 
     def _load(self, tensors: Named, offer: dict[str, Any]) -> str | None:
@@ -99,16 +99,9 @@ class DcpFilesTransport:
         try:
             load_alone(tensors, CheckedReader(folder, offer["metadata"]), WatchedLoadPlanner(self.on_received))
         except (OSError, CheckpointException) as error:
-            return f"it could not be loaded: {_reason(error)}"
+            return f"it could not be loaded: {reason(error)}"
         return None
 
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The cause in one line; DCP collects what each rank raised, and here there is one rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}"

@@ -8,7 +8,6 @@ What DCP keeps as a pickle travels as JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, save_alone
+from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, reason, save_alone
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 from clantune_scale.transfer.transport import OnReceived
@@ -125,7 +124,9 @@ class PeerWriter(_Alike, StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self._line.after is not None, "a donor has a recipient"
         self._line.tell(self._line.after, [entry for entry, _ in self._parts])
-        if self._line.hear(self._line.after) is None:
+        complaint = self._line.hear(self._line.after)
+        self._line.tell(self._line.after, complaint)
+        if complaint is None:
             for _, tensor in self._parts:
                 self._line.stream(tensor)
 
@@ -140,7 +141,7 @@ class PeerReader(_Alike, StorageReader):
     def __init__(self, line: Line) -> None:
         self._line = line
         self._items: list[Item] = []
-        self.has_answered = False
+        self.has_agreed = False
 
     def read_metadata(self, *args: Any) -> Metadata:
         assert self._line.before is not None, "a recipient has a donor"
@@ -165,7 +166,7 @@ class PeerReader(_Alike, StorageReader):
             targets.append((item, target))
         if wanted:
             raise ValueError(f"{sorted(wanted)[0]} is wanted here and does not arrive")
-        complaint = self.answer(None)
+        complaint = self.agree(None)
         if complaint is not None:
             raise ValueError(complaint)
         for item, target in targets:
@@ -173,14 +174,24 @@ class PeerReader(_Alike, StorageReader):
             planner.commit_tensor(item, target)
         return _done(None)
 
-    def answer(self, complaint: str | None) -> str | None:
-        """Says whether this rank, and all after it, can take the bytes; the first complaint, or None."""
-        self.has_answered = True
-        if self._line.after is not None:
-            behind = self._line.hear(self._line.after)
-            complaint = complaint or behind
-        self._line.tell(self._line.before, complaint)
-        return complaint
+    def agree(self, complaint: str | None) -> str | None:
+        """Before a byte is sent: whether all of the chain can take it. Answers go up to the donor, its word comes down.
+
+        Args:
+            complaint: why this rank cannot, or None.
+
+        Returns:
+            The first complaint in the chain, or None: then bytes come.
+        """
+        self.has_agreed = True
+        before, after = self._line.before, self._line.after
+        assert before is not None, "a recipient has a donor"
+        behind = self._line.hear(after) if after is not None else None
+        self._line.tell(before, complaint or behind)
+        verdict = self._line.hear(before)
+        if after is not None:
+            self._line.tell(after, verdict)
+        return verdict
 
 
 class DcpPeerTransport:
@@ -205,16 +216,9 @@ class DcpPeerTransport:
         try:
             load_alone(tensors, reader, WatchedLoadPlanner(self.on_received))
         except CheckpointException as error:
-            # A plan that did not fit: those before wait for an answer, and send nothing.
-            complaint = _first(error.failures.values())
-            return complaint if reader.has_answered else reader.answer(complaint)
+            complaint = reason(error)
+            return complaint if reader.has_agreed else reader.agree(complaint)
         return None
-
-
-def _first(failures: Sequence[Any] | Any) -> str:
-    """DCP collects what each rank raised; here there is one rank."""
-    error = next(iter(failures))[0]
-    return f"{type(error).__name__}: {error}"
 
 
 def _metadata(items: list[Item]) -> Metadata:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, StorageReader, StorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -66,6 +67,13 @@ def load_alone(tensors: Named, reader: StorageReader, planner: WatchedLoadPlanne
     """``dcp.load`` into live tensors, of this process alone."""
     with _knowing_that_it_is_alone():
         load(tensors, storage_reader=reader, planner=planner, no_dist=True)
+
+
+def reason(error: BaseException) -> str:
+    """The cause in one line; DCP collects what each rank raised, and here there is one rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

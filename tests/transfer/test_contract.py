@@ -18,7 +18,6 @@ from tests.ranks import run_ranks
 
 DONORS = [2, 2, 2, 3]
 TRANSPORTS = ("peer", "dcp_peer", "dcp_files")
-every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 def make_state(value: float) -> tuple[MemberState, list[Any]]:
@@ -157,7 +156,7 @@ def _damaged_twice(transport, directory):
     return _leave_together(_damaged(transfers, [0, 0], 1, "flip", 100))
 
 
-@every_transport
+@pytest.mark.parametrize("transport", ["peer", "dcp_files", pytest.param("dcp_peer", marks=pytest.mark.slow)])
 def test_what_arrives_wrong_twice_ends_the_transfer_on_all_ranks_and_the_mark_stays(transport, tmp_path):
     # Four ranks, two a member; the second rank of member 1 never gets what was sent, the first always does.
     results = run_ranks(4, _damaged_twice, transport, str(tmp_path))
@@ -179,7 +178,7 @@ def test_a_retry_goes_to_one_who_holds_the_same_state():
     assert chain_of(2, donors_of_retry([0, 0, 0, 0], {1, 2})) == [3, 1, 2]
 
 
-def _broken_by_an_exception(directory):
+def _broken_by_an_exception(directory: str) -> tuple[str | None, bool, bool]:
     transfers = make_transfers("peer", directory, 2)
     state, _ = make_state(10.0 + world.current().member)
 
@@ -187,31 +186,23 @@ def _broken_by_an_exception(directory):
         raise RuntimeError("the engine failed")
 
     state.refresh = refresh
+    said = None
     try:
         transfers.run(state, [0, 0])
     except RuntimeError as raised:
-        return _leave_together((str(raised), transfers.is_torn))
-    return _leave_together((None, transfers.is_torn))
+        said = str(raised)
+    was_torn = transfers.is_torn
+    if was_torn:
+        with pytest.raises(TransferError, match="was receiving member 0's state, and no transfer after that"):
+            transfers.run(state, [0, 0])
+        transfers.restored()
+    transfers.run(make_state(1.0)[0], [0, 0])
+    return _leave_together((said, was_torn, transfers.is_torn))
 
 
-def test_a_state_is_torn_until_all_of_it_is_in_place(tmp_path):
+def test_a_state_is_torn_until_all_of_it_is_in_place_and_not_given_away_before(tmp_path):
     results = run_ranks(2, _broken_by_an_exception, str(tmp_path))
-    assert results == [(None, False), ("the engine failed", True)]
-
-
-def _torn_refuses(directory):
-    transfers = make_transfers("peer", directory, 2)
-    state, _ = make_state(1.0)
-    transfers._torn = "member 0 was receiving member 1's state"
-    with pytest.raises(TransferError, match="no transfer after that put it right"):
-        transfers.run(state, [0, 0])
-    transfers.restored()
-    transfers.run(state, [0, 0])
-    return _leave_together(transfers.is_torn)
-
-
-def test_a_torn_state_is_not_given_away_and_a_restored_one_is(tmp_path):
-    assert run_ranks(2, _torn_refuses, str(tmp_path)) == [False, False]
+    assert results == [(None, False, False), ("the engine failed", True, False)]
 
 
 def _peak_of_a_transfer(transport: str, directory: str) -> tuple[int, int]:
@@ -234,7 +225,7 @@ def _kilobytes(name: str) -> int:
     return int(line.split()[1])
 
 
-@pytest.mark.parametrize("transport", ["peer", "dcp_peer"])
+@pytest.mark.parametrize("transport", ["peer", pytest.param("dcp_peer", marks=pytest.mark.slow)])
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is reset through Linux's /proc")
 def test_a_rank_needs_room_for_two_buckets_beside_its_state(transport, tmp_path):
     for peak, num_bytes in run_ranks(3, _peak_of_a_transfer, transport, str(tmp_path)):
