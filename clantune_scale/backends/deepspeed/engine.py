@@ -13,7 +13,7 @@ import torch
 from clantune_scale.backends.base import GradientGroups
 from clantune_scale.backends.deepspeed import shards, sharing, weights
 from clantune_scale.backends.deepspeed.place import Place, place_of
-from clantune_scale.backends.deepspeed.sharing import replace_method
+from clantune_scale.backends.hooks import Sharing, replace_method
 from clantune_scale.ds_rules import EngineFacts, refusals
 from clantune_scale.errors import ConfigError
 from clantune_scale.evaluation import loss_of
@@ -133,7 +133,7 @@ class DeepSpeedBackend:
     ) -> None:
         """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
-        self._undo += sharing.share(self.engine, sharing.Sharing(team, groups, probe))
+        self._undo += sharing.share(self.engine, Sharing(team, groups, probe))
         self._undo.append(self._show_norm(probe))
 
     def _show_norm(self, probe: GradientProbe) -> Callable[[], None]:

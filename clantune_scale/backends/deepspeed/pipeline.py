@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
-from clantune_scale.backends.deepspeed.sharing import replace_method
+from clantune_scale.backends.hooks import replace_method
 from clantune_scale.data import ClanDataLoader
 from clantune_scale.evaluation import loss_of
 

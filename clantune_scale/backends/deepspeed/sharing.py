@@ -20,49 +20,13 @@ The methods that are replaced are private ones of DeepSpeed 0.19 (there is no pu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.probe import GradientProbe
-
-
-def replace_method(target: Any, name: str, method: Callable) -> Callable[[], None]:
-    """Shadows ``target.name`` by an instance attribute; returns what undoes it."""
-    had_own = name in vars(target)
-    before = getattr(target, name)
-    setattr(target, name, method)
-
-    def restore() -> None:
-        if had_own:
-            setattr(target, name, before)
-        else:
-            delattr(target, name)
-
-    return restore
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What every hook reads.
-
-    Attributes:
-        team: the members that share gradients in the step that runs, this one among them.
-        groups: the stand-alone groups that cross members.
-        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
-    """
-
-    team: Callable[[], tuple[int, ...]]
-    groups: GradientGroups
-    probe: GradientProbe
-
-    def spread(self, team: tuple[int, ...], group: Any) -> Any:
-        """The group that DeepSpeed reduces over, and its like in the other members of the team."""
-        return self.groups.spread(team, dist.get_process_group_ranks(group))
+from clantune_scale.backends.hooks import Sharing, replace_method
 
 
 def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:

@@ -12,7 +12,7 @@ from megatron.core import num_microbatches_calculator
 from megatron.core.utils import get_model_config, unwrap_model
 
 from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.hooks import replace_method
+from clantune_scale.backends.hooks import Sharing, evaluation_mode, replace_method
 from clantune_scale.backends.megatron import sharing, state, weights
 from clantune_scale.backends.megatron.evaluation import ScheduledLoss
 from clantune_scale.backends.megatron.rules import only_chunk, refuse_unsupported
@@ -122,7 +122,7 @@ class MegatronBackend:
     ) -> None:
         """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
-        self._undo += sharing.share(self.engine, self._config, sharing.Sharing(team, groups, probe))
+        self._undo += sharing.share(self.engine, self._config, Sharing(team, groups, probe))
         step = self._optimizer.step
 
         def step_and_show(*args: Any, **kwargs: Any) -> Any:
@@ -199,15 +199,8 @@ class MegatronBackend:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients; each part's mode is afterwards what it was."""
-        # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
-        modes = [(part, part.training) for part in self.engine.modules()]
-        self.engine.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for part, was_training in modes:
-                part.training = was_training
+        with evaluation_mode(self.engine):
+            yield
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
         """Megatron's schedule, forward only, on one batch; of a user's ``evaluate`` the last stage's loss counts."""

@@ -19,30 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.hooks import replace_method
-from clantune_scale.probe import GradientProbe
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What every hook reads.
-
-    Attributes:
-        team: the members that share gradients in the step that runs, this one among them.
-        groups: the stand-alone groups that cross members.
-        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
-    """
-
-    team: Callable[[], tuple[int, ...]]
-    groups: GradientGroups
-    probe: GradientProbe
+from clantune_scale.backends.hooks import Sharing, replace_method
 
 
 def share(model: Any, config: Any, sharing: Sharing) -> list[Callable[[], None]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.hooks import replace_method
+from clantune_scale.backends.hooks import evaluation_mode, replace_method
 from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.clip import clip_grad_norm_, total_norm
 from clantune_scale.backends.torch.order import PostingOrder
@@ -198,15 +198,10 @@ class LoopBackend:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients; each part's mode is afterwards what it was."""
-        # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
-        modes = [(part, part.training) for part in self.engine.modules()]
-        self.engine.eval()
         try:
-            with torch.no_grad():
+            with evaluation_mode(self.engine):
                 yield
         finally:
-            for part, was_training in modes:
-                part.training = was_training
             self.refresh()
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
