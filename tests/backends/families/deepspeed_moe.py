@@ -18,7 +18,7 @@ __all__ = ["CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_los
 
 # Expert-parallel degree 2 over two data-parallel ranks, and two replicas of that in one member.
 CASES = {
-    "1": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 1}),
+    "1": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 1}, is_slow=True),
     "0": Setup(dp=2, clip=0.0, options={"stage": 0}, is_slow=True),
     "2": Setup(dp=2, accumulation=2, options={"stage": 2}, is_slow=True),
     "1-dp": Setup(dp=4, accumulation=2, options={"stage": 1}, is_slow=True),

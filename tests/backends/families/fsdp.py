@@ -23,10 +23,12 @@ __all__ = ["CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_los
 
 CASES = {
     "dp": Setup(dp=2, accumulation=2, clip=0.1, is_tied=True),
-    "tp": Setup(tp=2, clip=0.1, is_tied=True),
+    "tp": Setup(tp=2, clip=0.1, is_tied=True, is_slow=True),
     "three": Setup(members=3, clip=0.1, is_tied=True, is_slow=True),
     "dp-tp": Setup(dp=2, tp=2, accumulation=2, clip=0.1, is_tied=True, is_slow=True),
-    "bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.1, is_tied=True, options={"reduce": torch.float32}),
+    "bf16": Setup(
+        dp=2, dtype="bf16", optimizer="sgd", clip=0.1, is_tied=True, is_slow=True, options={"reduce": torch.float32}
+    ),
     "bf16-reduced": Setup(
         dp=2, dtype="bf16", optimizer="sgd", clip=0.1, is_tied=True, is_slow=True, options={"reduce": torch.bfloat16}
     ),

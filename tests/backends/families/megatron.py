@@ -22,10 +22,10 @@ DISTRIBUTED = {"distributed": True}
 LATE = DISTRIBUTED | {"overlap": True, "late_gather": True}
 # The twin is tied, and so is every case; models that are not are trained in test_megatron.py.
 CASES = {
-    "tp": Setup(tp=2, clip=0.5, is_tied=True),
+    "tp": Setup(tp=2, clip=0.5, is_tied=True, is_slow=True),
     "pp": Setup(pp=2, accumulation=3, clip=0.5, is_tied=True),
     "dp": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
-    "dp-distributed": Setup(dp=2, clip=0.5, is_tied=True, options=DISTRIBUTED),
+    "dp-distributed": Setup(dp=2, clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
     "dp-overlap": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, options={"overlap": True}, is_slow=True),
     "three": Setup(members=3, is_tied=True, is_slow=True),
     "tp-sequence": Setup(tp=2, clip=0.5, is_tied=True, options={"sequence_parallel": True}, is_slow=True),

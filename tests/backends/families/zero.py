@@ -16,12 +16,12 @@ from tests.small_clans import start as start_clan
 __all__ = ["CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
 
 CASES = {
-    "0": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 0}),
+    "0": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 0}, is_slow=True),
     "1": Setup(dp=2, clip=0.5, options={"stage": 1}, is_slow=True),
     "2": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 2}, is_slow=True),
     "3": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 3}),
     "1-three": Setup(members=3, options={"stage": 1}, is_slow=True),
-    "1-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 1}),
+    "1-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 1}, is_slow=True),
     "3-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 3}, is_slow=True),
 }
 # Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds sums of gradients.
