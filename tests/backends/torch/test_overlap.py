@@ -46,7 +46,8 @@ class Trace:
 
     def _noted(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         work = self._all_reduce(tensor, *args, **kwargs)
-        if kwargs.get("group") not in self._groups:
+        # What is waited for on the spot is the vote on finite gradients, a number.
+        if work is None or kwargs.get("group") not in self._groups:
             return work
         self.events.append("posted")
         return Waited(work, self.events)
