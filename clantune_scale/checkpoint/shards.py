@@ -8,14 +8,17 @@ were, to the last bit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from clantune_scale.errors import CheckpointError
 from clantune_scale.topology import Coordinates
 
 Tensors = Mapping[str, torch.Tensor]
@@ -37,9 +40,14 @@ def save(tensors: Tensors, folder: Path, at: Coordinates, group: Any) -> list[Pa
 
     Returns:
         The files that this rank wrote.
+
+    Raises:
+        CheckpointError: with the first rank's reason, on all of them.
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    dcp.save({_key(name, at): tensor for name, tensor in tensors.items()}, storage_writer=writer, process_group=group)
+    with _as_error():
+        named = {_key(name, at): tensor for name, tensor in tensors.items()}
+        dcp.save(named, storage_writer=writer, process_group=group)
     own = sorted(folder.glob(f"__{at.member_rank}_*.distcp"))
     return [*own, folder / ".metadata"] if at.member_rank == 0 else own
 
@@ -57,11 +65,21 @@ def load(targets: Tensors, folder: Path, at: Coordinates) -> None:
     """
     if not targets:
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _as_error():
         # It takes a call that talks to nobody for a mistake.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         state = {_key(name, at): tensor.detach() for name, tensor in targets.items()}
         dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+
+
+@contextmanager
+def _as_error() -> Iterator[None]:
+    """torch's exception for a failed checkpoint is no ``Exception``: like an interrupt, it passes every handler."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"rank {rank} of the member: {type(reason).__name__}: {reason}") from error
 
 
 def _key(name: str, at: Coordinates) -> str:

@@ -167,7 +167,7 @@ class RoundWriter:
                 files += shards.save(capture.tensors, place, self._at, self._group)
             files += capture.write_rank(attempt.folder, self._at)
             attempt.entries = [asdict(FileEntry.of(attempt.folder, path)) for path in files]
-        # A disk fails in many ways, torch wraps them in its own, and none of them must reach training.
+        # A disk fails in many ways, and none of them must reach training.
         except Exception as error:
             attempt.failure = _in_short(error)
 
@@ -213,9 +213,4 @@ def _fresh(folder: Path, name: str) -> Path:
 
 
 def _in_short(error: BaseException) -> str:
-    """The innermost reason: torch wraps what a rank's file system said into what all ranks said."""
-    inner = getattr(error, "failures", None)
-    if inner:
-        wrapped = next(iter(inner.values()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
