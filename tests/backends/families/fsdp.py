@@ -49,7 +49,8 @@ class Sharded(Loop):
     def weights(self) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             found = {name.removeprefix("_orig_mod."): p for name, p in self.model.named_parameters()}
-            return {n: p.full_tensor() if isinstance(p, DTensor) else p.clone() for n, p in found.items()}
+            # Where one rank holds all, the whole tensor is the live one.
+            return {n: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for n, p in found.items()}
 
 
 def start(setup: Setup, block: dict | None) -> Sharded:
