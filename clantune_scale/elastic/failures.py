@@ -13,12 +13,20 @@ _GLOO = re.compile(
 )
 
 
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether a collective, a message or the store failed. Errors that a user's code raised are none, whatever caused
-    them: who wraps an error wants to be the one to say how the process ends."""
+def peer_failure(error: BaseException) -> BaseException | None:
+    """The failure of a collective, a message or the store that ``error`` is; None where it is something else.
+
+    Errors that a user's code raised are something else, whatever caused them: who wraps an error wants to be the one
+    to say how the process ends.
+    """
     if isinstance(error, dist.DistError):
-        return True
-    return type(error) is RuntimeError and _GLOO.search(str(error)) is not None
+        return error
+    if type(error) is RuntimeError:
+        return error if _GLOO.search(str(error)) else None
+    # Torch's logger of failed collectives asks for the group's backend, which it knows of the world's groups alone,
+    # and so fails itself.
+    is_loggers = type(error) is ValueError and "is not initialized in the world group map" in str(error)
+    return peer_failure(error.__context__) if is_loggers and error.__context__ is not None else None
 
 
 def in_short(error: BaseException, limit: int = 300) -> str:

@@ -19,7 +19,7 @@ from torch.distributed import Store
 from clantune_scale.bootstrap import Address
 from clantune_scale.checkpoint import manifest
 from clantune_scale.elastic.epoch import Epoch
-from clantune_scale.elastic.failures import in_short, is_peer_failure
+from clantune_scale.elastic.failures import in_short, peer_failure
 from clantune_scale.elastic.meeting import resume_remedy, within
 from clantune_scale.elastic.pulse import Pulse
 from clantune_scale.elastic.restart import start_again
@@ -134,14 +134,16 @@ class Guard:
         self._store.wait(["done/all"])
 
     def _before_others(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if self._is_armed and is_peer_failure(error):
-            self._restart(in_short(error))
+        failure = peer_failure(error)
+        if self._is_armed and failure is not None:
+            self._restart(in_short(failure))
         self._second(kind, error, trace)
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if is_peer_failure(error):
+        failure = peer_failure(error)
+        if failure is not None:
             if self._is_armed:
-                self._restart(in_short(error))
+                self._restart(in_short(failure))
             if self.settings.min_members is None:
                 print(f"clan: a member is lost. {resume_remedy(self._resumable())}", file=sys.stderr, flush=True)
         # What ends this process is its own affair, and its member's.

@@ -23,6 +23,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from clantune_scale.bootstrap import Address, unset
 from clantune_scale.elastic.epoch import Epoch
 from clantune_scale.errors import MembersLostError
+from clantune_scale.listening import serve
 
 #: Seconds that one question to an address may take: a frozen process accepts connections and does not answer.
 _ANSWER_S = 5.0
@@ -131,10 +132,8 @@ class Meeting:
         """Serves the store where this member's own was; None where the port is not free yet."""
         host, port = self._epoch.addresses[self._place]
         try:
-            tcp_store = TCPStore(
-                host, port, is_master=True, timeout=timedelta(seconds=self._rejoin_s), wait_for_workers=False
-            )
-        except DistError:
+            tcp_store = serve(host, port, timeout_s=self._rejoin_s)
+        except (DistError, OSError):
             return None
         store = PrefixStore(prefix(self._epoch.number), tcp_store)
         store.set("open", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from clantune_scale.elastic.failures import in_short, is_peer_failure
+from clantune_scale.elastic.failures import in_short, peer_failure
 from clantune_scale.errors import TopologyError
 
 # As gloo of torch 2.13 says it; in this order: a peer was killed, stopped, used after that, absent at the start.
@@ -21,12 +21,14 @@ GLOO = (
 
 @pytest.mark.parametrize("text", GLOO)
 def test_gloos_errors_are(text):
-    assert is_peer_failure(RuntimeError(text))
+    error = RuntimeError(text)
+    assert peer_failure(error) is error
 
 
 @pytest.mark.parametrize("kind", [dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError])
 def test_torchs_own_are(kind):
-    assert is_peer_failure(kind("NCCL communicator was aborted on rank 0"))
+    error = kind("NCCL communicator was aborted on rank 0")
+    assert peer_failure(error) is error
 
 
 def _wrapped() -> BaseException:
@@ -55,7 +57,25 @@ def _wrapped() -> BaseException:
     ids=lambda error: type(error).__name__,
 )
 def test_a_users_are_not(error):
-    assert not is_peer_failure(error)
+    assert peer_failure(error) is None
+
+
+def _of_the_logger(cause: Exception) -> BaseException:
+    """As torch 2.13 raises it where a collective of a stand-alone group fails."""
+    try:
+        try:
+            raise cause
+        except RuntimeError:
+            raise ValueError("Process group <...> is not initialized in the world group map.")  # noqa: B904 as torch does
+    except ValueError as error:
+        return error
+
+
+def test_what_torchs_logger_hides_is_found():
+    cause = RuntimeError(GLOO[0])
+    assert peer_failure(_of_the_logger(cause)) is cause
+    assert peer_failure(_of_the_logger(RuntimeError("CUDA out of memory"))) is None
+    assert peer_failure(ValueError("Process group x is not initialized in the world group map.")) is None
 
 
 def test_one_line_is_told():
