@@ -19,26 +19,30 @@ __all__ = ["CASES", "MICRO", "PRELOAD", "TOLERANCE", "datasets", "start", "twin"
 MICRO = 4
 PRELOAD = "tests.preload_megatron"
 DISTRIBUTED = {"distributed": True}
+# One of 7,000 weights has a gradient so small that fifteen steps of AdamW make 2.7e-5 at 1e-2 of the order of sums.
+LOW = 2.5e-3
 LATE = DISTRIBUTED | {"overlap": True, "late_gather": True}
 # The twin is tied, and so is every case; models that are not are trained in test_megatron.py.
 CASES = {
     "tp": Setup(tp=2, clip=0.5, is_tied=True, is_slow=True),
     "pp": Setup(pp=2, accumulation=3, clip=0.5, is_tied=True),
-    "dp": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
+    "dp": Setup(dp=2, lr=LOW, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
     "dp-distributed": Setup(dp=2, clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
-    "dp-overlap": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, options={"overlap": True}, is_slow=True),
+    "dp-overlap": Setup(dp=2, lr=LOW, accumulation=2, clip=0.5, is_tied=True, options={"overlap": True}, is_slow=True),
     "three": Setup(members=3, is_tied=True, is_slow=True),
     "tp-sequence": Setup(tp=2, clip=0.5, is_tied=True, options={"sequence_parallel": True}, is_slow=True),
     "tp-pp": Setup(tp=2, pp=2, accumulation=2, clip=0.5, is_tied=True, is_slow=True),
     "dp-tp": Setup(dp=2, tp=2, clip=0.5, is_tied=True, is_slow=True),
-    "pp-dp-distributed": Setup(pp=2, dp=2, accumulation=2, clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
-    "dp-late-gather": Setup(dp=2, accumulation=2, clip=0.5, is_tied=True, options=LATE, is_slow=True),
+    "pp-dp-distributed": Setup(
+        pp=2, dp=2, lr=LOW, accumulation=2, clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True
+    ),
+    "dp-late-gather": Setup(dp=2, lr=LOW, accumulation=2, clip=0.5, is_tied=True, options=LATE, is_slow=True),
     "dp-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, is_tied=True, is_slow=True),
     "tp-bf16": Setup(tp=2, dtype="bf16", optimizer="sgd", is_tied=True, is_slow=True),
     "dp-distributed-bf16": Setup(dp=2, dtype="bf16", clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
 }
-# Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds weights and activations.
-TOLERANCE = {"fp32": 5e-6, "bf16": 2e-3}
+# Two summation orders in float32, also of bf16's gradients, and AdamW's division by small second moments.
+TOLERANCE = {"fp32": 2e-6, "bf16": 2e-6}
 
 
 def datasets() -> tuple[Any, Any]:
