@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from corpus import load, standard_library, text_files
 from gpt import VOCABULARY
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -30,41 +29,36 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from training import add_arguments, forever, load_corpus
 
 import clantune_scale
+from clantune_scale.batch import split_batch
+from clantune_scale.ds_config import extract, load_ds_config
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrains a byte-level GPT with Megatron-core.")
-    parser.add_argument("--config", type=Path, required=True, help='JSON file with the "clantune" block')
-    parser.add_argument("--text", type=Path, nargs="*", help="files and folders; the standard library where left out")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences per rank and backward pass")
-    parser.add_argument("--micro_batches", type=int, default=1, help="per optimizer step")
-    parser.add_argument("--context", type=int, default=128, help="bytes that the model sees")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--config", type=Path, required=True, help='JSON file: batch sizes and the "clantune" block')
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks of a member")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages of a member")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--distributed_optimizer", action="store_true", help="shard it over data parallelism")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test_windows", type=int, default=1024, help="windows of the test split for the last line")
+    add_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Trains, then tells the champion's test loss."""
     arguments = parse_arguments()
+    settings, block = extract(load_ds_config(arguments.config))
     world = clantune_scale.join(arguments.config)
+    # From here on the world is the member's, and Megatron's groups are cut from it.
     start_megatron(arguments)
-    files = text_files(arguments.text) if arguments.text else standard_library()
-    corpus = load(files, context=arguments.context)
     model = build_model(arguments)
-    optimizer, scheduler = build_optimizer(arguments, model)
+    optimizer, scheduler = build_optimizer(arguments, model, clip=settings.get("gradient_clipping", 0.0))
+    corpus = load_corpus(arguments)
+    _, batch = split_batch(settings, population_size=block.population_size, dp_size=model.dp_group.size())
     clan = clantune_scale.attach_megatron(
         model,
         optimizer,
@@ -72,8 +66,8 @@ def main() -> None:
         config=arguments.config,
         forward_step=forward_step,
         seq_length=arguments.context,
-        micro_batch_size=arguments.micro_batch,
-        num_microbatches=arguments.micro_batches,
+        micro_batch_size=batch.micro_batch,
+        num_microbatches=batch.accumulation,
         eval_data=corpus.validation,
     )
     batches = forever(clan.loader(corpus.train))
@@ -86,7 +80,7 @@ def main() -> None:
             model=[model],
             num_microbatches=clan.num_microbatches,
             seq_length=arguments.context,
-            micro_batch_size=arguments.micro_batch,
+            micro_batch_size=batch.micro_batch,
         )
         is_updated, *_ = optimizer.step()
         if is_updated:
@@ -151,14 +145,14 @@ def build_model(arguments: argparse.Namespace) -> DistributedDataParallel:
 
 
 def build_optimizer(
-    arguments: argparse.Namespace, model: DistributedDataParallel
+    arguments: argparse.Namespace, model: DistributedDataParallel, *, clip: float
 ) -> tuple[Any, OptimizerParamScheduler]:
     """AdamW at a constant rate: the clan finds the schedule."""
     settings = OptimizerConfig(
         lr=arguments.lr,
         weight_decay=0.1,
         adam_beta2=0.95,
-        clip_grad=1.0,
+        clip_grad=clip,
         bf16=arguments.bf16,
         params_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
         use_distributed_optimizer=arguments.distributed_optimizer,
@@ -196,12 +190,6 @@ def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Of a micro-batch, from ``losses``: [batch, time]."""
     loss = losses.float().mean()
     return loss, {"lm loss": loss.detach().clone()}
-
-
-def forever(loader: Any) -> Iterator[Tensor]:
-    """Batches of one epoch after the other."""
-    while True:
-        yield from loader
 
 
 if __name__ == "__main__":

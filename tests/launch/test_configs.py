@@ -11,7 +11,6 @@ from clantune_scale.core.strategies import RunFacts, build
 from clantune_scale.ds_config import extract, load_ds_config
 from clantune_scale.genes import build_gene
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 
 
@@ -24,12 +23,8 @@ def test_config_is_usable(path):
         config.population_size, genes, config.seed, config.round_length, config.duty_cycle, config.total_steps
     )
     build(config.strategy.name, facts, config.strategy.options)
-    if ds_config:
-        _, plan = split_batch(ds_config, population_size=config.population_size, dp_size=1)
-        assert plan.clan_batch == ds_config["train_batch_size"]
-    else:
-        # A block alone: its script has the batch among its arguments.
-        assert (LAUNCH / f"pretrain_gpt_{path.stem}.py").is_file()
+    _, plan = split_batch(ds_config, population_size=config.population_size, dp_size=1)
+    assert plan.clan_batch == ds_config["train_batch_size"]
 
 
 def test_there_are_some():

@@ -25,12 +25,13 @@ def finished(tmp_path_factory):
     """The script's output and the run's folder."""
     folder = tmp_path_factory.mktemp("megatron")
     config = json.loads((ROOT / "configs" / "megatron.json").read_text())
+    config["train_batch_size"] = 8
     config["clantune"] |= {"population_size": 2, "total_steps": 2 * STEPS, "fitness": {"num_samples": 64}}
     config["clantune"]["tracking"] |= {"mlflow": False}
     (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--master_port", free_port()]
     command += [ROOT / "tests" / "launch" / "megatron_on_cpu.py", ROOT / "launch" / "pretrain_gpt_megatron.py"]
-    command += ["--config", folder / "config.json", "--steps", STEPS, "--tensor", 2, "--micro_batch", 4]
+    command += ["--config", folder / "config.json", "--steps", STEPS, "--tensor", 2]
     command += ["--context", 64, "--lr", 3e-3, "--test_windows", 64]
     done = subprocess.run(
         [str(part) for part in command],
