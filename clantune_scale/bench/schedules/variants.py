@@ -38,6 +38,7 @@ class VariantOptions(ClanOptions):
         trusts: whether the largest change shrinks after a change of sign, and grows back after none.
         smoothing: share of the last change in the next one, 0 to 1; a first change is taken in full.
         max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
+        race_cost: as in ``clan``, but none unless asked for: the log's variants are older than the race.
     """
 
     model: Literal["log", "line", "nearer"] = "log"
@@ -46,6 +47,7 @@ class VariantOptions(ClanOptions):
     smoothing: float = 0.0
     max_up: float = 0.0
     max_down: float = 0.0
+    race_cost: float = 0.0
 
 
 class ClanVariant(Clan):

@@ -3,7 +3,8 @@
 Why this form and not the seed's plain one is measured: while members share gradients and differ in
 learning rate alone, a round is an exact line search along one common displacement, so that tiny
 spreads are exactly paired; averaged weights take away the reward for a smaller rate's lower noise;
-rounds grow with the age of the run; and genes freeze before the final decay.
+rounds grow with the age of the run; and genes freeze before the final decay. What a shared line cannot
+show, how much higher a rate could go once its own noise is averaged, one short race shows (``race.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
 from clantune_scale.core.strategies.parabola import Move, fit_moves
+from clantune_scale.core.strategies.race import outcome, races
 from clantune_scale.core.strategies.spread import spread
 from clantune_scale.errors import EvaluationError
 
@@ -46,7 +48,7 @@ class Clan(Strategy):
         return self._planner.lr_factor(step)
 
     def init(self, start: Fitness) -> Population:
-        """Members spread around the values that the user configured.
+        """Members spread around the values that the user configured (learning rates a little lower, before a race).
 
         Raises:
             EvaluationError: if the losses at the start are not finite: there is no basin to follow.
@@ -57,8 +59,12 @@ class Clan(Strategy):
                 "the validation loss before the first step is not finite, so progress cannot be measured. "
                 "Check the evaluation data and the model's initial weights."
             )
+        centre = {gene.name: gene.encode(gene.initial) for gene in self.facts.genes}
+        if self._planner.race is not None:
+            for gene in filter(races, self.facts.genes):
+                centre[gene.name] = gene.encode(max(gene.initial * self.options.start_factor, gene.bounds[0]))
         memory = {
-            "centre": {gene.name: gene.encode(gene.initial) for gene in self.facts.genes},
+            "centre": centre,
             "initial_loss": loss,
             "best_loss": {},
             "moves": {},
@@ -102,6 +108,8 @@ class Clan(Strategy):
         return self._population(population.memory, plan)
 
     def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
+        if self._planner.races_at(plan.start_step):
+            return self._race_moves(plan, fitness)
         genes = [self.facts.gene(name) for name in plan.explores]
         centre = population.memory["centre"]
         offsets = [
@@ -116,6 +124,14 @@ class Clan(Strategy):
             caution=self.options.caution,
         )
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
+
+    def _race_moves(self, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
+        """All learning rates rise together, by what the race says of its contestants."""
+        race = self._planner.race
+        assert race is not None
+        captains = [race.teams.index(team) for team in range(len(race.offsets))]
+        move = outcome(race.offsets, fitness.mean[captains].tolist())
+        return dict.fromkeys(plan.explores, move)
 
     def _round_kind(self, plan: RoundPlan) -> str:
         """Rounds are compared with their like: weights that competed have a noise floor of their own."""
@@ -152,12 +168,17 @@ class Clan(Strategy):
         return [gene for gene in self.facts.genes if gene.target == "lr"]
 
     def _population(self, memory: Mapping[str, Any], plan: RoundPlan) -> Population:
-        """Everyone at the centre, spread in the genes that ``plan`` explores."""
+        """Everyone at the centre, spread in the genes that ``plan`` explores, or set apart to race."""
         genes, centre = self.facts.genes, memory["centre"]
         at_centre = {gene.name: gene.decode(centre[gene.name]) for gene in genes}
         steps = {gene.name: gene.step_size for gene in genes}
         values = [dict(at_centre) for _ in range(self.facts.population_size)]
-        if plan.explores:
+        race = self._planner.race
+        if race is not None and self._planner.races_at(plan.start_step):
+            for gene in map(self.facts.gene, plan.explores):
+                for member, own in enumerate(values):
+                    own[gene.name] = min(gene.decode(centre[gene.name] + race.offset(member)), gene.bounds[1])
+        elif plan.explores:
             z = spread(len(values), plan.explores, seed=self.facts.seed, round_=plan.index)
             for column, name in enumerate(plan.explores):
                 gene = self.facts.gene(name)

@@ -12,6 +12,7 @@ from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import RunFacts
 from clantune_scale.core.strategies.lengths import competitive_steps, phases, round_end
 from clantune_scale.core.strategies.options import require
+from clantune_scale.core.strategies.race import Race, plan_race, races
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class ClanOptions:
             its last good state; above 0.
         guard_divisor: what learning rates are divided by when it does; above 1.
         num_reports: rounds (evaluations) after the freeze, at least 1.
+        race_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
+            length follows. 0 for none; there is none either where the run's length is unknown, or in a clan of two.
+        race_at: share of the run after which the race starts, above 0 and below ``freeze_at``.
+        race_reach: the race's highest learning rate over the clan's, above 1.
+        start_factor: of the configured learning rates, where a race follows that only raises them; above 0.
     """
 
     growth: float = 0.25
@@ -44,6 +50,10 @@ class ClanOptions:
     guard: float = 0.25
     guard_divisor: float = 3.0
     num_reports: int = 10
+    race_cost: float = 0.09
+    race_at: float = 0.07
+    race_reach: float = 13.0
+    start_factor: float = 0.7
 
     def __post_init__(self) -> None:
         require(self.growth >= 0, "growth", self.growth, "at least 0")
@@ -53,10 +63,18 @@ class ClanOptions:
         require(self.guard > 0, "guard", self.guard, "above 0")
         require(self.guard_divisor > 1, "guard_divisor", self.guard_divisor, "above 1")
         require(self.num_reports >= 1, "num_reports", self.num_reports, "at least 1")
+        require(self.race_cost >= 0, "race_cost", self.race_cost, "at least 0")
+        require(0 < self.race_at < self.freeze_at, "race_at", self.race_at, f"above 0 and below {self.freeze_at}")
+        require(self.race_reach > 1, "race_reach", self.race_reach, "above 1")
+        require(self.start_factor > 0, "start_factor", self.start_factor, "above 0")
 
 
 class ClanPlanner:
-    """Plans rounds as a pure function of (index, start step)."""
+    """Plans rounds as a pure function of (index, start step).
+
+    Attributes:
+        race: when members race, and at what rates; None where they do not.
+    """
 
     def __init__(self, facts: RunFacts, options: ClanOptions) -> None:
         self._facts = facts
@@ -64,6 +82,8 @@ class ClanPlanner:
         self._optimizer = [gene for gene in facts.genes if gene.kind == "optimizer"]
         # A specialized gene shows only where members compete.
         self._specialized = [gene for gene in facts.genes if gene.kind == "specialized"] if facts.duty_cycle else []
+        cost, at, reach = options.race_cost, options.race_at, options.race_reach
+        self.race: Race | None = plan_race(facts, at=at, cost=cost, reach=reach)
 
     @property
     def freeze_step(self) -> int | None:
@@ -80,8 +100,11 @@ class ClanPlanner:
         freeze = self.freeze_step
         if freeze is not None and start_step >= freeze:
             return self._report(index, start_step)
+        if self.races_at(start_step):
+            return self._race(index, self.race)
         length = max(self._facts.round_length_steps, int(self._options.growth * start_step))
-        length = round_end(start_step, length, freeze) - start_step
+        is_before = self.race is not None and start_step < self.race.start_step
+        length = round_end(start_step, length, self.race.start_step if is_before else freeze) - start_step
         explored = self._explored(index)
         if not explored or start_step + length == self._facts.total_steps:
             return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
@@ -111,6 +134,20 @@ class ClanPlanner:
         if decay == "auto" and self._facts.has_schedule:
             return 1.0
         return min(max((total - step) / (total - freeze), 0.0), 1.0)
+
+    def races_at(self, start_step: int) -> bool:
+        """Whether the round that starts after so many steps is the race."""
+        return self.race is not None and start_step == self.race.start_step
+
+    def _race(self, index: int, race: Race) -> RoundPlan:
+        return RoundPlan(
+            index,
+            race.start_step,
+            (race.phase,),
+            explores=tuple(gene.name for gene in self._facts.genes if races(gene)),
+            averages=True,
+            averaging_window_steps=max(1, round(self._options.averaging_window * race.num_steps)),
+        )
 
     def _report(self, index: int, start_step: int) -> RoundPlan:
         """A round after the freeze: plain data parallelism, measured so that progress is seen."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from clantune_scale.errors import EvaluationError
 from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts, fitness_of
 
 START = fitness_of([4.0] * 4)
+#: For tests of the line search alone.
+NO_RACE = {"race_cost": 0.0}
 WHOLE = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, step_size=0.01, integer=True)
 
 
@@ -24,14 +27,14 @@ def centre_after(clan, losses_of, index=0, start_step=0):
 
 
 def test_members_spread_around_the_configured_value():
-    population = build("clan", FACTS).init(START)
+    population = build("clan", FACTS, NO_RACE).init(START)
     offsets = np.array([math.log(genome.values["lr"]) for genome in population.genomes])
     assert offsets.mean() == pytest.approx(0.0, abs=1e-12)
     assert offsets.std() == pytest.approx(LR.step_size)
 
 
 def test_the_centre_moves_to_the_minimum_and_everyone_takes_the_fittest_ones_state():
-    decision = centre_after(build("clan", FACTS), lambda values: 3.0 + (math.log(values["lr"]) + 0.3) ** 2)
+    decision = centre_after(build("clan", FACTS, NO_RACE), lambda values: 3.0 + (math.log(values["lr"]) + 0.3) ** 2)
     assert decision.population.memory["centre"]["lr"] == pytest.approx(-0.3)
     assert len(set(decision.donors)) == 1
     donor = decision.donors[0]
@@ -45,7 +48,8 @@ def test_a_rate_rises_to_the_minimum_along_the_displacement_and_another_gene_to_
         return 3.0 + sum((math.log(value) - 0.3) ** 2 for value in values.values())
 
     rate, other = (Gene(name, relative=True) for name in ("lr", "weight_decay"))
-    moved = [centre_after(build("clan", facts(genes=(gene,))), bowl).population.memory for gene in (rate, other)]
+    clans = [build("clan", facts(genes=(gene,)), NO_RACE) for gene in (rate, other)]
+    moved = [centre_after(clan, bowl).population.memory for clan in clans]
     # f' = -0.6 and f'' = 2 over log k make the minimum of the parabola in k 1 + 0.6 / 2.6.
     assert moved[0]["centre"]["lr"] == pytest.approx(math.log(1 + 0.6 / 2.6), abs=1e-9)
     assert moved[1]["centre"]["weight_decay"] == pytest.approx(0.3)
@@ -70,7 +74,7 @@ def test_memory_is_plain_json_so_that_a_resume_decides_the_same():
 
 @pytest.mark.parametrize("losses", [[5.0, 6.0, 5.5, 5.2], [math.nan] * 4], ids=["worse than the start", "not finite"])
 def test_the_guard_goes_back_and_divides_learning_rates_by_three_and_moves_nothing_else(losses):
-    clan = build("clan", facts(genes=(LR, WEIGHT_DECAY)))
+    clan = build("clan", facts(genes=(LR, WEIGHT_DECAY)), NO_RACE)
     decision = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of(losses))
     assert decision.restore
     assert decision.donors == (0, 1, 2, 3)
@@ -139,9 +143,50 @@ def test_whole_number_genes_are_judged_by_the_value_that_took_effect():
 
 def test_members_are_reflected_at_the_bounds_and_do_not_pile_up_on_them():
     gene = Gene("lr", bounds=(0.5, 1.0))
-    values = [genome.values["lr"] for genome in build("clan", facts(genes=(gene,))).init(START).genomes]
+    values = [genome.values["lr"] for genome in build("clan", facts(genes=(gene,)), NO_RACE).init(START).genomes]
     assert 1.0 not in values
     assert max(values) > 0.95
+
+
+def race_of(clan):
+    """Its plan, and the population that enters it."""
+    plans = rounds(clan)
+    before = next(i for i, plan in enumerate(plans) if plan.end_step == 70)
+    entered = clan.evolve(clan.init(START), plans[before], fitness_of([2.0] * clan.facts.population_size)).population
+    return plans[before + 1], entered
+
+
+def test_before_a_race_rates_start_lower_than_configured_but_not_below_their_bounds():
+    clan, floor = build("clan", FACTS), build("clan", facts(genes=(Gene("lr", bounds=(0.9, 2.0)),)))
+    assert math.exp(clan.init(START).memory["centre"]["lr"]) == pytest.approx(0.7)
+    assert math.exp(floor.init(START).memory["centre"]["lr"]) == pytest.approx(0.9)
+
+
+def test_contestants_race_apart_in_all_learning_rates_and_in_nothing_else():
+    genes = (replace(LR, name="lr:a"), replace(LR, name="lr:b"), WEIGHT_DECAY)
+    plan, population = race_of(build("clan", facts(genes=genes, population_size=8)))
+    assert plan.explores == ("lr:a", "lr:b")
+    ratios = [genome.values["lr:a"] / population.genomes[0].values["lr:a"] for genome in population.genomes]
+    assert ratios == pytest.approx([13 ** (place / 3) for place in (0, 0, 1, 1, 2, 2, 3, 3)])
+    assert [genome.values["lr:b"] / genome.values["lr:a"] for genome in population.genomes] == pytest.approx([1.0] * 8)
+    assert len({genome.values["weight_decay"] for genome in population.genomes}) == 1
+
+
+def test_after_the_race_rates_rise_to_its_minimum_and_all_take_the_winners_state():
+    clan = build("clan", FACTS)
+    plan, population = race_of(clan)
+    decision = clan.evolve(population, plan, fitness_of([1.9, 1.5, 1.2, math.nan]))
+    assert decision.donors == (2, 2, 2, 2)
+    moved = decision.population.memory["centre"]["lr"] - population.memory["centre"]["lr"]
+    assert moved == pytest.approx(2 / 3 * math.log(13) - 0.2 * math.log(2))  # no parabola beside one who diverged
+    assert decision.population.memory["moves"]["lr"]["why"] == "race"
+
+
+def test_a_race_lost_by_the_faster_leaves_the_rate():
+    clan = build("clan", FACTS)
+    plan, population = race_of(clan)
+    decision = clan.evolve(population, plan, fitness_of([1.2, 1.5, 1.6, 1.9]))
+    assert decision.population.memory["centre"] == population.memory["centre"]
 
 
 def rounds(clan):

@@ -5,7 +5,7 @@ import pytest
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind, RoundClock
 from clantune_scale.core.strategies import build
-from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts
+from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts, fitness_of
 
 
 def plans(clan, total=1000):
@@ -16,11 +16,39 @@ def plans(clan, total=1000):
 
 
 def test_rounds_grow_with_the_age_of_the_run_until_the_freeze():
-    before = [p for p in plans(build("clan", FACTS)) if p.start_step < 400]
+    before = [p for p in plans(build("clan", FACTS, {"race_cost": 0.0})) if p.start_step < 400]
     assert [p.num_steps for p in before] == [20, 20, 20, 20, 20, 25, 31, 39, 48, 60, 97]
     assert before[-1].end_step == 400
     assert all(p.evolves and p.averages and p.explores == ("lr",) for p in before)
     assert [p.averaging_window_steps for p in before[:1] + before[-1:]] == [14, 68]
+
+
+def test_one_round_is_a_race_on_the_whole_batch_each_whose_cost_sets_its_length():
+    found = plans(build("clan", FACTS))
+    assert [p.num_steps for p in found[:6]] == [20, 20, 20, 10, 30, 25]
+    (phase,) = found[4].phases
+    assert (phase.kind, phase.keeps, phase.batch_factor) == (PhaseKind.COMPETITIVE, True, 4)
+    assert (found[4].averages, found[4].averaging_window_steps, found[4].explores) == (True, 21, ("lr",))
+    assert sum(phase.kind is PhaseKind.COMPETITIVE for p in found for phase in p.phases) == 1
+
+
+def test_a_larger_clan_races_in_teams_and_a_round_longer_than_the_run_before_the_race_is_cut():
+    found = plans(build("clan", facts(population_size=8, round_length_steps=200)))
+    assert [p.end_step for p in found[:2]] == [70, 100]
+    (phase,) = found[1].phases
+    assert (phase.teams, phase.batch_factor) == ((0, 0, 1, 1, 2, 2, 3, 3), 4)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [facts(total_steps=None), facts(population_size=2), facts(total_steps=300), facts(genes=(WEIGHT_DECAY,))],
+    ids=["length unknown", "clan of two", "too short", "no rate"],
+)
+def test_where_a_race_could_show_nothing_there_is_none_and_rates_start_as_configured(run):
+    clan = build("clan", run)
+    assert not any(p.kind is PhaseKind.COMPETITIVE for plan in plans(clan) for p in plan.phases)
+    start = clan.init(fitness_of([4.0] * run.population_size))
+    assert set(start.memory["centre"].values()) == {0.0}
 
 
 def test_after_the_freeze_nothing_evolves_and_progress_is_reported_a_moderate_number_of_times():

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.core.strategies.race import OVERSTATEMENT, outcome, plan_race
+from tests.core.strategies.facts import facts
+
+OFFSETS = (0.0, 1.0, 2.0, 3.0)
+
+
+def race_of(size: int, **changes):
+    return plan_race(facts(population_size=size, total_steps=10_000, **changes), at=0.07, cost=0.09, reach=8.0)
+
+
+def test_its_cost_is_what_the_contestants_train_besides_the_clans_batch():
+    for size in (3, 4, 5, 6, 8, 12):
+        race = race_of(size)
+        count = len(race.offsets)
+        assert race.phase.batch_factor == count
+        assert (count - 1) * race.num_steps == pytest.approx(900, abs=count)
+
+
+@pytest.mark.parametrize(("size", "count"), [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 4), (9, 9), (10, 5), (16, 4)])
+def test_contestants_are_teams_of_one_size(size, count):
+    race = race_of(size)
+    assert {race.teams.count(team) for team in range(count)} == {size // count}
+    assert len(race.offsets) == count
+
+
+def test_offsets_rise_evenly_from_the_clans_own_rate():
+    race = race_of(8)
+    assert [race.offset(member) for member in range(8)] == pytest.approx(
+        [math.log(2) * place for place in (0, 0, 1, 1, 2, 2, 3, 3)]
+    )
+    assert race.phase.kind is PhaseKind.COMPETITIVE and race.phase.keeps
+
+
+def test_only_a_rate_in_factors_is_raced_for():
+    assert race_of(4, genes=(Gene("lr", scale="linear", bounds=(0.0, 1.0), initial=0.1),)) is None
+
+
+def test_the_outcome_is_the_parabolas_minimum_less_what_a_short_race_overstates():
+    losses = [2.0 + (offset - 1.4) ** 2 for offset in OFFSETS]
+    assert outcome(OFFSETS, losses).change == pytest.approx(1.4 - OVERSTATEMENT)
+
+
+@pytest.mark.parametrize(
+    ("losses", "minimum"),
+    [
+        ([4.0, 3.0, 2.0, 1.0], 3.0),
+        ([4.0, 3.0, 2.0, math.inf], 2.0),
+        ([1.0, 2.0, 3.0, 4.0], OVERSTATEMENT),
+        ([1.0, math.inf, math.inf, math.inf], OVERSTATEMENT),
+    ],
+    ids=["fastest", "beside one who diverged", "slowest", "all others diverged"],
+)
+def test_at_an_edge_the_fittest_itself_is_the_minimum_and_rates_never_fall(losses, minimum):
+    assert outcome(OFFSETS, losses).change == pytest.approx(minimum - OVERSTATEMENT)
