@@ -80,6 +80,12 @@ def _distributed(rank, config, num_steps):
 
 CASES = {
     "clan": {"genes": {"lr": {"step_size": 0.3}, "beta1": {}}, "population_size": 4, "total_steps": 40},
+    "clan, race": {
+        "genes": {"lr": {"step_size": 0.3}, "beta1": {}},
+        "population_size": 4,
+        "total_steps": 40,
+        "strategy": {"name": "clan", "options": {"race_cost": 0.9, "race_at": 0.2}},
+    },
     "clan, rolled back competition": {
         "genes": {"lr": {"step_size": 0.3}, "accumulation": {"bounds": [1, 3]}},
         "population_size": 4,
@@ -105,6 +111,7 @@ CASES = {
 
 STAGES = {
     "clan": (0, 3),
+    "clan, race": (1, 3),
     "clan, rolled back competition": (1, 2),
     "classic": (0, 2),
     "pbt": (1,),

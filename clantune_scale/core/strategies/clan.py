@@ -24,6 +24,10 @@ from clantune_scale.core.strategies.race import outcome, races
 from clantune_scale.core.strategies.spread import spread
 from clantune_scale.errors import EvaluationError
 
+#: A rise of a learning rate, in log units, at which the line search needs no race: it comes as fast by itself, and
+#: more gently. The minimum along the line is at most log 2 away where curvature is next to nothing.
+CLIMBING = 0.6
+
 
 class Clan(Strategy):
     """Line search by a clan.
@@ -108,7 +112,7 @@ class Clan(Strategy):
         return self._population(population.memory, plan)
 
     def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
-        if self._planner.races_at(plan.start_step):
+        if self._races(plan, population.memory):
             return self._race_moves(plan, fitness)
         genes = [self.facts.gene(name) for name in plan.explores]
         centre = population.memory["centre"]
@@ -125,12 +129,18 @@ class Clan(Strategy):
         )
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
 
+    def _races(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
+        """Whether members are set apart in this round: in the race, unless rates are climbing well without it."""
+        if not self._planner.races_at(plan.start_step):
+            return False
+        return all(memory["moves"].get(name, {"change": 0.0})["change"] < CLIMBING for name in plan.explores)
+
     def _race_moves(self, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
         """All learning rates rise together, by what the race says of its contestants."""
         race = self._planner.race
         assert race is not None
         captains = [race.teams.index(team) for team in range(len(race.offsets))]
-        move = outcome(race.offsets, fitness.mean[captains].tolist())
+        move = outcome(race.offsets, fitness.mean[captains].tolist(), share=self.options.race_share)
         return dict.fromkeys(plan.explores, move)
 
     def _round_kind(self, plan: RoundPlan) -> str:
@@ -174,7 +184,7 @@ class Clan(Strategy):
         steps = {gene.name: gene.step_size for gene in genes}
         values = [dict(at_centre) for _ in range(self.facts.population_size)]
         race = self._planner.race
-        if race is not None and self._planner.races_at(plan.start_step):
+        if race is not None and self._races(plan, memory):
             for gene in map(self.facts.gene, plan.explores):
                 for member, own in enumerate(values):
                     own[gene.name] = min(gene.decode(centre[gene.name] + race.offset(member)), gene.bounds[1])

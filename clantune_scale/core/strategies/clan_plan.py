@@ -39,6 +39,8 @@ class ClanOptions:
             length follows. 0 for none; there is none either where the run's length is unknown, or in a clan of two.
         race_at: share of the run after which the race starts, above 0 and below ``freeze_at``.
         race_reach: the race's highest learning rate over the clan's, above 1.
+        race_share: of the rise that the race asks for, in log units, how much is taken, above 0 and at most 1: a
+            short race likes rates that are too high for a long one, and what is missing is climbed in a round or two.
         start_factor: of the configured learning rates, where a race follows that only raises them; above 0.
     """
 
@@ -53,6 +55,7 @@ class ClanOptions:
     race_cost: float = 0.09
     race_at: float = 0.07
     race_reach: float = 13.0
+    race_share: float = 0.9
     start_factor: float = 0.7
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class ClanOptions:
         require(self.race_cost >= 0, "race_cost", self.race_cost, "at least 0")
         require(0 < self.race_at < self.freeze_at, "race_at", self.race_at, f"above 0 and below {self.freeze_at}")
         require(self.race_reach > 1, "race_reach", self.race_reach, "above 1")
+        require(0 < self.race_share <= 1, "race_share", self.race_share, "above 0 and at most 1")
         require(self.start_factor > 0, "start_factor", self.start_factor, "above 0")
 
 

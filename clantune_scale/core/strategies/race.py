@@ -23,10 +23,8 @@ from clantune_scale.core.strategies.parabola import Move
 
 #: Contestants that a parabola takes, and as many as a race has where the clan can be shared out among them.
 FEWEST, USUAL = 3, 4
-#: A race that is shorter shows warm-up alone.
-MIN_STEPS = 10
-#: What a short race overstates the best rate by, in log units: horizons of a hundredth of the run like higher ones.
-OVERSTATEMENT = 0.2 * math.log(2)
+#: A race that is shorter ends before momentum has settled, and ranks by chance (the benchmark's log, 4).
+MIN_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def plan_race(facts: RunFacts, *, at: float, cost: float, reach: float) -> Race 
     return Race(max(1, round(at * total)), num_steps, teams, offsets)
 
 
-def outcome(offsets: Sequence[float], losses: Sequence[float]) -> Move:
+def outcome(offsets: Sequence[float], losses: Sequence[float], *, share: float) -> Move:
     """How far learning rates rise: to the minimum of a parabola through the fittest contestant and its neighbours.
 
     Never down: a race from a rate that is too high already rewards whoever averages its noise away.
@@ -94,6 +92,7 @@ def outcome(offsets: Sequence[float], losses: Sequence[float]) -> Move:
     Args:
         offsets: [contestants], ascending from 0.
         losses: [contestants]; infinite where it diverged.
+        share: of that rise, in log units, that is taken.
     """
     best = int(np.argmin(losses))
     minimum = offsets[best]
@@ -103,4 +102,4 @@ def outcome(offsets: Sequence[float], losses: Sequence[float]) -> Move:
         fit = least_squares([[1.0] * 3, x, [value * value for value in x]], list(losses[near]))
         if fit is not None and fit[2] > 0:
             minimum -= fit[1] / (2 * fit[2])
-    return Move(max(minimum - OVERSTATEMENT, 0.0), "race")
+    return Move(share * max(minimum, 0.0), "race")

@@ -148,11 +148,12 @@ def test_members_are_reflected_at_the_bounds_and_do_not_pile_up_on_them():
     assert max(values) > 0.95
 
 
-def race_of(clan):
-    """Its plan, and the population that enters it."""
+def race_of(clan, losses=None):
+    """Its plan, and the population that enters it after a round with ``losses`` (all equal)."""
+    losses = losses or [2.0] * clan.facts.population_size
     plans = rounds(clan)
     before = next(i for i, plan in enumerate(plans) if plan.end_step == 70)
-    entered = clan.evolve(clan.init(START), plans[before], fitness_of([2.0] * clan.facts.population_size)).population
+    entered = clan.evolve(clan.init(START), plans[before], fitness_of(losses)).population
     return plans[before + 1], entered
 
 
@@ -178,7 +179,7 @@ def test_after_the_race_rates_rise_to_its_minimum_and_all_take_the_winners_state
     decision = clan.evolve(population, plan, fitness_of([1.9, 1.5, 1.2, math.nan]))
     assert decision.donors == (2, 2, 2, 2)
     moved = decision.population.memory["centre"]["lr"] - population.memory["centre"]["lr"]
-    assert moved == pytest.approx(2 / 3 * math.log(13) - 0.2 * math.log(2))  # no parabola beside one who diverged
+    assert moved == pytest.approx(0.9 * 2 / 3 * math.log(13))  # no parabola beside one who diverged
     assert decision.population.memory["moves"]["lr"]["why"] == "race"
 
 
@@ -187,6 +188,17 @@ def test_a_race_lost_by_the_faster_leaves_the_rate():
     plan, population = race_of(clan)
     decision = clan.evolve(population, plan, fitness_of([1.2, 1.5, 1.6, 1.9]))
     assert decision.population.memory["centre"] == population.memory["centre"]
+
+
+def test_rates_that_climb_by_themselves_need_no_race():
+    clan = build("clan", FACTS)
+    offsets = [math.log(genome.values["lr"]) for genome in clan.init(START).genomes]
+    plan, population = race_of(clan, [2.0 - offset for offset in offsets])
+    assert population.memory["moves"]["lr"]["change"] > 0.6
+    rates = [math.log(genome.values["lr"]) for genome in population.genomes]
+    assert max(rates) - min(rates) < 0.5  # they spread as in any round, on the race's whole batches
+    bowl = [2.0 + (rate - population.memory["centre"]["lr"] + 0.1) ** 2 for rate in rates]
+    assert clan.evolve(population, plan, fitness_of(bowl)).population.memory["moves"]["lr"]["why"] == "minimum"
 
 
 def rounds(clan):

@@ -41,7 +41,7 @@ def test_a_larger_clan_races_in_teams_and_a_round_longer_than_the_run_before_the
 
 @pytest.mark.parametrize(
     "run",
-    [facts(total_steps=None), facts(population_size=2), facts(total_steps=300), facts(genes=(WEIGHT_DECAY,))],
+    [facts(total_steps=None), facts(population_size=2), facts(total_steps=600), facts(genes=(WEIGHT_DECAY,))],
     ids=["length unknown", "clan of two", "too short", "no rate"],
 )
 def test_where_a_race_could_show_nothing_there_is_none_and_rates_start_as_configured(run):

@@ -6,7 +6,7 @@ import pytest
 
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind
-from clantune_scale.core.strategies.race import OVERSTATEMENT, outcome, plan_race
+from clantune_scale.core.strategies.race import outcome, plan_race
 from tests.core.strategies.facts import facts
 
 OFFSETS = (0.0, 1.0, 2.0, 3.0)
@@ -43,9 +43,10 @@ def test_only_a_rate_in_factors_is_raced_for():
     assert race_of(4, genes=(Gene("lr", scale="linear", bounds=(0.0, 1.0), initial=0.1),)) is None
 
 
-def test_the_outcome_is_the_parabolas_minimum_less_what_a_short_race_overstates():
+def test_the_outcome_is_a_share_of_the_way_to_the_parabolas_minimum():
     losses = [2.0 + (offset - 1.4) ** 2 for offset in OFFSETS]
-    assert outcome(OFFSETS, losses).change == pytest.approx(1.4 - OVERSTATEMENT)
+    assert outcome(OFFSETS, losses, share=1.0).change == pytest.approx(1.4)
+    assert outcome(OFFSETS, losses, share=0.5).change == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +54,10 @@ def test_the_outcome_is_the_parabolas_minimum_less_what_a_short_race_overstates(
     [
         ([4.0, 3.0, 2.0, 1.0], 3.0),
         ([4.0, 3.0, 2.0, math.inf], 2.0),
-        ([1.0, 2.0, 3.0, 4.0], OVERSTATEMENT),
-        ([1.0, math.inf, math.inf, math.inf], OVERSTATEMENT),
+        ([1.0, 2.0, 3.0, 4.0], 0.0),
+        ([1.0, math.inf, math.inf, math.inf], 0.0),
     ],
     ids=["fastest", "beside one who diverged", "slowest", "all others diverged"],
 )
 def test_at_an_edge_the_fittest_itself_is_the_minimum_and_rates_never_fall(losses, minimum):
-    assert outcome(OFFSETS, losses).change == pytest.approx(minimum - OVERSTATEMENT)
+    assert outcome(OFFSETS, losses, share=1.0).change == minimum
