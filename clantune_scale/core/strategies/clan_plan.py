@@ -12,7 +12,7 @@ from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import RunFacts
 from clantune_scale.core.strategies.lengths import competitive_steps, phases, round_end
 from clantune_scale.core.strategies.options import require
-from clantune_scale.core.strategies.race import Race, plan_race, races
+from clantune_scale.core.strategies.race import Race, plan_race, race_steps, races
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ClanOptions:
         num_reports: rounds (evaluations) after the freeze, at least 1.
         race_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
             length follows. 0 for none; there is none either where the run's length is unknown, or in a clan of two.
-        race_at: share of the run after which the race starts, above 0 and below ``freeze_at``.
+        race_at: share of the run after which the race starts, above 0; before ``freeze_at`` where there is one.
         race_reach: the race's highest learning rate over the clan's, above 1.
         race_share: of the rise that the race asks for, in log units, how much is taken, above 0 and at most 1: a
             short race likes rates that are too high for a long one, and what is missing is climbed in a round or two.
@@ -67,7 +67,8 @@ class ClanOptions:
         require(self.guard_divisor > 1, "guard_divisor", self.guard_divisor, "above 1")
         require(self.num_reports >= 1, "num_reports", self.num_reports, "at least 1")
         require(self.race_cost >= 0, "race_cost", self.race_cost, "at least 0")
-        require(0 < self.race_at < self.freeze_at, "race_at", self.race_at, f"above 0 and below {self.freeze_at}")
+        latest = self.freeze_at if self.race_cost else 1.0
+        require(0 < self.race_at < latest, "race_at", self.race_at, f"above 0 and below {latest}")
         require(self.race_reach > 1, "race_reach", self.race_reach, "above 1")
         require(0 < self.race_share <= 1, "race_share", self.race_share, "above 0 and at most 1")
         require(self.start_factor > 0, "start_factor", self.start_factor, "above 0")
@@ -86,8 +87,10 @@ class ClanPlanner:
         self._optimizer = [gene for gene in facts.genes if gene.kind == "optimizer"]
         # A specialized gene shows only where members compete.
         self._specialized = [gene for gene in facts.genes if gene.kind == "specialized"] if facts.duty_cycle else []
-        cost, at, reach = options.race_cost, options.race_at, options.race_reach
-        self.race: Race | None = plan_race(facts, at=at, cost=cost, reach=reach)
+        self._race_steps = race_steps(facts, at=options.race_at, cost=options.race_cost)
+        self.race: Race | None = plan_race(
+            self._race_steps, population_size=facts.population_size, reach=options.race_reach
+        )
 
     @property
     def freeze_step(self) -> int | None:
@@ -106,9 +109,7 @@ class ClanPlanner:
             return self._report(index, start_step)
         if self.races_at(start_step):
             return self._race(index, self.race)
-        length = max(self._facts.round_length_steps, int(self._options.growth * start_step))
-        is_before = self.race is not None and start_step < self.race.start_step
-        length = round_end(start_step, length, self.race.start_step if is_before else freeze) - start_step
+        length = self._length(start_step)
         explored = self._explored(index)
         if not explored or start_step + length == self._facts.total_steps:
             return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
@@ -138,6 +139,16 @@ class ClanPlanner:
         if decay == "auto" and self._facts.has_schedule:
             return 1.0
         return min(max((total - step) / (total - freeze), 0.0), 1.0)
+
+    def _length(self, start_step: int) -> int:
+        """Steps of the round that starts there, before the freeze. No round crosses the race's start or end."""
+        length = max(self._facts.round_length_steps, int(self._options.growth * start_step))
+        race, boundary = self._race_steps, self.freeze_step
+        if race is not None and start_step in race:
+            return race.stop - start_step
+        if race is not None and start_step < race.start:
+            boundary = race.start
+        return round_end(start_step, length, boundary) - start_step
 
     def races_at(self, start_step: int) -> bool:
         """Whether the round that starts after so many steps is the race."""

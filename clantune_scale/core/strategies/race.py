@@ -44,14 +44,10 @@ class Race:
     offsets: tuple[float, ...]
 
     @property
-    def end_step(self) -> int:
-        return self.start_step + self.num_steps
-
-    @property
     def phase(self) -> Phase:
-        """Every contestant trains on as much as the clan does when it cooperates."""
-        batch_factor = len(self.offsets)
-        return Phase(PhaseKind.COMPETITIVE, self.num_steps, batch_factor=batch_factor, teams=self.teams)
+        """Contestants train on as much as the clan does when it cooperates; more than the usual ones on less each."""
+        factor = min(len(self.offsets), USUAL)
+        return Phase(PhaseKind.COMPETITIVE, self.num_steps, batch_factor=factor, teams=self.teams)
 
     def offset(self, member: int) -> float:
         """How far above the centre the member's learning rates are, in log units."""
@@ -63,25 +59,39 @@ def races(gene: Gene) -> bool:
     return gene.target == "lr" and gene.scale == "log"
 
 
-def plan_race(facts: RunFacts, *, at: float, cost: float, reach: float) -> Race | None:
-    """The run's race; None where there is no rate to find, nobody to find it, or no time.
+def race_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
+    """When the race is; None where there is no rate to find, or no time.
+
+    The same for clans of all sizes, so that rounds stay where they were when a run goes on with another number of
+    members.
 
     Args:
         facts: of the run.
         at: share of the run after which it starts.
-        cost: its extra gradient evaluations as a share of the run's, from which its length follows.
+        cost: extra gradient evaluations of the usual number of contestants, as a share of the run's.
+    """
+    total = facts.total_steps
+    if not cost or total is None or not any(map(races, facts.genes)):
+        return None
+    start_step, num_steps = max(1, round(at * total)), round(cost / (USUAL - 1) * total)
+    return range(start_step, start_step + num_steps) if num_steps >= MIN_STEPS else None
+
+
+def plan_race(steps: range | None, *, population_size: int, reach: float) -> Race | None:
+    """Who runs in it; None where there is none, or members are too few for a parabola.
+
+    Args:
+        steps: from :func:`race_steps`.
+        population_size: of the clan.
         reach: the highest rate over the clan's.
     """
-    size, total = facts.population_size, facts.total_steps
-    if not cost or total is None or size < FEWEST or not any(map(races, facts.genes)):
+    if steps is None or population_size < FEWEST:
         return None
-    count = next(count for count in range(min(USUAL, size), size + 1) if size % count == 0)
-    num_steps = round(cost / (count - 1) * total)
-    if num_steps < MIN_STEPS:
-        return None
-    teams = tuple(member * count // size for member in range(size))
+    most = range(min(USUAL, population_size), population_size + 1)
+    count = next(count for count in most if population_size % count == 0)
+    teams = tuple(member * count // population_size for member in range(population_size))
     offsets = tuple(math.log(reach) * place / (count - 1) for place in range(count))
-    return Race(max(1, round(at * total)), num_steps, teams, offsets)
+    return Race(steps.start, len(steps), teams, offsets)
 
 
 def outcome(offsets: Sequence[float], losses: Sequence[float], *, share: float) -> Move:

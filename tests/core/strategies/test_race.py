@@ -6,22 +6,33 @@ import pytest
 
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind
-from clantune_scale.core.strategies.race import outcome, plan_race
+from clantune_scale.core.strategies import build
+from clantune_scale.core.strategies.race import outcome, plan_race, race_steps
 from tests.core.strategies.facts import facts
+from tests.core.strategies.test_clan_plan import plans
 
 OFFSETS = (0.0, 1.0, 2.0, 3.0)
 
 
-def race_of(size: int, **changes):
-    return plan_race(facts(population_size=size, total_steps=10_000, **changes), at=0.07, cost=0.09, reach=8.0)
+def steps_of(**changes):
+    return race_steps(facts(**{"total_steps": 10_000, **changes}), at=0.07, cost=0.09)
 
 
-def test_its_cost_is_what_the_contestants_train_besides_the_clans_batch():
-    for size in (3, 4, 5, 6, 8, 12):
-        race = race_of(size)
-        count = len(race.offsets)
-        assert race.phase.batch_factor == count
-        assert (count - 1) * race.num_steps == pytest.approx(900, abs=count)
+def race_of(size: int):
+    return plan_race(steps_of(), population_size=size, reach=8.0)
+
+
+def test_its_cost_is_what_contestants_train_besides_the_clans_batch():
+    assert steps_of() == range(700, 1000)
+    for size in (3, 4, 5, 6, 7, 8, 12):
+        phase = race_of(size).phase  # every member trains on batch_factor times its part of the clan's batch
+        assert (phase.batch_factor - 1) * phase.num_steps == (900 if size > 3 else 600)
+
+
+def test_a_clan_of_two_cannot_race_and_its_rounds_end_where_others_do():
+    assert race_of(2) is None
+    ends = [[plan.end_step for plan in plans(build("clan", facts(population_size=size)))] for size in (2, 4, 8)]
+    assert ends[0] == ends[1] == ends[2]
 
 
 @pytest.mark.parametrize(("size", "count"), [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 4), (9, 9), (10, 5), (16, 4)])
@@ -40,7 +51,7 @@ def test_offsets_rise_evenly_from_the_clans_own_rate():
 
 
 def test_only_a_rate_in_factors_is_raced_for():
-    assert race_of(4, genes=(Gene("lr", scale="linear", bounds=(0.0, 1.0), initial=0.1),)) is None
+    assert steps_of(genes=(Gene("lr", scale="linear", bounds=(0.0, 1.0), initial=0.1),)) is None
 
 
 def test_the_outcome_is_a_share_of_the_way_to_the_parabolas_minimum():
