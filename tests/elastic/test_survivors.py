@@ -71,6 +71,7 @@ def test_who_serves_the_store_and_writes_the_record_may_die(tmp_path):
     assert jobs.events(tmp_path, "run_end")[-1]["status"] == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_users_error_ends_its_member_and_no_other(tmp_path):
     ended = lived(tmp_path, Fault(1, "forward", 7, "raise"))
     assert [rank.code for rank in ended] == [0, 1, 0], ended[0].text
