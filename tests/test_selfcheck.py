@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from clantune_scale import world
+from clantune_scale.errors import DivergenceError
 from clantune_scale.selfcheck import check_parameters, check_world, parameter_layout
 from tests.backends.small_runs import Net, ds_config, in_member_worlds, member_engine
 from tests.ranks import RankError, free_port, run_ranks
@@ -39,7 +40,7 @@ def _check_parameters(kinds):
     try:
         check_parameters(clan, OneModule(build(kinds[clan.member])))
         said = ""
-    except world.DivergenceError as error:
+    except DivergenceError as error:
         said = str(error)
     clan.column.gather_json(None)
     return said
