@@ -54,7 +54,10 @@ def _cooperate(rank, config):
     return flat_weights(engine), engine.module.first.weight.dtype, engine.skipped_steps
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+STAGES = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_cooperative_clan_equals_flat_data_parallelism(stage, tmp_path):
     config = fp16_config(stage, accumulation=2, clip=0.5)
     expected = run_fp16_ranks(4, _flat, config)[0]
@@ -104,7 +107,7 @@ def _overflow_while_cooperating(rank, config):
     return before, after, skipped, scale, position, flat_weights(engine)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_an_overflow_on_one_rank_skips_the_step_of_every_member(stage, tmp_path):
     block = clan_config(tmp_path, fp16_config(stage, clip=0.5), strategy="control")
     results = run_fp16_ranks(4, _overflow_while_cooperating, block)

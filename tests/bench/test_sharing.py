@@ -38,6 +38,7 @@ def test_the_order_turns_round_and_the_slowest_rank_counts():
     assert measured.collectives == dict.fromkeys(kinds, 5)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_stage(capfd):
     sizes = ["--ranks", "4", "--width", "16", "--depth", "1", "--steps", "1", "--pairs", "2"]
     assert main([*sizes, "--stages", "3"]) == 0

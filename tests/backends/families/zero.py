@@ -19,7 +19,7 @@ CASES = {
     "0": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 0}, is_slow=True),
     "1": Setup(dp=2, clip=0.5, options={"stage": 1}, is_slow=True),
     "2": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 2}, is_slow=True),
-    "3": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 3}),
+    "3": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 3}, is_slow=True),
     "1-three": Setup(members=3, options={"stage": 1}, is_slow=True),
     "1-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 1}, is_slow=True),
     "3-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 3}, is_slow=True),
