@@ -18,7 +18,7 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Difference = Literal[
     "population_size", "round_length", "duty_cycle", "seed", "total_steps", "strategy", "genes", "fitness",
-    "topology", "batch", "optimizer", "parameters",
+    "topology", "batch", "optimizer", "parameters", "finite_vote",
 ]  # fmt: skip
 ChampionForm = Literal["safetensors", "dcp", "deepspeed"]
 

@@ -29,6 +29,7 @@ def settings_of(clan: Clan) -> dict[str, Any]:
         "topology": {"dp": topology.dp, "pp": topology.pp, "tp": topology.tp},
         "batch": asdict(clan.batch),
         "optimizer": clan.backend.optimizer_name(),
+        "finite_vote": clan.config.faults.finite_vote,
     }
     return to_plain(found)
 
