@@ -15,6 +15,9 @@ from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests.backends.families import Setup
 
 MICRO = 4
+# Whoever lets go of a DDP module last joins gloo's threads and holds the interpreter's lock meanwhile, for which one
+# of them may be waiting to put away a tensor (torch 2.13): a rank hung so in one run of ten on a busy machine.
+_kept: list[Any] = []
 
 
 class TiedNet(nn.Module):
@@ -70,6 +73,7 @@ class Loop:
 
     def __init__(self, setup: Setup, model: nn.Module, block: dict | None, data: Any, **options: Any) -> None:
         self._setup, self.model = setup, model
+        _kept.append(model)
         self._optimizer = make_optimizer(setup, model)
         train_set, valid = data
         self.clan = None
