@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Tracking:
         self._mlflow_name = ""
         self._step = 0
         self._end: Event | None = None
-        self._has_warned = False
+        self._has_warned = self._has_told_of_disk = False
 
     @classmethod
     def open(cls, config: TrackingConfig, *, run_dir: Path, is_writer: bool, continues: bool = False) -> Tracking:
@@ -82,6 +83,7 @@ class Tracking:
         elif self._terminal is not None:
             self._terminal.show(event)
         self._warn_of_mlflow()
+        self._warn_of_disk(self._log)
 
     def close(self, status: str = FINISHED) -> None:
         """Ends the run with ``FINISHED``, ``FAILED`` or ``KILLED``; harmless when it has ended.
@@ -98,6 +100,8 @@ class Tracking:
             self._warn_of_mlflow()
         self._log = None
         log.close()
+        if log.num_waiting:
+            _say(f"the last {log.num_waiting:,} bytes of {log.path} are lost: the disk is full.")
         lifecycle.release()
         if self._terminal is not None and self._end is not None:
             self._terminal.show(self._end)
@@ -129,6 +133,20 @@ class Tracking:
             f"Upload it later: python -m clantune_scale.tracking.mlflow {self._run_dir}"
         )
         self.emit("warning", self._step, message=message)
+
+    def _warn_of_disk(self, log: EventLog) -> None:
+        """Once for each time that the disk fills up; not by an event alone, which would have to wait too."""
+        if bool(log.num_waiting) != self._has_told_of_disk:
+            self._has_told_of_disk = not self._has_told_of_disk
+            if self._has_told_of_disk:
+                _say(
+                    f"the disk of {self._run_dir} is full. Events wait in memory and training goes on; rounds are not "
+                    f"written. Make room before the run ends."
+                )
+
+
+def _say(message: str) -> None:
+    print(f"clan: {message}", file=sys.stderr, flush=True)
 
 
 def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -23,11 +24,15 @@ SCHEMA = 1
 # JSON has no words for these; as strings they survive every reader, and `read_events` turns them back.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
+# A disk that has no room now may have some later.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class EventLog:
     """Appends events to a file, each in one write to the kernel, so that a killed process loses none.
 
-    The file has no buffer of its own: a signal handler may append while the same thread is appending.
+    The file has no buffer of its own: a signal handler may append while the same thread is appending. What a full
+    disk does not take waits in memory and goes first with the next event.
 
     Args:
         path: the file, which must not exist: a record is never continued by another run.
@@ -37,11 +42,17 @@ class EventLog:
     def __init__(self, path: Path, *, continues: bool = False) -> None:
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (0 if continues else os.O_EXCL), 0o644)
+        self._waiting = b""
 
     @property
     def num_bytes(self) -> int:
-        """What has been written, earlier launches of the run included."""
-        return os.fstat(self._file).st_size
+        """What has been written, earlier launches of the run and what waits for room included."""
+        return os.fstat(self._file).st_size + len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Bytes that the disk had no room for."""
+        return len(self._waiting)
 
     def append(self, kind: str, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Writes an event.
@@ -55,11 +66,24 @@ class EventLog:
             The event as plain data: what :func:`read_events` will give, credentials in URIs removed.
         """
         event = {"schema": SCHEMA, "kind": kind, "time_s": time.time(), "step": int(step), **to_plain(fields)}
-        os.write(self._file, (json.dumps(_spell(event), allow_nan=False) + "\n").encode())
+        self._write((json.dumps(_spell(event), allow_nan=False) + "\n").encode())
         return event
+
+    def _write(self, line: bytes) -> None:
+        data, self._waiting = self._waiting + line, b""
+        while data:
+            try:
+                data = data[os.write(self._file, data) :]
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                self._waiting = data + self._waiting
+                return
 
     def close(self) -> None:
         """Closes the file; harmless the second time."""
+        if self._file >= 0:
+            self._write(b"")
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,21 @@ def test_a_record_is_never_continued_by_another_run(log):
 def test_credentials_do_not_reach_the_file(log):
     log.append("run_start", 0, {"config": {"uri": "https://me:hunter2@host/path?token=abc&x=1"}})
     assert read_events(log.path)[0]["config"]["uri"] == "https://***@host/path?token=***&x=1"
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(log):
+    log.append("step", 1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel takes the first half of the next line and then refuses, as a disk does that fills up.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.num_bytes + 30, limits[1]))
+    try:
+        log.append("step", 2, {"loss": 2.0})
+        log.append("step", 3, {"loss": 3.0})
+        waiting, length = log.num_waiting, log.num_bytes
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert waiting > 0 and log.path.stat().st_size == length - waiting
+    assert [event["step"] for event in read_events(log.path)] == [1]
+    log.append("step", 4, {"loss": 4.0})
+    assert log.num_waiting == 0 and log.path.stat().st_size > length
+    assert [event["step"] for event in read_events(log.path)] == [1, 2, 3, 4]
