@@ -30,9 +30,9 @@ def choose(clan: Clan) -> Summary:
     Averaged weights stand in for a final decay of the learning rate where a run ends without one. All ranks
     of the clan call it, and choose alike.
     """
-    losses = [clan.measure(averages=False).mean]
-    if clan.keeps_averages:
-        losses.append(clan.measure(averages=True).mean)
+    losses = [clan.measurement.fitness(averaged=False).mean]
+    if clan.measurement.has_averages:
+        losses.append(clan.measurement.fitness(averaged=True).mean)
     table = np.stack(losses)
     averaged, member = np.unravel_index(int(np.argmin(table)), table.shape)
     best = float(table[averaged, member])
@@ -94,7 +94,7 @@ def save(clan: Clan, folder: Path | None = None) -> Path:
         )
     folder = folder or run_dir / f"champion-step-{clan.phases.position.step:08d}"
     part = folder.with_name(f".{folder.name}.partial")
-    keep(clan, member, part, clan.config.checkpoint.champion or ["safetensors"], averaged=clan.keeps_averages)
+    keep(clan, member, part, clan.config.checkpoint.champion or ["safetensors"], averaged=clan.measurement.has_averages)
     if clan.member == member and clan.world.at.member_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

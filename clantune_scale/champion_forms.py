@@ -59,7 +59,7 @@ def keep(clan: Clan, member: int, folder: Path, forms: Sequence[str], *, average
     everyone = Everyone(clan.world, clan.groups)
     written: dict[str, str] = {}
     problem = None
-    with clan.averaged_weights() if averaged else nullcontext():
+    with clan.measurement.averaged_weights() if averaged else nullcontext():
         if clan.member == member:
             # Whatever one rank meets, all must come to the meeting point: it is told there.
             try:

@@ -6,8 +6,7 @@ Every rank of every member runs this. Ranks meet at a round's end alone: they ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,20 @@ from torch.utils.data import Dataset
 
 from clantune_scale import champion
 from clantune_scale.agreement import agree_on_loss_scale, decide
-from clantune_scale.averaging import AveragedWeights
 from clantune_scale.backends.base import Backend
 from clantune_scale.batch import BatchPlan
 from clantune_scale.checkpoint.durable import DurableRounds
 from clantune_scale.config import ClanConfig
-from clantune_scale.core.consensus import consensus
-from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import PhaseKind, RoundClock, RoundPlan
-from clantune_scale.core.strategies import RunFacts, build
+from clantune_scale.core.strategies import build
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader
 from clantune_scale.evaluation import Evaluate, ValidationWindow
 from clantune_scale.expression import Expression, Setter, bind_genes
 from clantune_scale.feed import make_loader, make_sampler, make_window
 from clantune_scale.figures import gather_figures
+from clantune_scale.measurement import Measurement
 from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
@@ -56,6 +54,7 @@ class Clan:
 
     Attributes:
         population: the genomes in effect and the strategy's memory.
+        measurement: losses of all members on common examples, and the averages of weights.
         fitness: of the last evaluation.
         aside: the state at the start of a phase that is not kept, while it runs.
         kept: the state that the guard goes back to.
@@ -76,7 +75,6 @@ class Clan:
         total_steps: int | None = None,
     ) -> None:
         self.world, self.backend, self.config, self.batch = world, backend, config, batch
-        self._window, self._evaluate = window, evaluate
         world.arrange(
             pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank)
         )
@@ -84,15 +82,7 @@ class Clan:
         check_parameters(world, backend)
         champion.check_forms(self)
         self.genes = bind_genes(config.genes, backend, setters or {})
-        facts = RunFacts(
-            population_size=config.population_size,
-            genes=self.genes,
-            seed=config.seed,
-            round_length_steps=config.round_length,
-            duty_cycle=config.duty_cycle,
-            total_steps=total_steps,
-            has_schedule=backend.has_schedule,
-        )
+        facts = config.facts(self.genes, total_steps=total_steps, has_schedule=backend.has_schedule)
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
@@ -101,7 +91,6 @@ class Clan:
             self.groups.vote = FiniteVote(world.member, config.population_size, self.groups.gradient)
         self.transfers = Transfers.of(world, self.groups, config.transfer, runs=Path(config.tracking.directory))
         self._expression = Expression(self.genes, backend, setters or {})
-        self._averages: AveragedWeights | None = None
         self.aside: Snapshot | None = None
         self.kept: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
@@ -114,16 +103,12 @@ class Clan:
         self.recorder = Recorder(self)
         world.follow(self.rounds.run_dir, self.recorder.tracking.suspend)
         self._hook()
+        self.measurement = Measurement(self, window, evaluate)
         self._start()
 
     @property
     def member(self) -> int:
         return self.world.member
-
-    @property
-    def tokens_per_sample(self) -> int | None:
-        """Token ids in a sample, or None where samples hold none."""
-        return self._window.tokens_per_sample
 
     @property
     def genome(self) -> Genome:
@@ -146,8 +131,6 @@ class Clan:
 
     def _start(self) -> None:
         """A new run, or one that goes on from a committed round."""
-        if self.strategy.averages:
-            self._averages = AveragedWeights(self.backend.masters, self.backend.refresh)
         if self.rounds.events_bytes is None:
             self._start_anew()
             self._begin_phase()
@@ -162,19 +145,14 @@ class Clan:
     def _start_anew(self) -> None:
         """All members take member 0's state, are measured once, and get their first genomes."""
         self.transfers.run(self.state(), [0] * self.config.population_size)
-        if self._averages is not None:
-            self._averages.restart()
-        self.fitness = self.measure(averages=False)
+        if self.measurement.averages is not None:
+            self.measurement.averages.restart()
+        self.fitness = self.measurement.fitness(averaged=False)
         self.population = self.strategy.init(self.fitness)
         self._regroup(0, None)
         if self.strategy.guards:
             self.kept = Snapshot(self.state())
         self.recorder.start(self)
-
-    @property
-    def evaluation_s(self) -> float:
-        """This rank's seconds for its share of the last evaluation."""
-        return self._window.seconds
 
     @property
     def lr_factor(self) -> float:
@@ -189,16 +167,17 @@ class Clan:
         """
         self.transfers.require_whole()
         state = self.backend.state()
-        if self._averages is not None:
-            state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(self._averages.tensors)]
+        if self.measurement.averages is not None:
+            averages = self.measurement.averages.tensors
+            state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(averages)]
         return state
 
     def _after_step(self) -> None:
         done = self.phases.advance()
         if self.groups.vote is not None:
             self.groups.vote.end_step()
-        if self._averages is not None and done.plan.averages:
-            self._averages.update(done.step + 1, done.plan.averaging_window_steps)
+        if self.measurement.averages is not None and done.plan.averages:
+            self.measurement.averages.update(done.step + 1, done.plan.averaging_window_steps)
         self.recorder.step(self, done, self._losses)
         if done.ends_phase:
             self._clock.lap(done.phase.kind.value)
@@ -211,7 +190,7 @@ class Clan:
     def _end_round(self, plan: RoundPlan) -> None:
         """The meeting point: evaluate, go back where nothing is kept, decide, transfer, record."""
         measured = self.population
-        self.fitness = self.measure(averages=plan.averages)
+        self.fitness = self.measurement.fitness(averaged=plan.averages)
         self._clock.lap("evaluation")
         strikes = self._losses.read_strikes() + (self.groups.vote.read_strikes() if self.groups.vote else 0)
         figures = gather_figures(self, plan, self._probe, strikes)
@@ -242,7 +221,7 @@ class Clan:
             self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
             return
         if position.starts_round and position.plan.averages and not self.phases.averaged_before:
-            self._averages.restart()
+            self.measurement.averages.restart()
         if not phase.keeps and self.aside is None:
             self.aside = Snapshot(self.state())
         self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
@@ -253,20 +232,7 @@ class Clan:
 
     def values(self, kind: PhaseKind) -> list[dict[str, float]]:
         """What each member expresses in such a phase, by member and gene name."""
-        shared = consensus(self.population.genomes, self.genes)
-        common = {g.name: shared[g.name] for g in self.genes if g.kind == "specialized"}
-        common = common if kind is PhaseKind.COOPERATIVE else {}
-        return [dict(genome.values) | common for genome in self.population.genomes]
-
-    def measure(self, *, averages: bool) -> Fitness:
-        """The clan's losses on the common window, of averaged weights or of those that train.
-
-        All ranks of the clan call it.
-        """
-        swapped = self._averages.in_place_of_weights() if averages and self._averages is not None else nullcontext()
-        with self.phases.suspended(), swapped:
-            losses = self._window.losses(self.backend, self._evaluate)
-        return Fitness.from_losses(self.world.column.gather(losses))
+        return values_in_effect(self.population.genomes, self.genes, kind)
 
     def sampler(self, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
         """A batch sampler that follows the phases, for a loader of your own (``DataLoader(batch_sampler=...)``).
@@ -310,19 +276,13 @@ class Clan:
 
         Selection never sees it: give it a test split.
         """
-        window = make_window(self, dataset, num_samples=num_samples, collate_fn=collate_fn)
-        with self.phases.suspended():
-            losses = window.losses(self.backend, self._evaluate)
-        return Fitness.from_losses(self.world.column.gather(losses)).mean.tolist()
+        asked = num_samples or len(dataset)
+        window = make_window(self.backend, self.config.fitness, dataset, num_samples=asked, collate_fn=collate_fn)
+        return self.measurement.on(window).mean.tolist()
 
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now, the user's schedule where it is now."""
         return self._expression.learning_rate(self.strategy.lr_factor(step))
-
-    @property
-    def keeps_averages(self) -> bool:
-        """Whether averaged weights are up to date: the strategy keeps them and this round measures on them."""
-        return self._averages is not None and self.phases.position.plan.averages
 
     def finish(self, *, status: str = "FINISHED") -> Summary:
         """Ends the run: chooses the champion, writes what is to be kept, closes tracking, frees the engine.
@@ -371,12 +331,6 @@ class Clan:
             ClanError: if no member had a finite loss, or the weights could not be written.
         """
         return champion.save(self, folder)
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Inside, each member's model computes with its averaged weights, where the strategy keeps them."""
-        with nullcontext() if self._averages is None else self._averages.in_place_of_weights():
-            yield
 
     def detach(self) -> None:
         """Takes every hook off the engine and puts back what expression changed between steps."""

@@ -6,11 +6,14 @@ README is made from it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
-from clantune_scale.core.genome import Consensus, Kind, Scale
+from clantune_scale.core.genome import Consensus, Gene, Kind, Scale
+
+if TYPE_CHECKING:
+    from clantune_scale.core.strategies import RunFacts
 
 # JSON has types of its own: "4", true and 4.0 are not a count, and reading them as one would hide a mistake.
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -258,3 +261,24 @@ class ClanConfig(Block):
         if len(set(value)) < len(value):
             raise ValueError(f"a name is listed twice in {value}")
         return {name: {} for name in value}
+
+    def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None, has_schedule: bool) -> RunFacts:
+        """What the strategy of a run with this block knows of it.
+
+        Args:
+            genes: that the block's were resolved to.
+            total_steps: optimizer steps of the run, or None; the block's own count is not looked at.
+            has_schedule: whether a learning-rate schedule is attached.
+        """
+        # Strategies bring scipy along, half a second that reading a config does without.
+        from clantune_scale.core.strategies import RunFacts
+
+        return RunFacts(
+            population_size=self.population_size,
+            genes=genes,
+            seed=self.seed,
+            round_length_steps=self.round_length,
+            duty_cycle=self.duty_cycle,
+            total_steps=total_steps,
+            has_schedule=has_schedule,
+        )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from clantune_scale.backends.base import Backend
+from clantune_scale.config import FitnessConfig
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
 from clantune_scale.evaluation import ValidationWindow
@@ -52,14 +54,30 @@ def make_loader(clan: Clan, dataset: Dataset, **options: Any) -> ClanDataLoader:
 
 
 def make_window(
-    clan: Clan, dataset: Dataset, *, num_samples: int | None, collate_fn: Callable | None
+    backend: Backend,
+    fitness: FitnessConfig,
+    dataset: Dataset,
+    *,
+    num_samples: int | None = None,
+    collate_fn: Callable[[list], Any] | None = None,
 ) -> ValidationWindow:
-    """A window on a dataset, its batches shared out over a member's ranks; the whole of it where no number is given."""
+    """A window on a dataset, its batches shared out over a member's ranks.
+
+    Args:
+        backend: the member's engine.
+        fitness: the block's.
+        dataset: map-style.
+        num_samples: in place of the block's.
+        collate_fn: joins samples to a batch; torch's default where None.
+
+    Raises:
+        ConfigError: if the dataset has no length, or fewer examples than the member has data-parallel ranks.
+    """
     return ValidationWindow(
         dataset,
-        num_samples=num_samples or len(dataset),
-        batch_size=clan.config.fitness.batch_size or clan.backend.micro_batch_size,
-        dp_rank=clan.backend.dp_rank,
-        dp_size=clan.backend.dp_size,
+        num_samples=num_samples or fitness.num_samples,
+        batch_size=fitness.batch_size or backend.micro_batch_size,
+        dp_rank=backend.dp_rank,
+        dp_size=backend.dp_size,
         collate_fn=collate_fn,
     )

@@ -72,7 +72,7 @@ def gather_figures(clan: Clan, plan: RoundPlan, probe: GradientProbe, strikes: i
     device, column = clan.backend.device, clan.world.column
     masters = clan.backend.masters()
     alignment = probe.read_alignment(device)
-    local = torch.tensor([float(strikes), clan.evaluation_s], dtype=torch.float64, device=device)
+    local = torch.tensor([float(strikes), clan.measurement.seconds], dtype=torch.float64, device=device)
     total, slowest = local[:1].clone(), local[1:].clone()
     dist.all_reduce(total)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)

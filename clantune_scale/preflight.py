@@ -192,12 +192,5 @@ def run_facts(
 ) -> RunFacts:
     """What the strategy of such a run would know."""
     scheduler = ds_config.get("scheduler") or {}
-    return RunFacts(
-        population_size=block.population_size,
-        genes=genes,
-        seed=block.seed,
-        round_length_steps=block.round_length,
-        duty_cycle=block.duty_cycle,
-        total_steps=total_steps or block.total_steps or scheduler.get("params", {}).get("total_num_steps"),
-        has_schedule=bool(scheduler),
-    )
+    steps = total_steps or block.total_steps or scheduler.get("params", {}).get("total_num_steps")
+    return block.facts(genes, total_steps=steps, has_schedule=bool(scheduler))

@@ -97,7 +97,7 @@ class Recorder:
             "versions": _versions(),
             "hardware": _hardware(clan.backend.device),
             "total_steps": clan.strategy.facts.total_steps,
-            "tokens_per_sample": clan.tokens_per_sample,
+            "tokens_per_sample": clan.measurement.tokens_per_sample,
             "initial_loss": float(clan.fitness.mean[0]),
             "command": redact_command(sys.argv),
             "resumed_from": None,
@@ -204,7 +204,7 @@ class Recorder:
             straggler=figures.straggler,
             throughput=_throughput(clan, plan, seconds),
             samples=self.samples,
-            tokens=self.samples * clan.tokens_per_sample if clan.tokens_per_sample else None,
+            tokens=self.samples * clan.measurement.tokens_per_sample if clan.measurement.tokens_per_sample else None,
         )
 
     def finish(self, clan: Clan, summary: Summary, *, status: str) -> None:
@@ -233,7 +233,7 @@ def _throughput(clan: Clan, plan: RoundPlan, seconds: Mapping[str, float]) -> di
         phases = [phase for phase in plan.phases if phase.kind is kind]
         spent = max(seconds.get(kind.value, 0.0), 1e-9)
         samples_per_s = sum(_samples_of(clan, phase) for phase in phases) / spent
-        tokens = clan.tokens_per_sample
+        tokens = clan.measurement.tokens_per_sample
         table[kind.value] = {
             "steps": sum(phase.num_steps for phase in phases),
             "seconds": spent,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.core.consensus import consensus
+from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.lineage import Lineage, RoundRecord
@@ -165,16 +165,9 @@ class ReferenceClan:
                 member.average = [p.detach().clone() for p in member.parameters]
         if not phase.keeps and self._before_phase is None:
             self._before_phase = self._save()
-        self._values = self._expressed_values(phase.kind)
+        self._values = values_in_effect(self.population.genomes, self.genes, phase.kind)
         for member, values in zip(self.members, self._values, strict=True):
             self._express_between_steps(member, values)
-
-    def _expressed_values(self, kind: PhaseKind) -> list[dict[str, float]]:
-        """By member and gene: its own value, but the clan's for specialized genes while it cooperates."""
-        shared = {}
-        if kind is PhaseKind.COOPERATIVE:
-            shared = consensus(self.population.genomes, [gene for gene in self.genes if gene.kind == "specialized"])
-        return [dict(genome.values) | shared for genome in self.population.genomes]
 
     def _backward(self, index: int, member: Member, phase: Phase) -> None:
         """The member's gradient: the mean over its micro-batches."""

@@ -9,7 +9,7 @@ import torch
 
 from clantune_scale.batched.model import Settings
 from clantune_scale.batched.optimizers import OPTIMIZERS
-from clantune_scale.core.consensus import consensus
+from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.core.strategies.base import Strategy
@@ -37,10 +37,7 @@ class Values:
         Raises:
             ConfigError: for a gene that belongs to some parameter groups only, or sets what is not there.
         """
-        shared = {}
-        if kind is PhaseKind.COOPERATIVE:
-            shared = consensus(genomes, [gene for gene in genes if gene.kind == "specialized"])
-        members = tuple(_scalars(genes, dict(genome.values) | shared, settings.base()) for genome in genomes)
+        members = tuple(_scalars(genes, one, settings.base()) for one in values_in_effect(genomes, genes, kind))
         return cls(members, tuple(round(scalars["accumulation"]) for scalars in members))
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.rounds import PhaseKind
 
 
 def consensus_value(values: Sequence[float], gene: Gene) -> float:
@@ -30,3 +31,17 @@ def consensus(genomes: Sequence[Genome], genes: Sequence[Gene]) -> dict[str, flo
         genes: the genes to agree on.
     """
     return {gene.name: consensus_value([genome.values[gene.name] for genome in genomes], gene) for gene in genes}
+
+
+def values_in_effect(genomes: Sequence[Genome], genes: Sequence[Gene], kind: PhaseKind) -> list[dict[str, float]]:
+    """[members] by gene name: each member's own values, but the clan's of specialized genes while it cooperates.
+
+    Args:
+        genomes: one per member.
+        genes: all of the clan's.
+        kind: of the phase.
+    """
+    shared = {}
+    if kind is PhaseKind.COOPERATIVE:
+        shared = consensus(genomes, [gene for gene in genes if gene.kind == "specialized"])
+    return [dict(genome.values) | shared for genome in genomes]

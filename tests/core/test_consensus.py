@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from clantune_scale.core.consensus import consensus, consensus_value
+from clantune_scale.core.consensus import consensus, consensus_value, values_in_effect
 from clantune_scale.core.genome import Gene, Genome
+from clantune_scale.core.rounds import PhaseKind
 
 
 def test_the_mean_is_taken_in_the_genes_scale():
@@ -34,3 +35,12 @@ def test_equal_members_keep_their_value_to_the_last_bit():
 def test_the_order_of_members_does_not_matter():
     genomes = [Genome({"lr": value}) for value in (0.1, 0.7, 0.013, 3.0)]
     assert consensus(genomes, [Gene("lr")]) == consensus(genomes[::-1], [Gene("lr")])
+
+
+def test_only_specialized_genes_give_way_and_only_while_the_clan_cooperates():
+    genes = (Gene("lr"), Gene("dropout", kind="specialized", scale="linear", bounds=(0, 1), initial=0.1))
+    genomes = [Genome({"lr": 0.1, "dropout": 0.2}), Genome({"lr": 0.4, "dropout": 0.4})]
+    cooperating = values_in_effect(genomes, genes, PhaseKind.COOPERATIVE)
+    assert [one["lr"] for one in cooperating] == [0.1, 0.4]
+    assert [one["dropout"] for one in cooperating] == pytest.approx([0.3, 0.3])
+    assert values_in_effect(genomes, genes, PhaseKind.COMPETITIVE) == [dict(one.values) for one in genomes]
