@@ -134,7 +134,7 @@ def _forever(loader: ClanDataLoader) -> Iterator[Any]:
 def start(setup: Setup, block: dict | None) -> Megatron:
     megatron_shim.install()
     if block is not None:
-        clantune_scale.join(setup.members)
+        clantune_scale.join(block)
     initialize(setup)
     return Megatron(setup, block)
 

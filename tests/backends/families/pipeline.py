@@ -113,7 +113,7 @@ class Pipeline:
 def start(setup: Setup, block: dict | None) -> Pipeline:
     import deepspeed
 
-    clantune_scale.join(block["population_size"]) if block else None
+    clantune_scale.join(block) if block else None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     model = deepspeed.PipelineModule(layers(), num_stages=setup.pp, loss_fn=squared_error, partition_method="uniform")

@@ -1,0 +1,136 @@
+"""A rank is killed in each phase of the protocol, the same launch is repeated, and all is as if nothing had been."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from clantune_scale.bench.faults.injector import Fault
+from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.workload import ROUND, STEPS, Workload, digest, events, stood
+
+WHAT = "SIGKILL of a rank, then the same launch again"
+
+#: Where, and after how many optimizer steps; None where it happens once. Round 1 ends at step 10, and its
+#: competitive phase, where the strategy has one, begins at step 8.
+POINTS: tuple[tuple[str, int | None], ...] = (
+    ("join", None),
+    ("start", None),
+    ("forward", 7),
+    ("forward", 9),
+    ("step", 11),
+    ("evaluation", 10),
+    ("figures", 10),
+    ("decision", 10),
+    ("transfer", 10),
+    ("record", 10),
+    ("commit", 10),
+    ("manifest", 10),
+    ("latest", 10),
+    ("phase", 10),
+    ("finish", None),
+    ("champion", None),
+)
+#: What the first rank alone does, at the round's end where rounds are not written beside training.
+_LEADERS = ("manifest", "latest")
+
+
+def faults(place: int, world_size: int, member_size: int) -> Iterator[Fault]:
+    """Every second point for one workload, the others for the next, at their begin and their end in turn.
+
+    Args:
+        place: of the workload among those that are struck.
+        world_size: its ranks, that die in turn.
+        member_size: those of a member; its first one reads batches on every engine.
+    """
+    for number, (point, step) in enumerate(POINTS):
+        if (number + place) % 2 == 0:
+            moment = ":after" if (number // 2 + place // 2) % 2 else ""
+            rank = 0 if point in _LEADERS else (number // 2 + place) % world_size
+            rank -= rank % member_size if point == "forward" else 0
+            yield Fault(rank, point + moment, step)
+
+
+def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[Result]:
+    """All of a workload's kills against its uninterrupted run."""
+    whole = folder / "whole"
+    whole.mkdir()
+    ended = workload.launch(whole)
+    if any(rank.code for rank in ended):
+        yield Result(WHAT, name, "none: the uninterrupted run", last_words(ended))
+        return
+    for number, fault in enumerate(faults(place, workload.setup.world_size, workload.setup.member_size)):
+        began = time.monotonic()
+        here = folder / f"kill-{number}"
+        here.mkdir()
+        wrong = _kill_and_resume(workload, fault, here, whole)
+        told = f"rank {fault.rank}, {fault.point}" + (f", step {fault.step}" if fault.step is not None else "")
+        yield Result(WHAT, name, told, wrong, time.monotonic() - began)
+        if not wrong:
+            shutil.rmtree(here)
+
+
+def _kill_and_resume(workload: Workload, fault: Fault, folder: Path, whole: Path) -> str:
+    block = workload.block(folder, asynchronous=fault.point.partition(":")[0] not in _LEADERS)
+    killed = workload.launch(folder, fault, block=block)
+    if killed[fault.rank].code != -signal.SIGKILL:
+        return f"the fault never struck: rank {fault.rank} ended with {killed[fault.rank].code}"
+    has_finished = any(event["status"] == "FINISHED" for event in _ends(folder))
+    if has_finished:
+        # Killed behind the end: all is there, and the same launch would begin another run.
+        return differences(stood(folder), stood(whole)) or _record_faults(folder, whole)
+    for path in folder.glob("stood-*.json"):
+        path.unlink()
+    ended = workload.launch(folder, block=block)
+    if any(rank.code for rank in ended):
+        return last_words(ended)
+    return differences(stood(folder), stood(whole)) or _record_faults(folder, whole)
+
+
+def differences(ours: Mapping[str, Mapping], theirs: Mapping[str, Mapping]) -> str:
+    """What differs by rank, or nothing."""
+    if ours.keys() != theirs.keys() or not ours:
+        return f"ranks {sorted(ours)} ended, not {sorted(theirs)}"
+    wrong = {
+        rank: sorted(key for key in theirs[rank] if ours[rank].get(key) != theirs[rank][key]) for rank in sorted(theirs)
+    }
+    wrong = {rank: keys for rank, keys in wrong.items() if keys}
+    return f"not equal to the last bit: {wrong}" if wrong else ""
+
+
+def _record_faults(folder: Path, whole: Path) -> str:
+    """The record tells each round once, its end, and the champion is the same; nothing half written lies about."""
+    run = _newest(folder)
+    indices = [event["round"] for event in events(folder, "round_end", run)]
+    if indices != list(range(STEPS // ROUND)):
+        return f"the record tells of rounds {indices}"
+    if [event["status"] for event in events(folder, "run_end", run)] != ["FINISHED"]:
+        return "the record has no one end"
+    if not _champion(whole / "run") or _champion(folder / run) != _champion(whole / "run"):
+        return "another champion"
+    leftovers = [path.name for path in (folder / run / "rounds").glob(".*") if path.name != ".lock"]
+    return f"left behind: {leftovers}" if leftovers else ""
+
+
+def _champion(run_dir: Path) -> dict[str, str]:
+    return {path.name: digest(load_file(path)) for path in run_dir.glob("champion*.safetensors")}
+
+
+def _newest(folder: Path) -> str:
+    """The run that went on: one that had committed nothing begins anew beside what was left."""
+    return max((path.parent.name for path in folder.glob("run*/events.jsonl")), key=lambda name: (len(name), name))
+
+
+def _ends(folder: Path) -> list[dict]:
+    return [event for path in folder.glob("run*/events.jsonl") for event in events(folder, "run_end", path.parent.name)]
+
+
+def last_words(ended: list) -> str:
+    number, rank = next((number, rank) for number, rank in enumerate(ended) if rank.code)
+    lines = [line for line in rank.text.splitlines() if line.strip()]
+    return f"rank {number} ended with {rank.code}: {' / '.join(lines[-3:])}"

@@ -1,0 +1,81 @@
+"""A member's rank is killed, and the others go on as a plain resume with fewer members would."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clantune_scale.bench.faults.injector import Fault
+from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.workload import Workload, events, stood
+
+WHAT = "SIGKILL of a rank, the other members go on"
+#: Point, step and the member whose rank it strikes.
+POINTS = (
+    ("forward", 7, 0),
+    ("evaluation", 10, 1),
+    ("transfer:after", 10, 2),
+    ("commit:after", 10, 0),
+    ("step", 11, 1),
+)
+
+
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+    """Kills in a clan of three, each compared with a resume of two members from the round that they went on from."""
+    references: dict[tuple[str, int], Path] = {}
+    for number, (point, step, member) in enumerate(POINTS):
+        began = time.monotonic()
+        here = folder / f"death-{number}"
+        here.mkdir()
+        wrong = _lose(workload, Fault(member * workload.setup.member_size, point, step), here, references)
+        yield Result(WHAT, name, f"member {member}, {point}, step {step}", wrong, time.monotonic() - began)
+
+
+def _block(workload: Workload, folder: Path) -> dict[str, Any]:
+    block = workload.block(folder, asynchronous=False, resume="never")
+    # On a busy machine a process may be late by seconds.
+    return block | {"faults": {"min_members": 2, "deadline_s": 30.0, "rejoin_s": 6.0}}
+
+
+def _lose(workload: Workload, fault: Fault, folder: Path, references: dict[tuple[str, int], Path]) -> str:
+    ended = workload.launch(folder, fault, block=_block(workload, folder))
+    member = fault.rank // workload.setup.member_size
+    if ended[fault.rank].code != -signal.SIGKILL:
+        return f"the fault never struck: rank {fault.rank} ended with {ended[fault.rank].code}"
+    left = [rank for number, rank in enumerate(ended) if number // workload.setup.member_size != member]
+    if any(rank.code for rank in left):
+        return last_words(left)
+    if any(rank.num_lives != 2 for rank in left):
+        return f"survivors had {[rank.num_lives for rank in left]} lives"
+    told = events(folder, "member_lost")
+    if [event["left"] for event in told] != [[m for m in range(workload.setup.members) if m != member]]:
+        return f"the record tells of {told}"
+    (resume,) = events(folder, "resume")
+    round_name = Path(resume["resumed_from"]).name
+    key = (round_name, workload.setup.members)
+    if key not in references:
+        references[key] = _resumed(workload, folder, round_name)
+    theirs = list(stood(references[key]).values())
+    return differences(_plain(stood(folder).values()), _plain(theirs))
+
+
+def _plain(ranks: Any) -> dict[str, dict[str, Any]]:
+    """By their order: survivors keep their launched numbers."""
+    return {str(place): dict(rank) for place, rank in enumerate(ranks)}
+
+
+def _resumed(workload: Workload, folder: Path, round_name: str) -> Path:
+    """The folder of a plain launch of two members that resumed a copy of the run from one of its rounds."""
+    copy = folder / "resumed"
+    shutil.copytree(folder / "run", copy / "run", ignore=shutil.ignore_patterns(".lock"))
+    from_round = str(copy / "run" / "rounds" / round_name)
+    block = workload.block(copy, asynchronous=False, resume=from_round, allow=["population_size"])
+    ended = workload.launch(copy, block=block | {"population_size": workload.setup.members - 1})
+    if any(rank.code for rank in ended):
+        raise RuntimeError(f"the reference does not resume: {last_words(ended)}")
+    return copy
