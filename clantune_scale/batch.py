@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clantune_scale.errors import ConfigError
@@ -34,6 +34,12 @@ class BatchPlan:
     dp_size: int
     population_size: int
     counted: int = 1
+
+    @classmethod
+    def of_members(cls, population_size: int, *, micro_batch: int, accumulation: int, dp_size: int) -> BatchPlan:
+        """As many samples for each member as its engine takes in an optimizer step."""
+        member_batch = micro_batch * accumulation * dp_size
+        return cls(member_batch * population_size, member_batch, micro_batch, accumulation, dp_size, population_size)
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -86,13 +92,8 @@ def split_batch(
             f"{MICRO}({micro}) x {ACCUMULATION}({accumulation}) x {ranks} = {product}, but {TRAIN} is {train}. "
             f"{TRAIN} counts the whole clan: set it to {product}, or drop one of the three."
         )
-    plan = BatchPlan(
-        clan_batch=product // counted,
-        member_batch=micro * accumulation * dp_size,
-        micro_batch=micro,
-        accumulation=accumulation,
-        dp_size=dp_size,
-        population_size=population_size,
+    plan = replace(
+        BatchPlan.of_members(population_size, micro_batch=micro, accumulation=accumulation, dp_size=dp_size),
         counted=counted,
     )
     member_config = {**ds_config, TRAIN: plan.member_batch, MICRO: micro, ACCUMULATION: accumulation}

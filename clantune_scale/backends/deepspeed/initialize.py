@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.utils.data import Dataset
 
 from clantune_scale import world
+from clantune_scale.backends.attaching import attach_to, require_examples
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
@@ -22,7 +23,7 @@ from clantune_scale.data import require_samples
 from clantune_scale.ds_config import extract, load_ds_config
 from clantune_scale.ds_rules import EngineFacts, refusals, zero_stage
 from clantune_scale.errors import ConfigError, TopologyError
-from clantune_scale.evaluation import Evaluate, ValidationWindow
+from clantune_scale.evaluation import Evaluate
 from clantune_scale.expression import Setter
 from clantune_scale.topology import Topology
 
@@ -136,23 +137,17 @@ def _initialize_clan(
     backend = PipelineBackend(engine) if degrees.pp > 1 or _is_pipeline(engine.module) else DeepSpeedBackend(engine)
     if degrees.tp > 1 and degrees.counted == 1:
         _refuse_unmarked(backend)
-    window = ValidationWindow(
-        eval_data,
-        num_samples=block.fitness.num_samples,
-        batch_size=block.fitness.batch_size or backend.micro_batch_size,
-        dp_rank=backend.dp_rank,
-        dp_size=backend.dp_size,
-        collate_fn=passed["collate_fn"],
-    )
-    engine.clan = Clan(
+    engine.clan = attach_to(
+        backend,
+        Clan,
         world=joined,
-        backend=backend,
-        config=block,
+        block=block,
+        eval_data=eval_data,
         batch=batch,
-        window=window,
         evaluate=evaluate,
         setters=gene_setters,
-        total_steps=block.total_steps or _scheduled_steps(ds_config),
+        collate_fn=passed["collate_fn"],
+        total_steps=_scheduled_steps(ds_config),
     )
     loader = None
     if training_data is not None:
@@ -191,11 +186,7 @@ def _refuse_before_joining(
     if passed["mpu"] is not None:
         for refusal in mpu_refusals(passed["mpu"]):
             raise ConfigError(refusal)
-    if eval_data is None:
-        raise ConfigError(
-            "a clan compares its members on common examples and there are none. Pass eval_data=... to initialize(), "
-            "a map-style dataset apart from the training and test data."
-        )
+    require_examples(eval_data, "initialize")
     if training_data is not None and not hasattr(training_data, "__len__"):
         raise ConfigError(
             f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "

@@ -9,12 +9,12 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from clantune_scale import world
+from clantune_scale.backends.attaching import attach_to, require_examples
 from clantune_scale.backends.megatron.engine import MegatronBackend
-from clantune_scale.batch import BatchPlan
 from clantune_scale.clan import Clan
 from clantune_scale.config import ClanConfig
-from clantune_scale.errors import ConfigError, TopologyError
-from clantune_scale.evaluation import Evaluate, ValidationWindow
+from clantune_scale.errors import TopologyError
+from clantune_scale.evaluation import Evaluate
 from clantune_scale.expression import Setter
 from clantune_scale.joining import read_block
 
@@ -99,11 +99,7 @@ def attach_megatron(
         TopologyError: if the clan was not joined before, or ranks do not form it.
     """
     block = read_block(config)
-    if eval_data is None:
-        raise ConfigError(
-            "a clan compares its members on common examples and there are none. Pass eval_data=... to "
-            "attach_megatron(), a map-style dataset apart from the training and test data."
-        )
+    require_examples(eval_data, "attach_megatron")
     if world.current() is None:
         raise TopologyError(
             "the clan was not joined, and the model was built over the ranks of all members. Call "
@@ -121,33 +117,14 @@ def attach_megatron(
         micro_batch_size=micro_batch_size,
         accumulation=num_microbatches,
     )
-    window = ValidationWindow(
-        eval_data,
-        num_samples=block.fitness.num_samples,
-        batch_size=block.fitness.batch_size or micro_batch_size,
-        dp_rank=backend.dp_rank,
-        dp_size=backend.dp_size,
-        collate_fn=collate_fn,
-    )
-    return MegatronClan(
+    return attach_to(
+        backend,
+        MegatronClan,
         world=joined,
-        backend=backend,
-        config=block,
-        batch=_batch(block, backend),
-        window=window,
+        block=block,
+        eval_data=eval_data,
         evaluate=evaluate,
         setters=gene_setters,
-        total_steps=block.total_steps or total_steps,
-    )
-
-
-def _batch(block: ClanConfig, backend: MegatronBackend) -> BatchPlan:
-    member_batch = backend.micro_batch_size * backend.accumulation * backend.dp_size
-    return BatchPlan(
-        clan_batch=member_batch * block.population_size,
-        member_batch=member_batch,
-        micro_batch=backend.micro_batch_size,
-        accumulation=backend.accumulation,
-        dp_size=backend.dp_size,
-        population_size=block.population_size,
+        collate_fn=collate_fn,
+        total_steps=total_steps,
     )

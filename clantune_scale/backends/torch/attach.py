@@ -12,14 +12,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from clantune_scale.backends.attaching import attach_to, require_examples
 from clantune_scale.backends.torch.ddp import DDPBackend
 from clantune_scale.backends.torch.fsdp import FSDPBackend
 from clantune_scale.backends.torch.loop import LoopBackend
-from clantune_scale.batch import BatchPlan
 from clantune_scale.clan import Clan
 from clantune_scale.config import ClanConfig
 from clantune_scale.errors import ClanError, ConfigError
-from clantune_scale.evaluation import Evaluate, ValidationWindow
+from clantune_scale.evaluation import Evaluate
 from clantune_scale.expression import Setter
 from clantune_scale.joining import join, read_block
 
@@ -140,11 +140,7 @@ def attach(
         TopologyError: if a process group existed before the clan was joined, or ranks do not form the clan.
     """
     block = read_block(config)
-    if eval_data is None:
-        raise ConfigError(
-            "a clan compares its members on common examples and there are none. Pass eval_data=... to attach(), a "
-            "map-style dataset apart from the training and test data."
-        )
+    require_examples(eval_data, "attach")
     if not dist.is_initialized():
         raise ConfigError(
             "there is no process group yet, and so the model is not parallel. Call init_process_group() after "
@@ -160,23 +156,16 @@ def attach(
         accumulation=accumulation,
         gradient_clipping=gradient_clipping,
     )
-    window = ValidationWindow(
-        eval_data,
-        num_samples=block.fitness.num_samples,
-        batch_size=block.fitness.batch_size or micro_batch_size,
-        dp_rank=backend.dp_rank,
-        dp_size=backend.dp_size,
-        collate_fn=collate_fn,
-    )
-    return LoopClan(
+    return attach_to(
+        backend,
+        LoopClan,
         world=joined,
-        backend=backend,
-        config=block,
-        batch=_batch(block, backend),
-        window=window,
+        block=block,
+        eval_data=eval_data,
         evaluate=evaluate,
-        setters=gene_setters or {},
-        total_steps=block.total_steps or total_steps,
+        setters=gene_setters,
+        collate_fn=collate_fn,
+        total_steps=total_steps,
     )
 
 
@@ -195,18 +184,6 @@ def _backend(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler
     raise ConfigError(
         f"the model is a plain {type(module).__name__}, whose gradients nothing averages. Apply fully_shard() to it or "
         f"wrap it in DistributedDataParallel, also where a member has one rank."
-    )
-
-
-def _batch(block: ClanConfig, backend: LoopBackend) -> BatchPlan:
-    member_batch = backend.micro_batch_size * backend.accumulation * backend.dp_size
-    return BatchPlan(
-        clan_batch=member_batch * block.population_size,
-        member_batch=member_batch,
-        micro_batch=backend.micro_batch_size,
-        accumulation=backend.accumulation,
-        dp_size=backend.dp_size,
-        population_size=block.population_size,
     )
 
 

@@ -18,7 +18,7 @@ from clantune_scale.core.strategies.base import Decision, Population, RunFacts
 from clantune_scale.core.strategies.clan import Clan
 from clantune_scale.core.strategies.clan_plan import ClanOptions
 from clantune_scale.core.strategies.least_squares import least_squares
-from clantune_scale.core.strategies.parabola import Move
+from clantune_scale.core.strategies.parabola import Move, minimum_along_the_line
 from clantune_scale.core.strategies.spread import regressors
 
 #: Trust region: radius times this after a move on in the same direction, and after a change of sign.
@@ -100,7 +100,7 @@ class ClanVariant(Clan):
             slope *= slope**2 / (slope**2 + (self.options.noise * slope_error) ** 2 + 1e-300)
             curvature = max(curvature, 0.0) + self.options.noise * error
         up, down = min(self.options.max_up or cap, cap), min(self.options.max_down or cap, cap)
-        minima = {"log": _minimum(slope, curvature), "line": _line_minimum(slope, curvature)}
+        minima = {"log": _minimum(slope, curvature), "line": minimum_along_the_line(slope, curvature)}
         change = minima.get(self.options.model, min(minima.values(), key=abs))
         return min(max(change, -down), up)
 
@@ -108,15 +108,6 @@ class ClanVariant(Clan):
 def _minimum(slope: float, curvature: float) -> float:
     """Of a parabola in log lr; endlessly far downhill where it has none."""
     return -slope / (2 * curvature) if curvature > 0 else -math.copysign(math.inf, slope)
-
-
-def _line_minimum(slope: float, curvature: float) -> float:
-    """Of a parabola in k = lr / centre, where f' = slope and f'' = 2 curvature - slope at k = 1."""
-    second = 2 * curvature - slope
-    if second <= 0:
-        return -math.copysign(math.inf, slope)
-    k = 1 - slope / second
-    return math.log(k) if k > 0 else -math.inf
 
 
 def _fits(offsets: np.ndarray, losses: np.ndarray) -> np.ndarray | None:

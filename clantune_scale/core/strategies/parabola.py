@@ -129,14 +129,22 @@ def _move(fit: _Fit, reach: float, max_change: float, *, is_rate: bool) -> Move:
         return Move(-math.copysign(min(reach, max_change), slope), "slope")
     minimum = -slope / (2 * curvature) * reach if curvature > 0 else -math.copysign(math.inf, slope)
     if is_rate:
-        minimum = min(minimum, _minimum_along_the_line(slope / reach, curvature / reach**2), key=abs)
+        minimum = min(minimum, minimum_along_the_line(slope / reach, curvature / reach**2), key=abs)
     if abs(minimum) <= max_change:
         return Move(minimum, "minimum")
     return Move(math.copysign(max_change, minimum), "towards a distant minimum" if curvature > 0 else "downhill")
 
 
-def _minimum_along_the_line(slope: float, curvature: float) -> float:
-    """log k at the minimum of a parabola in k, whose derivatives at k = 1 are slope and 2 curvature - slope."""
+def minimum_along_the_line(slope: float, curvature: float) -> float:
+    """log k at the minimum of a parabola in k = rate / centre, from the loss's fit in log k.
+
+    Args:
+        slope: first derivative by log k at k = 1, and so by k.
+        curvature: half the second by log k; the second by k is 2 curvature - slope.
+
+    Returns:
+        The minimum; where there is none, infinitely far downhill, which it is too where k would not be above 0.
+    """
     second = 2 * curvature - slope
     if second <= 0:
         return -math.copysign(math.inf, slope)
