@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 
 from clantune_scale import weight_files
 from clantune_scale.checkpoint.everyone import Everyone
+from clantune_scale.elastic.patience import patient
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.groups import Column
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from clantune_scale.clan import Clan
 
 STEM = "champion"
-# Ranks that write nothing wait for those that do: a collective's deadline would be too short for a large model.
-_PATIENCE = timedelta(hours=24)
 
 
 def check_forms(clan: Clan) -> None:
@@ -59,14 +57,16 @@ def keep(clan: Clan, member: int, folder: Path, forms: Sequence[str], *, average
     everyone = Everyone(clan.world, clan.groups)
     written: dict[str, str] = {}
     problem = None
-    with clan.measurement.averaged_weights() if averaged else nullcontext():
-        if clan.member == member:
-            # Whatever one rank meets, all must come to the meeting point: it is told there.
-            try:
-                written = _write(clan, folder, forms, averaged)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                problem = f"{type(error).__name__}: {error}"
-    _await_all(clan)
+    # Who writes nothing waits for who does: a collective's deadline would be too short for a large model.
+    with patient(clan.world, silence_s=clan.config.faults.deadline_s, run_dir=clan.rounds.run_dir) as wait:
+        with clan.measurement.averaged_weights() if averaged else nullcontext():
+            if clan.member == member:
+                # Whatever one rank meets, all must come to the meeting point: it is told there.
+                try:
+                    written = _write(clan, folder, forms, averaged)
+                except (OSError, RuntimeError, SafetensorError) as error:
+                    problem = f"{type(error).__name__}: {error}"
+        _await_all(clan, wait)
     problems = everyone.gather(problem)
     found = [f"rank {rank}: {said}" for rank, said in enumerate(problems) if said is not None]
     if found:
@@ -130,11 +130,11 @@ def _whole_folder(target: Path, inside: Column, write: Callable[[Path], None]) -
         part.rename(target)
 
 
-def _await_all(clan: Clan) -> None:
-    """Waits on the store until every rank of the clan is here, however long one writes."""
+def _await_all(clan: Clan, wait: Callable[[str], None]) -> None:
+    """Until every rank of the clan is here, however long one writes."""
     store, size = clan.world.store, clan.world.topology.world_size
     count = store.add("champion/arrived", 1)
     key = f"champion/{(count - 1) // size}"
     if count % size == 0:
         store.set(key, "")
-    store.wait([key], _PATIENCE)
+    wait(key)

@@ -166,3 +166,14 @@ def test_a_death_at_the_end(tmp_path, point):
     ended = lived(tmp_path, Fault(1, point))
     assert [rank.code for rank in ended] == [0, -9, 0], ended[0].text
     assert jobs.events(tmp_path, "run_end")[-1]["status"] == "FINISHED"
+
+
+@pytest.mark.slow
+def test_who_dies_while_the_champion_is_written_is_not_waited_for(tmp_path):
+    settings = jobs.block(tmp_path, min_members=None, deadline_s=4.0)
+    settings["checkpoint"] |= {"champion": True}
+    fault = Fault(1, "champion")
+    ended = lives.run(3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD)
+    assert [rank.code for rank in ended] == [1, -9, 1]
+    assert "rank 0 of member 1 gave no sign of life for 4 s, while the others waited for it" in ended[0].text
+    assert f"CLANTUNE_RESUME={tmp_path / 'run'}" in ended[0].text

@@ -10,11 +10,11 @@ import functools
 import importlib
 import json
 import os
-import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clantune_scale.bench.faults.actions import ACTIONS
 from clantune_scale.elastic.epoch import Epoch
 from clantune_scale.errors import ConfigError
 
@@ -40,22 +40,6 @@ POINTS: dict[str, tuple[str, str]] = {
 }
 
 
-class InjectedError(Exception):
-    """A user's own mistake, on purpose."""
-
-
-def _raise() -> None:
-    raise InjectedError("a fault that was asked for")
-
-
-ACTIONS: dict[str, Callable[[], Any]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "raise": _raise,
-}
-
-
 @dataclass(frozen=True)
 class Fault:
     """What happens where.
@@ -64,7 +48,7 @@ class Fault:
         rank: of the launch, ``member x ranks of a member + rank in the member``.
         point: one of :data:`POINTS`, with ``:after`` behind it for its end.
         step: optimizer steps that are done; None for the first time that the point is reached.
-        action: one of :data:`ACTIONS`.
+        action: one of :data:`clantune_scale.bench.faults.actions.ACTIONS`.
         epoch: in which it strikes: who starts again comes to the same point once more.
     """
 
@@ -130,7 +114,7 @@ def _put(fault: Fault, clans: list[Any]) -> None:
         step = phases.position.step if phases is not None else 0
         if not has_struck and fault.step in (None, step):
             has_struck = True
-            ACTIONS[fault.action]()
+            ACTIONS[fault.action](clans[-1] if clans else None)
 
     @functools.wraps(function)
     def struck(*args: Any, **options: Any) -> Any:

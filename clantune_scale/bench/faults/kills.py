@@ -15,6 +15,7 @@ from clantune_scale.bench.faults.results import Result
 from clantune_scale.bench.faults.workload import ROUND, STEPS, Workload, digest, events, stood
 
 WHAT = "SIGKILL of a rank, then the same launch again"
+PREEMPTION = "SIGTERM to all ranks, then the same launch again"
 
 #: Where, and after how many optimizer steps; None where it happens once. Round 1 ends at step 10, and its
 #: competitive phase, where the strategy has one, begins at step 8.
@@ -64,22 +65,28 @@ def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
     if any(rank.code for rank in ended):
         yield Result(WHAT, name, "none: the uninterrupted run", last_words(ended))
         return
-    for number, fault in enumerate(faults(place, workload.setup.world_size, workload.setup.member_size)):
+    ranks = range(workload.setup.world_size)
+    kills = [[fault] for fault in faults(place, len(ranks), workload.setup.member_size)]
+    terms = [[Fault(rank, "step", 8 + place % 3, "terminate") for rank in ranks]]
+    for number, struck in enumerate(kills + terms):
         began = time.monotonic()
         here = folder / f"kill-{number}"
         here.mkdir()
-        wrong = _kill_and_resume(workload, fault, here, whole)
-        told = f"rank {fault.rank}, {fault.point}" + (f", step {fault.step}" if fault.step is not None else "")
-        yield Result(WHAT, name, told, wrong, time.monotonic() - began)
+        wrong = _stop_and_resume(workload, struck, here, whole)
+        first = struck[0]
+        told = f"rank {first.rank}, {first.point}" + (f", step {first.step}" if first.step is not None else "")
+        yield Result(WHAT if first.action == "kill" else PREEMPTION, name, told, wrong, time.monotonic() - began)
         if not wrong:
             shutil.rmtree(here)
 
 
-def _kill_and_resume(workload: Workload, fault: Fault, folder: Path, whole: Path) -> str:
+def _stop_and_resume(workload: Workload, struck: list[Fault], folder: Path, whole: Path) -> str:
+    fault = struck[0]
     block = workload.block(folder, asynchronous=fault.point.partition(":")[0] not in _LEADERS)
-    killed = workload.launch(folder, fault, block=block)
-    if killed[fault.rank].code != -signal.SIGKILL:
-        return f"the fault never struck: rank {fault.rank} ended with {killed[fault.rank].code}"
+    stopped = workload.launch(folder, *struck, block=block)
+    code = -signal.SIGKILL if fault.action == "kill" else 128 + signal.SIGTERM
+    if any(stopped[one.rank].code != code for one in struck):
+        return f"the fault never struck: ranks ended with {[rank.code for rank in stopped]}, not {code}"
     has_finished = any(event["status"] == "FINISHED" for event in _ends(folder))
     if has_finished:
         # Killed behind the end: all is there, and the same launch would begin another run.

@@ -41,6 +41,10 @@ class Workload:
     families: str = FAMILIES
     strategy: str = "clan"
 
+    def of(self, families: str) -> Workload:
+        """The same, from another package."""
+        return replace(self, families=families)
+
     @property
     def module(self) -> Any:
         """The family.

@@ -7,7 +7,8 @@ import importlib
 import pytest
 
 from clantune_scale.bench.faults import injector
-from clantune_scale.bench.faults.injector import POINTS, Fault, InjectedError, install, to_environ
+from clantune_scale.bench.faults.actions import InjectedError
+from clantune_scale.bench.faults.injector import POINTS, Fault, install, to_environ
 from clantune_scale.elastic.epoch import Epoch
 from clantune_scale.errors import ConfigError
 

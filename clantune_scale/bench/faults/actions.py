@@ -1,0 +1,125 @@
+"""What a fault does: to the process, to its numbers, to its disk."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules import module as modules
+
+#: The file that ends a ``wait``.
+GO_ON = "go-on"
+
+
+class InjectedError(Exception):
+    """A user's own mistake, on purpose."""
+
+
+def _raise(clan: Any) -> None:
+    raise InjectedError("a fault that was asked for")
+
+
+def _signal(number: int) -> Callable[[Any], None]:
+    return lambda clan: os.kill(os.getpid(), number)
+
+
+def _spoil_weights(value: float) -> Callable[[Any], None]:
+    """One tensor of this rank's fp32 weights, as a broken memory chip would."""
+
+    def spoil(clan: Any) -> None:
+        clan.backend.masters()[0].data.fill_(value)
+
+    return spoil
+
+
+def _spoil_activations(value: float) -> Callable[[Any], None]:
+    """What the next module computes, once: the loss that follows is not finite, nor is any gradient."""
+
+    def spoil(clan: Any) -> None:
+        def hook(called: Any, inputs: Any, outputs: Any) -> Any:
+            found = _first_floating(outputs)
+            if found is None or not torch.is_grad_enabled():
+                return None
+            handle.remove()
+            return _replaced(outputs, found, found * value)
+
+        handle = modules.register_module_forward_hook(hook)
+
+    return spoil
+
+
+def _spoil_gradient(value: float) -> Callable[[Any], None]:
+    """What flows back through the next module's output, once: its loss was finite."""
+
+    def spoil(clan: Any) -> None:
+        def hook(called: Any, inputs: Any, outputs: Any) -> None:
+            found = _first_floating(outputs)
+            if found is not None and found.requires_grad:
+                handle.remove()
+                found.register_hook(lambda gradient: gradient * value)
+
+        handle = modules.register_module_forward_hook(hook)
+
+    return spoil
+
+
+def _first_floating(outputs: Any) -> torch.Tensor | None:
+    values = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return next((value for value in values if torch.is_tensor(value) and value.is_floating_point()), None)
+
+
+def _replaced(outputs: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    if not isinstance(outputs, tuple | list):
+        return new
+    return type(outputs)(new if value is old else value for value in outputs)
+
+
+def _filler(clan: Any) -> Path:
+    return clan.recorder.run_dir.parent / "filler"
+
+
+def _fill_disk(clan: Any) -> None:
+    """Until the file system of the runs has no byte left."""
+    with open(_filler(clan), "ab", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+
+def _free_disk(clan: Any) -> None:
+    _filler(clan).unlink()
+
+
+def _wait(clan: Any) -> None:
+    """Stands still, while the others wait for it, until someone makes a file beside the runs."""
+    while not (clan.recorder.run_dir.parent / GO_ON).exists():
+        time.sleep(0.05)
+
+
+#: By name; each is given the clan of its process, or None where there is none yet.
+ACTIONS: dict[str, Callable[[Any], None]] = {
+    "kill": _signal(signal.SIGKILL),
+    "stop": _signal(signal.SIGSTOP),
+    "terminate": _signal(signal.SIGTERM),
+    "raise": _raise,
+    "wait": _wait,
+    "nan-loss": _spoil_activations(math.nan),
+    "inf-loss": _spoil_activations(math.inf),
+    "nan-gradient": _spoil_gradient(math.nan),
+    "inf-gradient": _spoil_gradient(math.inf),
+    "nan-weights": _spoil_weights(math.nan),
+    "inf-weights": _spoil_weights(math.inf),
+    "fill-disk": _fill_disk,
+    "free-disk": _free_disk,
+}

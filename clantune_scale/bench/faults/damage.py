@@ -1,0 +1,168 @@
+"""Files of a committed round that are not what was written, a disk that fills up, and folders that were used."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from clantune_scale.bench.faults.injector import Fault
+from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.workload import Workload, events, stood
+from clantune_scale.checkpoint import manifest
+from clantune_scale.checkpoint.restore import fault_of
+from clantune_scale.errors import CheckpointError
+from clantune_scale.topology import Topology
+
+NUM_FLIPS = 1000
+_NEWEST, _BEFORE = "round-000002", "round-000001"
+
+
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+    """All of this section, on rounds of one uninterrupted run."""
+    whole = folder / "whole"
+    whole.mkdir()
+    ended = workload.launch(whole, block=workload.block(whole, asynchronous=False))
+    if any(rank.code for rank in ended):
+        yield Result("damaged files", name, "none: the uninterrupted run", last_words(ended))
+        return
+    yield from _flips(workload, name, whole, folder / "flips")
+    yield from _resumes(workload, name, whole, folder)
+    yield from _full_disk(workload, name, whole, folder / "disk")
+
+
+def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
+    """Single bits, in turn over all files of a round, at places drawn at random; every rank looks at its files."""
+    shutil.copytree(whole / "run" / "rounds" / _NEWEST, folder)
+    setup = workload.setup
+    grid = Topology.from_world(setup.world_size, population_size=setup.members, pp=setup.pp, tp=setup.tp)
+    before, files = manifest.read(folder), _files(folder)
+    generator = random.Random(0)
+    for number in range(NUM_FLIPS):
+        path = files[number % len(files)]
+        data = path.read_bytes()
+        place, bit = generator.randrange(len(data)), generator.randrange(8)
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+        # White space between the manifest's words may change without any effect.
+        is_seen = _fault(folder, setup, grid) or manifest.read(folder) == before
+        path.write_bytes(data)
+        wrong = "" if is_seen else "nobody saw it"
+        yield Result("a flipped bit in a round's files", name, f"{path.name}, byte {place}, bit {bit}", wrong)
+
+
+def _fault(folder: Path, setup, grid: Topology) -> str | None:
+    try:
+        content = manifest.read(folder)
+    except CheckpointError as error:
+        return str(error)
+    ranks = range(setup.world_size)
+    faults = (fault_of(folder, content, grid.coordinates(rank), range(setup.members), grid) for rank in ranks)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+_SPOILS: dict[str, Callable[[Path], None]] = {
+    "a flipped bit, then a resume": _flip,
+    "a file that is cut short, then a resume": _truncate,
+    "a file that is gone, then a resume": Path.unlink,
+}
+
+
+def _resumes(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
+    """One file of each kind is spoilt, and the run resumed: from the round before, and to the same end."""
+    kinds: dict[str, Path] = {}
+    for path in _files(whole / "run" / "rounds" / _NEWEST):
+        is_at_top = path.parent.name == _NEWEST
+        kinds.setdefault(path.name if is_at_top else path.suffix or path.name, path.relative_to(whole / "run"))
+    for what, spoil in _SPOILS.items():
+        for kind in kinds.values():
+            began = time.monotonic()
+            here = folder / "spoilt"
+            shutil.copytree(whole / "run", here / "run")
+            spoil(here / "run" / kind)
+            # What a process leaves that died while it wrote, and a pointer that is torn.
+            (here / "run" / "rounds" / ".round-000003.1.partial").mkdir()
+            (here / "run" / "rounds" / "LATEST").write_bytes(b"\x00torn")
+            wrong = _resume(workload, here, whole, kind.name)
+            yield Result(what, name, str(kind), wrong, time.monotonic() - began)
+            shutil.rmtree(here)
+    yield _nothing_left(workload, name, whole, folder / "spoilt")
+
+
+def _resume(workload: Workload, folder: Path, whole: Path, spoilt: str) -> str:
+    ended = workload.launch(folder, block=workload.block(folder, resume=str(folder / "run"), asynchronous=False))
+    if any(rank.code for rank in ended):
+        return last_words(ended)
+    (resume,) = events(folder, "resume")
+    if Path(resume["resumed_from"]).name != _BEFORE:
+        return f"went on from {resume['resumed_from']}"
+    said = " ".join(event["message"] for event in events(folder, "warning"))
+    if _NEWEST not in said or spoilt not in said:
+        return f"said nothing of {_NEWEST} and {spoilt}: {said}"
+    if not (folder / "run" / "rounds" / "lost-1" / _NEWEST).exists():
+        return "the damaged round is gone"
+    return differences(stood(folder), stood(whole))
+
+
+def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> Result:
+    shutil.copytree(whole / "run", folder / "run")
+    names = manifest.committed(folder / "run" / "rounds")
+    for round_name in names:
+        _truncate(folder / "run" / "rounds" / round_name / "clan.json")
+    ended = workload.launch(folder, block=workload.block(folder, resume=str(folder / "run")))
+    told = ended[0].text
+    is_right = all(rank.code for rank in ended) and all(round_name in told for round_name in names)
+    is_right = is_right and "start anew" in told
+    shutil.rmtree(folder)
+    return Result("every round damaged", name, "clan.json", "" if is_right else told[-500:])
+
+
+def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
+    """A disk of a megabyte that is full from a step of the second round on, and has room again in the third."""
+    what = "a full disk (ENOSPC) in training"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        yield Result(what, name, "not run", f"no file system could be mounted: {mounted.stderr.strip()}")
+        return
+    began = time.monotonic()
+    try:
+        faults = [Fault(0, "step", 7, "fill-disk"), Fault(0, "step", 13, "free-disk")]
+        block = workload.block(folder, asynchronous=False)
+        ended = workload.launch(folder, *faults, block=block)
+        wrong = last_words(ended) if any(rank.code for rank in ended) else _after_full_disk(folder, whole, ended)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    yield Result(what, name, "steps 7 to 13", wrong, time.monotonic() - began)
+
+
+def _after_full_disk(folder: Path, whole: Path, ended: list) -> str:
+    if "is full" not in ended[0].text:
+        return "nobody said that the disk is full"
+    if manifest.committed(folder / "run" / "rounds") != [_NEWEST, "round-000000"]:
+        return f"committed: {manifest.committed(folder / 'run' / 'rounds')}"
+    if not any(_BEFORE in event["message"] for event in events(folder, "warning")):
+        return f"no warning names {_BEFORE}"
+    steps = [event["step"] for event in events(folder, "step")]
+    if steps != [event["step"] for event in events(whole, "step")]:
+        return f"events are lost: {steps}"
+    return differences(stood(folder), stood(whole))

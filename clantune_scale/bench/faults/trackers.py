@@ -1,0 +1,115 @@
+"""An MLflow that refuses, hangs, or dies on the way: the run is what it is without one, and can be sent later."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.workload import Workload, events, stood
+
+
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+    """Each kind of failure against the run without MLflow."""
+    whole = folder / "whole"
+    whole.mkdir()
+    ended = workload.launch(whole)
+    if any(rank.code for rank in ended):
+        yield Result("a failing MLflow", name, "none: the uninterrupted run", last_words(ended))
+        return
+    kinds = {"that refuses": _refusing, "that hangs": _hanging, "that dies": _dying}
+    for what, server in kinds.items():
+        began = time.monotonic()
+        here = folder / what.replace(" ", "-")
+        here.mkdir()
+        with server(here) as uri:
+            block = workload.block(here)
+            block["tracking"] |= {"mlflow": True, "tracking_uri": uri}
+            ended = workload.launch(here, block=block, timeout_s=300)
+        wrong = last_words(ended) if any(rank.code for rank in ended) else ""
+        wrong = wrong or differences(stood(here), stood(whole)) or _warning_missing(here)
+        yield Result(f"an MLflow server {what}", name, uri, wrong, time.monotonic() - began)
+
+
+def _warning_missing(folder: Path) -> str:
+    """One warning, with the command that sends the run later; that command works on the store that it is given."""
+    warnings = [event["message"] for event in events(folder, "warning") if "MLflow" in event["message"]]
+    if len(warnings) != 1 or "clantune_scale.tracking.mlflow" not in warnings[0]:
+        return f"warnings: {warnings}"
+    store = f"sqlite:///{folder / 'later.db'}"
+    command = [sys.executable, "-m", "clantune_scale.tracking.mlflow", str(folder / "run"), "--tracking-uri", store]
+    sent = subprocess.run(command, capture_output=True, text=True)
+    return "" if sent.returncode == 0 else f"it cannot be sent later: {sent.stderr[-300:]}"
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[str]:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _hanging(folder: Path) -> Iterator[str]:
+    """Takes connections and never says a word."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _dying(folder: Path) -> Iterator[str]:
+    """A real server that is killed as soon as it has heard of the run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    command += ["--artifacts-destination", str(folder / "stored")]
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        _wait_for(f"{address}/health", process)
+        killer = threading.Thread(target=_kill_when_it_has_a_run, args=(folder, process.pid), daemon=True)
+        killer.start()
+        yield address
+        killer.join()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen) -> None:
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and process.poll() is None:
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
+            urllib.request.urlopen(url, timeout=5),
+        ):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"mlflow server does not answer on {url}")
+
+
+def _kill_when_it_has_a_run(folder: Path, group: int) -> None:
+    """The run that the server knows of is the one whose events have a second round."""
+    path = folder / "run" / "events.jsonl"
+    while not (path.exists() and '"round_end"' in path.read_text()):
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

@@ -1,0 +1,61 @@
+"""Waiting for ranks that may take long, and not for those that have died."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from clantune_scale.elastic.meeting import resume_remedy
+from clantune_scale.elastic.pulse import Pulse
+from clantune_scale.errors import ClanError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clantune_scale.world import ClanWorld
+
+_LOOK_S = 0.1
+
+
+@contextmanager
+def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iterator[Callable[[str], None]]:
+    """Inside, ranks tell each other that they live, however long one of them works; all ranks of the clan enter.
+
+    Where members may die, the guard watches already, and starts a rank again that waits in vain.
+
+    Args:
+        world: the clan's.
+        silence_s: seconds without a sign of life after which a rank counts as dead.
+        run_dir: of the run, for what is said of a resume.
+
+    Yields:
+        ``wait(key)``: waits until the key is in the clan's store; raises ClanError when a rank has died.
+    """
+    failures: list[str] = []
+    pulse = None
+    if not world.may_lose_members and world.topology.world_size > 1:
+        pulse = Pulse(
+            world.store.clone(),
+            rank=world.at.rank,
+            size=world.topology.world_size,
+            name=lambda rank: (
+                f"rank {rank % world.topology.member_size} of member {rank // world.topology.member_size}"
+            ),
+            silence_s=silence_s,
+            on_failure=failures.append,
+        )
+
+    def wait(key: str) -> None:
+        while not world.store.check([key]):
+            if failures:
+                remedy = resume_remedy(None if run_dir is None else str(run_dir))
+                raise ClanError(f"{failures[0]}, while the others waited for it. {remedy}")
+            time.sleep(_LOOK_S)
+
+    try:
+        yield wait
+    finally:
+        if pulse is not None:
+            pulse.stop()
