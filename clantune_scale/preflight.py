@@ -187,10 +187,8 @@ def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]
         found.warnings.append("total_steps is not known: genes never freeze and nothing decays at the end. Set it.")
 
 
-def run_facts(
-    block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any], *, total_steps: int | None = None
-) -> RunFacts:
+def run_facts(block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any]) -> RunFacts:
     """What the strategy of such a run would know."""
     scheduler = ds_config.get("scheduler") or {}
-    steps = total_steps or block.total_steps or scheduler.get("params", {}).get("total_num_steps")
+    steps = block.total_steps or scheduler.get("params", {}).get("total_num_steps")
     return block.facts(genes, total_steps=steps, has_schedule=bool(scheduler))

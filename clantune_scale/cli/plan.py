@@ -13,7 +13,6 @@ from clantune_scale.cli.opened_run import open_run
 from clantune_scale.cli.plan_text import describe
 from clantune_scale.errors import ClanError
 from clantune_scale.planning.budget import Forecast, Size, fitting, forecast
-from clantune_scale.planning.cost import Cost
 from clantune_scale.planning.hardware import PRESETS, read_hardware
 from clantune_scale.planning.measured import measure
 from clantune_scale.planning.memory import rank_memory, state_bytes
@@ -86,7 +85,7 @@ def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any
         "round_end": _traffic(round_end, job),
         "clone": _traffic(clone_traffic(job), job),
     }
-    parts["mean_round"] = _mean_round(parts, cost)
+    parts["mean_round"] = _mean_round(parts, one)
     hardware, measured = how["hardware"], how["measured"]
     return {
         "ranks": found.topology and found.topology.describe(),
@@ -103,6 +102,7 @@ def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any
         "cost": asdict(cost)
         | {
             "sample_loss_percent": cost.sample_loss_percent,
+            "work_percent": cost.work_percent,
             "time_percent": cost.time_percent,
             "overhead_percent": cost.overhead_percent,
         },
@@ -123,18 +123,18 @@ def _traffic(collectives: Any, job: Any) -> dict[str, Any]:
     }
 
 
-def _mean_round(parts: dict[str, dict[str, Any]], cost: Cost) -> dict[str, Any]:
+def _mean_round(parts: dict[str, dict[str, Any]], one: Forecast) -> dict[str, float]:
     """All of a run's bytes, divided by its rounds: each ends with an evaluation and is taken to end with a clone."""
-    rounds, competitive = cost.num_rounds, cost.competitive_steps
-    times = {
-        "cooperative_step": cost.num_steps - competitive - rounds,
-        "last_cooperative_step": rounds,
-        "competitive_step": competitive,
-        "round_end": rounds,
-        "clone": rounds,
-    }
-    totals = {key: sum(parts[name][key] * n for name, n in times.items()) for key in ("inside_bytes", "crossing_bytes")}
-    return {key: total / rounds for key, total in totals.items()}
+    totals = {}
+    for key, bytes_of in (("inside_bytes", inside_bytes), ("crossing_bytes", crossing_bytes)):
+        total = one.walk.num_ended * (parts["round_end"][key] + parts["clone"][key])
+        for phase, taken in one.walk.phases:
+            sharing = one.job.in_phase(phase)
+            looks = int(taken == phase.num_steps)
+            total += (taken - looks) * bytes_of(step_traffic(sharing), sharing)
+            total += looks * bytes_of(step_traffic(sharing, is_looked_at=True), sharing)
+        totals[key] = total / one.walk.num_rounds
+    return totals
 
 
 def _tokens_lost(one: Forecast) -> int | None:

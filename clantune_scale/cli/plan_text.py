@@ -61,6 +61,10 @@ def _cost(data: dict[str, Any]) -> Iterator[str]:
     lost = cost["samples"] - cost["unique_samples"]
     share = f"{cost['sample_loss_percent']:.2f} %"
     yield f"samples that are not new or not kept: {lost:,} of {cost['samples']:,}, {share}{of_tokens}"
+    yield (
+        f"gradient work, evaluations counted in: {cost['work_percent']:+.2f} % against plain data parallelism "
+        f"({cost['trained_samples']:,} samples trained on, {cost['evaluated_samples']:,} evaluated)"
+    )
     if cost["seconds"] is None:
         yield "no seconds: give --hardware with --tokens-per-sample, or --measured RUN"
         return

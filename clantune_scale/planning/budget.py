@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clantune_scale.batch import split_batch
@@ -16,6 +16,7 @@ from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job, describe_job
 from clantune_scale.planning.measured import Measured
 from clantune_scale.planning.memory import RankMemory, rank_memory
+from clantune_scale.planning.walk import Walk, walk_through
 from clantune_scale.preflight import run_facts
 
 _DUTIES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -39,6 +40,7 @@ class Forecast:
         population_size, duty_cycle: the setting.
         job: what follows from it.
         memory: of a rank.
+        walk: through the run's phases.
         cost: of the run.
     """
 
@@ -46,6 +48,7 @@ class Forecast:
     duty_cycle: float
     job: Job
     memory: RankMemory
+    walk: Walk
     cost: Cost
 
 
@@ -62,6 +65,15 @@ def forecast(
 ) -> Forecast:
     """What a block costs on so many ranks.
 
+    Args:
+        ds_config: the DeepSpeed config, without the block.
+        block: the ``clantune`` block.
+        genes: that the block's were resolved to.
+        size: of the model.
+        world_size: ranks of all members.
+        num_steps: optimizer steps of the run, in place of the config's own count where it has one.
+        hardware, measured: where seconds are from; neither for none.
+
     Raises:
         ConfigError: if ranks or batch do not divide.
     """
@@ -69,7 +81,10 @@ def forecast(
     if rest or not dp:
         raise ConfigError(f"{world_size} ranks do not divide among {block.population_size} members. Change one.")
     _, batch = split_batch(ds_config, population_size=block.population_size, dp_size=dp)
-    facts = run_facts(block, genes, ds_config, total_steps=num_steps)
+    facts = run_facts(block, genes, ds_config)
+    if facts.total_steps is not None:
+        # Where the config does not say how long the run is, the strategy will not know: no race, no freeze.
+        facts = replace(facts, total_steps=num_steps)
     strategy = build(block.strategy.name, facts, block.strategy.options)
     job = describe_job(
         ds_config,
@@ -81,9 +96,10 @@ def forecast(
         other_bytes=size.other_bytes,
         tokens_per_sample=size.tokens_per_sample,
     )
-    cost = cost_of(job, strategy, num_steps, pace_of(job, hardware, measured))
+    walk = walk_through(strategy, num_steps)
+    cost = cost_of(job, walk, pace_of(job, hardware, measured))
     memory = rank_memory(job, rolls_back=cost.undone_steps > 0)
-    return Forecast(block.population_size, block.duty_cycle, job, memory, cost)
+    return Forecast(block.population_size, block.duty_cycle, job, memory, walk, cost)
 
 
 def fitting(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from clantune_scale.core.rounds import Phase, PhaseKind, RoundClock
-from clantune_scale.core.strategies import Strategy
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job
 from clantune_scale.planning.measured import Measured
@@ -18,6 +17,7 @@ from clantune_scale.planning.traffic import (
     evaluation_traffic,
     step_traffic,
 )
+from clantune_scale.planning.walk import Walk
 
 # Operations per weight and token: a forward pass 2, a backward pass 4 (Kaplan et al. 2020).
 _FORWARD, _TRAINING = 2, 6
@@ -29,15 +29,13 @@ class Pace:
 
     Attributes:
         plain_step_s: a step of plain data parallelism on the same ranks.
-        step_s: a cooperative step.
-        competitive_step_s: a competitive one.
+        step_s: one of a phase.
         evaluation_s: the validation window, once.
         transfer_s: clones, copies and the comparison of members at a round's end.
     """
 
     plain_step_s: float
-    step_s: float
-    competitive_step_s: float
+    step_s: Callable[[Phase], float]
     evaluation_s: float
     transfer_s: float
 
@@ -50,24 +48,26 @@ def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> P
     """
     if measured is not None:
         scale = job.num_samples / job.dp / measured.samples_per_rank
-        return Pace(
-            measured.step_s,
-            measured.step_s,
-            measured.competitive_step_s,
-            measured.evaluation_s * scale,
-            measured.transfer_s,
-        )
+
+        def measured_s(phase: Phase) -> float:
+            is_competitive = phase.kind is PhaseKind.COMPETITIVE
+            return measured.competitive_step_s * phase.batch_factor if is_competitive else measured.step_s
+
+        return Pace(measured.step_s, measured_s, measured.evaluation_s * scale, measured.transfer_s)
     if hardware is None or job.tokens_per_sample is None:
         return None
     flops_s = hardware.compute_flops_s * hardware.compute_share
-    tokens = job.micro_batch * job.accumulation * job.tokens_per_sample
-    compute_s = _TRAINING * job.num_parameters * tokens / flops_s
+    micro_batch_s = _TRAINING * job.num_parameters * job.micro_batch * job.tokens_per_sample / flops_s
+
+    def computed_s(phase: Phase) -> float:
+        sharing = job.in_phase(phase)
+        return micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+
     eval_tokens = job.num_samples / job.dp * job.tokens_per_sample
     plain = job.without_clan()
     return Pace(
-        plain_step_s=compute_s + _sending_s(step_traffic(plain), plain, hardware),
-        step_s=compute_s + _sending_s(step_traffic(job), job, hardware),
-        competitive_step_s=compute_s + _sending_s(step_traffic(job, cooperates=False), job, hardware),
+        plain_step_s=micro_batch_s * plain.accumulation + _sending_s(step_traffic(plain), plain, hardware),
+        step_s=computed_s,
         evaluation_s=_FORWARD * job.num_parameters * eval_tokens / flops_s
         + _sending_s(evaluation_traffic(job, averaged=job.averages), job, hardware),
         transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware)
@@ -81,10 +81,12 @@ class Cost:
 
     Attributes:
         num_steps, num_rounds: of it.
-        competitive_steps: in which members do not share gradients.
+        competitive_steps: in which not all members share gradients.
         undone_steps: whose training is rolled back.
         samples: that the same steps of plain data parallelism would train on.
         unique_samples: that this run trains on once each and keeps.
+        trained_samples: whose gradients are computed, one that several members see counted for each of them.
+        evaluated_samples: whose losses are computed for the clan itself, counted likewise.
         seconds: by part, ``training``, ``evaluation`` and ``transfer``; None where no pace is known.
         plain_seconds: of the same steps in plain data parallelism.
     """
@@ -95,6 +97,8 @@ class Cost:
     undone_steps: int
     samples: int
     unique_samples: int
+    trained_samples: int
+    evaluated_samples: int
     seconds: dict[str, float] | None
     plain_seconds: float | None
 
@@ -102,6 +106,12 @@ class Cost:
     def sample_loss_percent(self) -> float:
         """Samples that are not new, of all."""
         return 100.0 * (1.0 - self.unique_samples / self.samples)
+
+    @property
+    def work_percent(self) -> float:
+        """Extra gradient evaluations, with what evaluations cost, of those of plain data parallelism."""
+        share = _FORWARD / _TRAINING
+        return 100.0 * ((self.trained_samples + share * self.evaluated_samples) / self.samples - 1.0)
 
     @property
     def time_percent(self) -> float | None:
@@ -118,56 +128,40 @@ class Cost:
         return 100.0 * ((1.0 + self.time_percent / 100.0) * self.samples / self.unique_samples - 1.0)
 
 
-def cost_of(job: Job, strategy: Strategy, num_steps: int, pace: Pace | None) -> Cost:
-    """Walks through the rounds of a run.
+def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
+    """Adds up the phases and evaluations of a run.
 
     Args:
         job: what is trained.
-        strategy: built for ``num_steps`` in all.
-        num_steps: of the run; a last round that would go on beyond them counts up to there.
+        walk: through the run's rounds.
         pace: seconds of each part, or None.
     """
-    clock = RoundClock(strategy.plan)
-    phases: list[tuple[Phase, int]] = []
-    index = step = evaluations = 0
-    while step < num_steps:
-        for phase in clock.round(index).phases:
-            taken = min(phase.num_steps, num_steps - step)
-            phases += [(phase, taken)] if taken else []
-            step += taken
-        evaluations += clock.round(index).end_step <= num_steps
-        index += 1
+    phases, num_steps = walk.phases, walk.num_steps
     competitive = [(phase, taken) for phase, taken in phases if phase.kind is PhaseKind.COMPETITIVE]
-    num_competitive = sum(taken for _, taken in competitive)
     seconds = None
     if pace is not None:
-        factor_steps = sum(taken * phase.batch_factor for phase, taken in competitive)
         seconds = {
-            "training": pace.step_s * (num_steps - num_competitive) + pace.competitive_step_s * factor_steps,
-            # Once before the first round, and once or twice for the champion.
-            "evaluation": pace.evaluation_s * (evaluations + 2),
-            "transfer": pace.transfer_s * evaluations,
+            "training": sum(taken * pace.step_s(phase) for phase, taken in phases),
+            "evaluation": pace.evaluation_s * walk.num_evaluations,
+            "transfer": pace.transfer_s * walk.num_ended,
         }
     return Cost(
         num_steps=num_steps,
-        num_rounds=index,
-        competitive_steps=num_competitive,
+        num_rounds=walk.num_rounds,
+        competitive_steps=sum(taken for _, taken in competitive),
         undone_steps=sum(taken for phase, taken in phases if not phase.keeps),
         samples=num_steps * job.clan_batch,
-        unique_samples=round(sum(_unique(phase, taken, job) for phase, taken in phases)),
+        unique_samples=sum(_unique(phase, taken, job) for phase, taken in phases),
+        trained_samples=sum(taken * phase.batch_factor for phase, taken in phases) * job.clan_batch,
+        evaluated_samples=walk.num_evaluations * job.window_samples * job.population_size,
         seconds=seconds,
         plain_seconds=None if pace is None else pace.plain_step_s * num_steps,
     )
 
 
-def _unique(phase: Phase, taken: int, job: Job) -> float:
-    """Samples of a phase that no other member sees and that are kept."""
-    if not phase.keeps:
-        return 0.0
-    if phase.kind is PhaseKind.COOPERATIVE:
-        return float(taken * job.clan_batch)
-    team = phase.teams.count(phase.teams[0]) if phase.teams else 1
-    return taken * job.clan_batch / job.population_size * team * phase.batch_factor
+def _unique(phase: Phase, taken: int, job: Job) -> int:
+    """Samples of a phase whose training is kept: those of the members that share gradients, as others see the same."""
+    return taken * job.in_phase(phase).clan_batch if phase.keeps else 0
 
 
 def _sending_s(collectives: Iterable[Collective], job: Job, hardware: Hardware) -> float:

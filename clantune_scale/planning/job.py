@@ -11,6 +11,7 @@ from typing import Any
 
 from clantune_scale.batch import BatchPlan
 from clantune_scale.config import ClanConfig
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.core.strategies import Strategy
 from clantune_scale.ds_rules import dtype_of, zero_stage
 
@@ -95,8 +96,26 @@ class Job:
     @property
     def num_eval_batches(self) -> int:
         """Batches of the validation window, over all ranks of a member."""
-        size = max(min(self.eval_batch, self.num_samples // self.dp), 1)
-        return self.num_samples // (size * self.dp) * self.dp
+        return self.num_samples // (self._eval_size * self.dp) * self.dp
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of the validation window: as many as share out evenly, of a dataset that has enough."""
+        return self.num_eval_batches * self._eval_size
+
+    @property
+    def _eval_size(self) -> int:
+        """Samples of one of its batches."""
+        return max(min(self.eval_batch, self.num_samples // self.dp), 1)
+
+    def in_phase(self, phase: Phase) -> Job:
+        """Those who share gradients in a phase, as a clan of their own, with the micro-batches that they take there.
+
+        Teams of one size, as strategies plan them: teams that fitness makes are not known before the run.
+        """
+        mates = phase.teams.count(phase.teams[0]) if phase.teams else 1
+        size = self.population_size if phase.kind is PhaseKind.COOPERATIVE else mates
+        return replace(self, population_size=size, accumulation=self.accumulation * phase.batch_factor)
 
     def without_clan(self) -> Job:
         """Plain data parallelism on the same ranks."""

@@ -16,7 +16,8 @@ class Measured:
 
     Attributes:
         step_s: an optimizer step of a cooperative phase.
-        competitive_step_s: one of a competitive phase; the cooperative one's where the run had none.
+        competitive_step_s: one of a competitive phase, for each time a member's usual share of the batch that it
+            trains on; the cooperative one's where the run had none.
         evaluation_s: the validation window, once.
         transfer_s: a round's clones and copies.
         samples_per_rank: of its validation window, by which evaluation is scaled.
@@ -55,8 +56,9 @@ def measure(events: Sequence[Mapping[str, Any]]) -> Measured:
 
 
 def _per_step(rounds: Sequence[Mapping[str, Any]], kind: str) -> float | None:
-    steps = sum(phase["num_steps"] for event in rounds for phase in event["phases"] if phase["kind"] == kind)
-    return sum(event["seconds"].get(kind, 0.0) for event in rounds) / steps if steps else None
+    phases = [phase for event in rounds for phase in event["phases"] if phase["kind"] == kind]
+    shares = sum(phase["num_steps"] * phase.get("batch_factor", 1) for phase in phases)
+    return sum(event["seconds"].get(kind, 0.0) for event in rounds) / shares if shares else None
 
 
 def _mean(rounds: Sequence[Mapping[str, Any]], part: str) -> float:

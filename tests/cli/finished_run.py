@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clantune_scale.core.lineage import Lineage
+from clantune_scale.evaluation import ValidationWindow
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.ranks import run_ranks
 from tests.small_clans import clan_config, start, train
@@ -25,18 +26,22 @@ class FinishedRun:
         folder: of the whole run.
         half: a folder with the first half of its events, the last line torn.
         lineage: the clan's own.
+        num_evaluations: how often a rank was asked for the losses of the validation window.
     """
 
     folder: Path
     half: Path
     lineage: Lineage
+    num_evaluations: int
 
 
-def _job(rank: int, config: dict) -> tuple[str, Lineage]:
+def _job(rank: int, config: dict) -> tuple[str, Lineage, int]:
+    losses, calls = ValidationWindow.losses, []
+    ValidationWindow.losses = lambda *args: calls.append(rank) or losses(*args)
     engine, loader = start(config, dropout=0.1)
     train(engine, loader, NUM_STEPS)
     engine.clan.finish()
-    return str(engine.clan.recorder.run_dir), engine.clan.recorder.lineage
+    return str(engine.clan.recorder.run_dir), engine.clan.recorder.lineage, len(calls)
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +57,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         checkpoint={"champion": True},
     )
     os.environ.setdefault("MPLBACKEND", "agg")
-    folder, lineage = run_ranks(2, in_member_worlds, _job, config)[0]
+    folder, lineage, num_evaluations = run_ranks(2, in_member_worlds, _job, config)[0]
     half = parent / "half"
     half.mkdir()
     lines = (Path(folder) / "events.jsonl").read_text().splitlines(keepends=True)
     kept = lines[: len(lines) // 2]
     (half / "events.jsonl").write_text("".join(kept) + lines[len(kept)][:40])
-    return FinishedRun(Path(folder), half, lineage)
+    return FinishedRun(Path(folder), half, lineage, num_evaluations)

@@ -44,6 +44,23 @@ def test_competitive_steps_see_a_share_of_the_batch_and_rolled_back_ones_nothing
     assert undone.samples - undone.unique_samples == undone.undone_steps * 64
 
 
+def test_a_race_trains_each_contestant_on_the_clans_batch_in_teams_of_its_own():
+    """Eight members in four teams of two: seconds of a race by hand, against those of the steps around it."""
+    options = {"race_cost": 0.6, "growth": 0.0, "freeze_at": 1.0}
+    strategy = {"name": "clan", "options": options}
+    one = _forecast(SLOW, population_size=8, strategy=strategy, total_steps=100)
+    race = next(phase for phase, _ in one.walk.phases if phase.teams)
+    assert (race.teams, race.batch_factor, race.num_steps) == ((0, 0, 1, 1, 2, 2, 3, 3), 4, 20)
+    assert (one.cost.competitive_steps, one.cost.undone_steps) == (20, 0)
+    assert one.cost.unique_samples == one.cost.samples == 100 * 64
+    assert one.cost.trained_samples == (80 + 20 * 4) * 64
+    micro_batch_s = 6 * 100 * 20 / 0.5e6
+    # An all-reduce of 400 bytes over all eight on two nodes, or over two on one; every gather is a rank's own.
+    steps_s = 80 * (4 * micro_batch_s + 2 * 7 / 8 * 400 / 400)
+    race_s = 20 * (16 * micro_batch_s + 2 * 1 / 2 * 400 / 1000)
+    assert one.cost.seconds["training"] == pytest.approx(steps_s + race_s)
+
+
 def test_seconds_by_hand():
     one = _forecast(SLOW, round_length=50)
     # micro-batch 2 x accumulation 4 x 10 tokens, 6 operations per weight, half a million of them a second
@@ -109,7 +126,9 @@ def test_the_rounds_that_are_foretold_are_those_that_were(finished_run):
     assert one.cost.undone_steps == sum(p["num_steps"] for p in phases if not p["keeps"])
     later = rounds[1:]
     assert measured.evaluation_s == pytest.approx(sum(e["seconds"]["evaluation"] for e in later) / len(later))
-    assert one.cost.seconds["evaluation"] == pytest.approx(measured.evaluation_s * (len(rounds) + 2))
+    assert one.walk.num_evaluations == finished_run.num_evaluations
+    assert one.cost.trained_samples == rounds[-1]["samples"]
+    assert one.cost.seconds["evaluation"] == pytest.approx(measured.evaluation_s * finished_run.num_evaluations)
     assert one.cost.seconds["training"] == pytest.approx(
         measured.step_s * (one.cost.num_steps - one.cost.competitive_steps)
         + measured.competitive_step_s * one.cost.competitive_steps
@@ -123,6 +142,17 @@ def test_evaluation_that_was_measured_is_scaled_by_samples_per_rank(finished_run
     twice = _forecast(measured=measured, fitness={"num_samples": 128}, world_size=4)
     assert twice.cost.seconds["evaluation"] == pytest.approx(2 * once.cost.seconds["evaluation"])
     assert twice.cost.seconds["training"] == once.cost.seconds["training"]
+
+
+def test_a_longer_competitive_step_is_measured_by_the_share_of_the_batch_that_it_took(finished_run):
+    """Or a race, whose steps are four shares long, would be paid for four times over."""
+    events = read_events(finished_run.folder / "events.jsonl")
+    as_it_was = measure(events)
+    for phase in (phase for event in events if event["kind"] == "round_end" for phase in event["phases"]):
+        phase["batch_factor"] = 4 if phase["kind"] == "competitive" else 1
+    four_shares = measure(events)
+    assert four_shares.competitive_step_s == pytest.approx(as_it_was.competitive_step_s / 4)
+    assert four_shares.step_s == as_it_was.step_s
 
 
 def test_a_run_without_a_round_cannot_be_measured():

@@ -1,0 +1,60 @@
+"""Gradient work that is foretold, against a reference clan that counts what it does."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from clantune_scale.config import ClanConfig
+from clantune_scale.core.strategies import build
+from clantune_scale.planning.budget import Size, forecast
+from clantune_scale.preflight import run_facts
+from tests.small_references import DROPOUT, LR, SAMPLES, clan_of, network, squared_error
+
+NUM_STEPS = 100
+EVAL_BATCHES = 3
+DS = {"train_micro_batch_size_per_gpu": SAMPLES}
+RACE = {"name": "clan", "options": {"race_cost": 0.6}}
+
+
+def _block(strategy, population_size: int, total_steps: int | None) -> ClanConfig:
+    fitness = {"num_samples": EVAL_BATCHES * SAMPLES, "batch_size": SAMPLES}
+    given = {"population_size": population_size, "strategy": strategy, "round_length": 10, "fitness": fitness}
+    return ClanConfig.model_validate(given | {"total_steps": total_steps})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "population_size", "genes", "total_steps", "num_champions"),
+    [
+        (RACE, 3, (LR,), NUM_STEPS, 1),
+        (RACE, 8, (LR,), NUM_STEPS, 1),
+        (RACE, 4, (LR,), None, 2),
+        ("clan", 2, (LR, DROPOUT), NUM_STEPS, 1),
+        ("classic", 2, (LR, DROPOUT), None, 1),
+        ("pbt", 3, (LR,), NUM_STEPS, 1),
+    ],
+    ids=["race of three", "race of teams", "length unknown", "rolled back", "classic", "pbt"],
+)
+def test_work_is_what_a_clan_does(strategy, population_size, genes, total_steps, num_champions):
+    """Exactly: the reference runs the same rounds. It measures no champion at the end."""
+    block = _block(strategy, population_size, total_steps)
+    how = {"world_size": population_size, "num_steps": NUM_STEPS, "hardware": None, "measured": None}
+    one = forecast(DS, block, genes, Size((57,)), **how)
+    cost = one.cost
+
+    done: Counter[bool] = Counter()
+
+    def counted(module, batch):
+        done[torch.is_grad_enabled()] += len(batch[0])
+        return squared_error(module, batch)
+
+    facts = run_facts(block, genes, DS)
+    clan = clan_of(build(block.strategy.name, facts, block.strategy.options), network(0.1), loss_fn=counted)
+    clan.run(NUM_STEPS)
+    assert one.walk.num_ended == len(clan.lineage)
+    assert cost.trained_samples == done[True]
+    assert cost.evaluated_samples == done[False] + num_champions * population_size * EVAL_BATCHES * SAMPLES
+    plain = NUM_STEPS * population_size * SAMPLES
+    assert cost.work_percent == pytest.approx(100 * ((cost.trained_samples + cost.evaluated_samples / 3) / plain - 1))
