@@ -108,6 +108,7 @@ class Clan:
 
     @property
     def member(self) -> int:
+        """The index of this rank's member."""
         return self.world.member
 
     @property

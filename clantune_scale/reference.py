@@ -50,6 +50,7 @@ class Member:
         self.average = [p.detach().clone() for p in self.parameters]
 
     def save(self) -> Saved:
+        """A copy of its whole training state."""
         state = (self.module.state_dict(), self.optimizer.state_dict()["state"], self.average)
         return Saved(*copy.deepcopy(state))
 

@@ -60,6 +60,7 @@ class ClanWorld:
 
     @property
     def member(self) -> int:
+        """The index of this rank's member."""
         return self.at.member
 
     def present(self, config: ClanConfig) -> ClanConfig:

@@ -77,6 +77,7 @@ class Capture:
 
     @property
     def num_bytes(self) -> int:
+        """Of this rank's copy."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def write_rank(self, folder: Path, at: Coordinates) -> list[Path]:

@@ -44,6 +44,7 @@ class FileEntry:
 
     @classmethod
     def from_json(cls, data: Mapping) -> FileEntry:
+        """From its entry in a manifest."""
         return cls(data["path"], data["num_bytes"], data["blake2b"])
 
 

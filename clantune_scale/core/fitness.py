@@ -49,6 +49,7 @@ class Fitness:
 
     @property
     def num_members(self) -> int:
+        """Members that were measured."""
         return self.losses.shape[0]
 
     @property

@@ -128,6 +128,7 @@ class Genome:
 
     @classmethod
     def initial(cls, genes: Sequence[Gene]) -> Genome:
+        """Every gene at the value and step size that the run starts with."""
         return cls({g.name: g.initial for g in genes}, {g.name: g.step_size for g in genes})
 
     def digest(self) -> str:

@@ -55,6 +55,7 @@ class RoundRecord:
 
     @property
     def end_step(self) -> int:
+        """Optimizer steps that were done at its end."""
         return self.start_step + sum(phase.num_steps for phase in self.phases)
 
 

@@ -61,10 +61,12 @@ class RoundPlan:
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of all its phases."""
         return sum(phase.num_steps for phase in self.phases)
 
     @property
     def end_step(self) -> int:
+        """Optimizer steps that are done at its end."""
         return self.start_step + self.num_steps
 
 
@@ -79,22 +81,27 @@ class Position:
 
     @property
     def phase(self) -> Phase:
+        """The phase that the step lies in."""
         return self.plan.phases[self.phase_index]
 
     @property
     def starts_phase(self) -> bool:
+        """Whether the step is its phase's first."""
         return self.offset == 0
 
     @property
     def starts_round(self) -> bool:
+        """Whether the step is its round's first."""
         return self.offset == 0 and self.phase_index == 0
 
     @property
     def ends_phase(self) -> bool:
+        """Whether the step is its phase's last."""
         return self.offset == self.phase.num_steps - 1
 
     @property
     def ends_round(self) -> bool:
+        """Whether the step is its round's last."""
         return self.ends_phase and self.phase_index == len(self.plan.phases) - 1
 
 

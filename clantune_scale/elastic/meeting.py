@@ -50,10 +50,12 @@ class Roster:
     stop: str = ""
 
     def to_json(self) -> str:
+        """As text, for the meeting's store."""
         return json.dumps([self.members, list(self.missing.items()), self.stop])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Roster:
+        """What :meth:`to_json` wrote."""
         members, missing, stop = json.loads(text)
         return cls(tuple(members), dict(missing), stop)
 

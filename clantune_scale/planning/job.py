@@ -68,6 +68,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
+        """Ranks of all members."""
         return self.population_size * self.dp
 
     @property

@@ -36,6 +36,7 @@ class Collective:
 
     @property
     def payload_bytes(self) -> int:
+        """Of the whole tensor."""
         return self.elements * self.width
 
     def wire_bytes(self, job: Job) -> float:

@@ -58,6 +58,7 @@ class MemberState:
 
     @property
     def num_bytes(self) -> int:
+        """Of this rank's tensors."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
 
     def manifest(self) -> list[list[Any]]:

@@ -36,6 +36,7 @@ class RunFacts:
     has_schedule: bool = False
 
     def gene(self, name: str) -> Gene:
+        """The gene of that name."""
         return next(gene for gene in self.genes if gene.name == name)
 
 

@@ -104,6 +104,7 @@ class ClanPlanner:
         return self._facts.population_size > 1 and bool(self._optimizer or self._specialized)
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
+        """Round ``index``, after ``start_step`` optimizer steps: a search, the race, or a report after the freeze."""
         freeze = self.freeze_step
         if freeze is not None and start_step >= freeze:
             return self._report(index, start_step)

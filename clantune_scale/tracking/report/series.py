@@ -65,10 +65,12 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
+        """Rounds that ended."""
         return len(self.end_steps)
 
     @property
     def num_members(self) -> int:
+        """Members of the clan."""
         return self.donors.shape[1]
 
     @property
