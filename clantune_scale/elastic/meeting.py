@@ -50,7 +50,7 @@ class Roster:
     stop: str = ""
 
     def to_json(self) -> str:
-        """As text, for the meeting's store."""
+        """As text, for a store or a file."""
         return json.dumps([self.members, list(self.missing.items()), self.stop])
 
     @classmethod
