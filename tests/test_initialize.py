@@ -226,7 +226,8 @@ def test_training_goes_on_when_mlflow_is_down(tmp_path):
     config["clantune"]["tracking"] |= {"mlflow": True, "tracking_uri": "http://127.0.0.1:1"}
     run_dir = run_ranks(2, in_member_worlds, _without_mlflow, config)[0]
     events = list(read_events(run_dir / "events.jsonl"))
-    complaints = [event["message"] for event in events if event["kind"] == "warning"]
+    # On a slow disk rounds that are not written down are complained of as well.
+    complaints = [e["message"] for e in events if e["kind"] == "warning" and "MLflow" in e["message"]]
     assert len(complaints) == 1 and "does not record this run" in complaints[0] and "Upload it later" in complaints[0]
     assert [event["step"] for event in events if event["kind"] == "round_end"][-1] == 20
     (end,) = [event for event in events if event["kind"] == "run_end"]
