@@ -33,7 +33,7 @@ from clantune_scale.phases import PhaseManager
 from clantune_scale.probe import GradientProbe
 from clantune_scale.record import Recorder, Summary
 from clantune_scale.selfcheck import check_parameters, check_world
-from clantune_scale.transfer import MemberState, Snapshot, Transfers, average_members
+from clantune_scale.transfer import MemberState, Snapshot, Transfers
 from clantune_scale.vote import FiniteVote
 from clantune_scale.watch import BatchWatch, LossMeter, Stopwatch
 from clantune_scale.world import ClanGroups, ClanWorld
@@ -203,7 +203,7 @@ class Clan:
             self.kept.restore(self.state())
         self.transfers.run(self.state(), decision.donors, round_index=plan.index)
         if decision.average is not None:
-            average_members(self.state(), decision.average, self.world.column, self.groups.column_for)
+            self.transfers.average(self.state(), decision.average, round_index=plan.index)
         if self.strategy.guards and not decision.restore:
             self.kept = Snapshot(self.state())
         self.population = decision.population

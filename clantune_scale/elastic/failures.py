@@ -1,10 +1,12 @@
-"""Which errors mean that another process is gone, and not that this one did something wrong."""
+"""Which errors the clan can start again from: another process is gone, or a state did not arrive whole."""
 
 from __future__ import annotations
 
 import re
 
 import torch.distributed as dist
+
+from clantune_scale.errors import TransferError
 
 # Gloo's errors are plain RuntimeErrors. Most name the place in its source: [.../gloo/transport/tcp/pair.cc:553].
 _GLOO = re.compile(
@@ -14,12 +16,15 @@ _GLOO = re.compile(
 
 
 def peer_failure(error: BaseException) -> BaseException | None:
-    """The failure of a collective, a message or the store that ``error`` is; None where it is something else.
+    """The failure of a collective, a message, the store or a transfer that ``error`` is; None for something else.
+
+    A transfer that failed is known to all ranks of the clan at once, and a torn member is whole again from the last
+    committed round, as all others then are.
 
     Errors that a user's code raised are something else, whatever caused them: who wraps an error wants to be the one
     to say how the process ends.
     """
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | TransferError):
         return error
     if type(error) is RuntimeError:
         return error if _GLOO.search(str(error)) else None

@@ -12,6 +12,11 @@ from clantune_scale.groups import Column
 from clantune_scale.transfer.state import MemberState
 
 
+def averaged(state: MemberState) -> list[torch.Tensor]:
+    """What all members have alike after an average."""
+    return [tensor for name, tensor in state.tensors if name.startswith(("master.", "average."))]
+
+
 @torch.no_grad()
 def average_members(
     state: MemberState, weights: Sequence[float], column: Column, group_for: Callable[[str], Any]
@@ -28,9 +33,7 @@ def average_members(
         group_for: device type to the column's group on that device.
     """
     weight = weights[column.member]
-    for name, tensor in state.tensors:
-        if not name.startswith(("master.", "average.")):
-            continue
+    for tensor in averaged(state):
         if weight:
             tensor.mul_(weight)
         else:

@@ -1,7 +1,8 @@
 """A clone from its plan to its proof: agree, mark, move, compare, once more where it failed, and only then go on.
 
 A recipient's state is torn from the first byte until both ends' digests are equal and everything else is in place.
-The mark outlives whatever is raised in between, so that nobody trains on such a state, keeps it, or gives it away.
+The mark outlives whatever is raised in between, so that nobody trains on such a state, keeps it, or gives it away:
+what goes on from the last committed round is a new process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from clantune_scale.config import TransferConfig
 from clantune_scale.errors import TransferError
 from clantune_scale.groups import Column
+from clantune_scale.transfer.mixing import average_members, averaged
 from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport, messages
 from clantune_scale.transfer.route import Route, agree, donors_of_retry
 from clantune_scale.transfer.state import MemberState, bytes_digest
@@ -100,10 +102,6 @@ class Transfers:
         if self._torn is not None:
             raise TransferError(f"{self._torn}, and no transfer after that put it right. {_REMEDY}")
 
-    def restored(self) -> None:
-        """Takes the mark off, once the whole state has been loaded from a committed round."""
-        self._torn = None
-
     @torch.no_grad()
     def run(self, state: MemberState, donors: Sequence[int], *, round_index: int | None = None) -> TransferReport:
         """Gives every member ``m`` the training state of ``donors[m]``. All ranks of the clan call it.
@@ -136,6 +134,31 @@ class Transfers:
             raise _error(when, torn, donors)
         received = state.num_bytes if member != donor else 0
         return TransferReport(received, time.perf_counter() - start, num_retries=len(first))
+
+    @torch.no_grad()
+    def average(self, state: MemberState, weights: Sequence[float], *, round_index: int | None = None) -> None:
+        """Makes every member's weights the clan's weighted mean, and compares them afterwards.
+
+        Args:
+            state: this rank's live state; see :func:`clantune_scale.transfer.average_members`.
+            weights: by member, summing to 1.
+            round_index: of the round at whose end this is, for messages.
+
+        Raises:
+            TransferError: on all ranks, if members do not hold the same mean.
+        """
+        self.require_whole()
+        average_members(state, weights, self._column, self._group_for)
+        digests = [bytes_digest(tensor.reshape(-1).view(torch.uint8)) for tensor in averaged(state) if tensor.numel()]
+        said = self._column.gather_json(digests)
+        # Which of two is right nobody can tell: whoever is not as most are is named.
+        usual = max(said, key=said.count)
+        failed = {member: "its mean is not the others'" for member, one in enumerate(said) if one != usual}
+        torn = self._tell_the_member(failed)
+        if torn:
+            when = f"round {round_index}: " if round_index is not None else ""
+            self._torn = f"{when}members {sorted(torn)} did not get the clan's mean"
+            raise TransferError(f"{self._torn}: {sorted(torn.values())}. {_REMEDY}")
 
     def _move(
         self, state: MemberState, donors: Sequence[int]

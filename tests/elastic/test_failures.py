@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from clantune_scale.elastic.failures import in_short, peer_failure
-from clantune_scale.errors import TopologyError
+from clantune_scale.errors import TopologyError, TransferError
 
 # As gloo of torch 2.13 says it; in this order: a peer was killed, stopped, used after that, absent at the start.
 GLOO = (
@@ -58,6 +58,11 @@ def _wrapped() -> BaseException:
 )
 def test_a_users_are_not(error):
     assert peer_failure(error) is None
+
+
+def test_a_failed_transfer_is():
+    error = TransferError("member 1 (rank 1) did not get member 0's state in two attempts")
+    assert peer_failure(error) is error
 
 
 def _of_the_logger(cause: Exception) -> BaseException:

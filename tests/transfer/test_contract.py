@@ -195,7 +195,7 @@ def _broken_by_an_exception(directory: str) -> tuple[str | None, bool, bool]:
     if was_torn:
         with pytest.raises(TransferError, match="was receiving member 0's state, and no transfer after that"):
             transfers.run(state, [0, 0])
-        transfers.restored()
+        transfers = make_transfers("peer", directory, 2)
     transfers.run(make_state(1.0)[0], [0, 0])
     return _leave_together((said, was_torn, transfers.is_torn))
 

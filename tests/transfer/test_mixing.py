@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from clantune_scale.transfer import average_members
+from clantune_scale import world
+from clantune_scale.errors import TransferError
+from clantune_scale.transfer import MemberState, Transfers, average_members
 from clantune_scale.world import ClanGroups
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds, member_engine, train_step
 from tests.ranks import run_ranks
@@ -45,3 +48,39 @@ def test_partitioned_weights_are_averaged_where_they_correspond():
 def test_a_member_without_weight_may_be_broken():
     results = run_ranks(2, in_member_worlds, _train_apart_then_average, ds_config(0), (1.0, 0.0), 1)
     assert torch.equal(results[1][1], results[0][0]) and torch.equal(results[0][1], results[0][0])
+
+
+def _average_with_a_fault(is_struck: bool) -> tuple[float, str | None, str | None]:
+    """A mean of three members whose sum one of them does not get right; what is said then and afterwards."""
+    world.join(3)
+    clan = world.current()
+    transfers = Transfers(clan.column, ClanGroups(clan, "cpu").column_for, inside=None)
+    weight = torch.full((5,), float(clan.member))
+    state = MemberState([("master.0", weight)], {}, load_scalars=lambda scalars: None, refresh=lambda: None)
+    reduce = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, **options: object) -> None:
+        reduce(tensor, **options)
+        tensor[3] += 1e-6 if clan.member == 1 and is_struck else 0.0
+
+    dist.all_reduce = all_reduce
+    said = []
+    for _ in range(2):
+        try:
+            transfers.average(state, (0.5, 0.25, 0.25), round_index=4)
+            said.append(None)
+        except TransferError as error:
+            said.append(str(error))
+    clan.column.gather_json(None)
+    return (float(weight[0]), *said)
+
+
+@pytest.mark.parametrize("is_struck", [False, True])
+def test_a_mean_that_is_not_the_same_everywhere_is_no_mean(is_struck):
+    for mean, first, second in run_ranks(3, _average_with_a_fault, is_struck):
+        assert mean == 0.75
+        if is_struck:
+            assert first.startswith("round 4: members [1] did not get the clan's mean: [(1, \"its mean is not")
+            assert "Resume the run" in first and "members [1] did not get" in second
+        else:
+            assert first is None and second is None

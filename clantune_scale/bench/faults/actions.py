@@ -81,6 +81,25 @@ def _replaced(outputs: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     return type(outputs)(new if value is old else value for value in outputs)
 
 
+def _spoil_transfers(times: int) -> Callable[[Any], None]:
+    """A number of what this rank receives is not what was sent, as often as that."""
+
+    def spoil(clan: Any) -> None:
+        transport = clan.transfers.transport
+        move, left = transport.move, [times]
+
+        def moved(state: Any, route: Any) -> str | None:
+            complaint = move(state, route)
+            if route.before is not None and left[0]:
+                left[0] -= 1
+                state.tensors[0][1].view(-1)[0] += 1
+            return complaint
+
+        transport.move = moved
+
+    return spoil
+
+
 def _filler(clan: Any) -> Path:
     return clan.recorder.run_dir.parent / "filler"
 
@@ -120,6 +139,8 @@ ACTIONS: dict[str, Callable[[Any], None]] = {
     "inf-gradient": _spoil_gradient(math.inf),
     "nan-weights": _spoil_weights(math.nan),
     "inf-weights": _spoil_weights(math.inf),
+    "spoil-transfer": _spoil_transfers(1),
+    "spoil-transfers": _spoil_transfers(2),
     "fill-disk": _fill_disk,
     "free-disk": _free_disk,
 }

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,32 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
         here.mkdir()
         wrong = _lose(workload, Fault(member * workload.setup.member_size, point, step), here, references)
         yield Result(WHAT, name, f"member {member}, {point}, step {step}", wrong, time.monotonic() - began)
+    # Two: from three ranks on, DDP's own sums are regrouped by a restart.
+    two = replace(workload, changes={**workload.changes, "members": 2})
+    yield from _transfers(two, name, folder)
+
+
+def _transfers(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+    """What arrives is not what was sent: once, and it is sent again; twice, and all begin from the last round."""
+    whole = folder / "whole"
+    whole.mkdir()
+    ended = workload.launch(whole, block=_block(workload, whole))
+    if any(rank.code for rank in ended):
+        yield Result("a transfer that fails", name, "none: the uninterrupted run", last_words(ended))
+        return
+    for action, what, num_lives in (
+        ("spoil-transfer", "a transfer that fails, and is retried", 1),
+        ("spoil-transfers", "a transfer that fails twice: back to the last committed round", 2),
+    ):
+        began = time.monotonic()
+        here = folder / action
+        here.mkdir()
+        faults = [Fault(rank, "transfer", 10, action) for rank in range(workload.setup.world_size)]
+        ended = workload.launch(here, *faults, block=_block(workload, here))
+        wrong = last_words(ended) if any(rank.code for rank in ended) else differences(stood(here), stood(whole))
+        if not wrong and any(rank.num_lives != num_lives for rank in ended):
+            wrong = f"ranks had {[rank.num_lives for rank in ended]} lives"
+        yield Result(what, name, "every recipient, step 10", wrong, time.monotonic() - began)
 
 
 def _block(workload: Workload, folder: Path) -> dict[str, Any]:
