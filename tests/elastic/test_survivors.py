@@ -177,3 +177,26 @@ def test_who_dies_while_the_champion_is_written_is_not_waited_for(tmp_path):
     assert [rank.code for rank in ended] == [1, -9, 1]
     assert "rank 0 of member 1 gave no sign of life for 4 s, while the others waited for it" in ended[0].text
     assert f"CLANTUNE_RESUME={tmp_path / 'run'}" in ended[0].text
+
+
+@pytest.mark.slow
+def test_survivors_go_on_in_the_same_mlflow_runs(tmp_path):
+    from mlflow import MlflowClient
+
+    settings = jobs.block(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    settings["tracking"] |= {"mlflow": True, "tracking_uri": uri}
+    fault = Fault(0, "forward", 12)
+    ended = lives.run(3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD, timeout_s=300)
+    assert [rank.code for rank in ended] == [-9, 0, 0], ended[1].text
+    client = MlflowClient(uri)
+    (experiment,) = [one for one in client.search_experiments() if one.name == "clantune"]
+    found = client.search_runs([experiment.experiment_id])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1 and len(found) == 4, [run.info.run_name for run in found]
+    assert parents[0].info.status == "FINISHED"
+    assert not [run.info.run_name for run in found if run.info.status == "RUNNING"]
+    # Both rounds are there, whichever process measured them, and each once but for the one that was measured again.
+    children = [run for run in found if run is not parents[0]]
+    steps = [{m.step for m in client.get_metric_history(run.info.run_id, "fitness/loss")} for run in children]
+    assert sorted(map(sorted, steps))[-2:] == [[5, 10], [5, 10]], steps
