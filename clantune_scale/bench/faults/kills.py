@@ -67,7 +67,8 @@ def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
         return
     ranks = range(workload.setup.world_size)
     kills = [[fault] for fault in faults(place, len(ranks), workload.setup.member_size)]
-    terms = [[Fault(rank, "step", 8 + place % 3, "terminate") for rank in ranks]]
+    # Ranks compare whether a signal came at step 8 for the first time: all stop there, inside a round.
+    terms = [[Fault(rank, "step", 3 + place % 5, "terminate") for rank in ranks]]
     for number, struck in enumerate(kills + terms):
         began = time.monotonic()
         here = folder / f"kill-{number}"
