@@ -124,13 +124,20 @@ class DurableRounds:
     def step_done(self) -> None:
         """An optimizer step is done, and the next phase has begun where one did: a signal may end the run here.
 
+        About once a second, when ranks compare whether one came, what is written by then is committed.
+
         Raises:
             SystemExit: with status 143, once the state is committed, where SIGTERM came.
         """
         self._streams = None
-        if self._preemption is not None and self._preemption.is_due(self._clan.phases.position.step):
+        step = self._clan.phases.position.step
+        if self._preemption is None or not self._preemption.meets(step):
+            return
+        if self._preemption.is_due(step):
             self._clan.stop()
             self._preemption.leave()
+        if self._made is not None:
+            self._made.settle(wait=False)
 
     def commit(self) -> str | None:
         """Commits the state as it is, inside a round too, and waits for it; the name, or None where it failed."""

@@ -57,9 +57,13 @@ class Preemption:
         self._since = (step, time.monotonic())
         self._next = step + _FIRST_STEPS
 
+    def meets(self, step: int) -> bool:
+        """Whether ranks compare after ``step`` optimizer steps, and so may settle other things too."""
+        return step >= self._next
+
     def is_due(self, step: int) -> bool:
         """Whether the run ends here, after ``step`` optimizer steps; all ranks of the clan ask after each one."""
-        if step < self._next:
+        if not self.meets(step):
             return False
         before, then = self._since
         now = time.monotonic()

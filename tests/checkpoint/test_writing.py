@@ -19,7 +19,7 @@ from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.checkpoint.runs import launch, named
 from tests.ranks import run_ranks
-from tests.small_clans import clan_config
+from tests.small_clans import clan_config, start, train
 
 
 def _config(directory, **checkpoint):
@@ -57,6 +57,28 @@ def test_null_writes_nothing(tmp_path):
         2, in_member_worlds, _train, named(_config(tmp_path, every_rounds=None), "no"), 11, "leave"
     )
     assert manifest.committed(Path(outcome.run_dir) / "rounds") == []
+
+
+def _committed_on_the_way(rank, config):
+    """What is committed when the files of round 0 are written, and after the step in which ranks compare."""
+    engine, loader = start(config)
+    train(engine, loader, 7)
+    rounds = engine.clan.rounds
+    rounds._made._attempt.thread.join()
+    folder = rounds.run_dir / manifest.FOLDER
+    before = manifest.committed(folder)
+    engine.clan.world.column.gather_json(None)
+    train(engine, loader, 8)
+    engine.clan.world.column.gather_json(None)
+    found = before, manifest.committed(folder)
+    engine.clan.finish()
+    return found
+
+
+def test_a_round_is_committed_soon_after_it_is_written(tmp_path):
+    config = named(_config(tmp_path), "soon")
+    for before, after in run_ranks(2, in_member_worlds, _committed_on_the_way, config):
+        assert before == [] and after == ["round-000000"]
 
 
 def _full_disk(rank, config, how):
