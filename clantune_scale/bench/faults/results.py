@@ -32,12 +32,13 @@ class Result:
 
 
 def table(results: Iterable[Result]) -> str:
-    """Markdown: kinds of faults by what they struck, how many, and how many came out right."""
-    rows: dict[tuple[str, str], list[Result]] = {}
+    """Markdown: kinds of faults, what they struck, how many of them, and how many came out right."""
+    rows: dict[str, list[Result]] = {}
     for result in results:
-        rows.setdefault((result.what, result.where), []).append(result)
+        rows.setdefault(result.what, []).append(result)
     lines = ["| what strikes | where | times | right |", "| --- | --- | --- | --- |"]
-    for (what, where), found in rows.items():
+    for what, found in rows.items():
+        where = ", ".join(dict.fromkeys(result.where for result in found))
         lines.append(f"| {what} | {where} | {len(found):,} | {sum(not result.wrong for result in found):,} |")
     return "\n".join(lines)
 
