@@ -37,6 +37,8 @@ POINTS: tuple[tuple[str, int | None], ...] = (
     ("finish", None),
     ("champion", None),
 )
+#: Then a launcher would end the others; most see by themselves that a rank is gone.
+_PATIENCE_S = 10.0
 #: What the first rank alone does, at the round's end where rounds are not written beside training.
 _LEADERS = ("manifest", "latest")
 
@@ -84,7 +86,7 @@ def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
 def _stop_and_resume(workload: Workload, struck: list[Fault], folder: Path, whole: Path) -> str:
     fault = struck[0]
     block = workload.block(folder, asynchronous=fault.point.partition(":")[0] not in _LEADERS)
-    stopped = workload.launch(folder, *struck, block=block)
+    stopped = workload.launch(folder, *struck, block=block, patience_s=_PATIENCE_S)
     code = -signal.SIGKILL if fault.action == "kill" else 128 + signal.SIGTERM
     if any(stopped[one.rank].code != code for one in struck):
         return f"the fault never struck: ranks ended with {[rank.code for rank in stopped]}, not {code}"

@@ -10,6 +10,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def run(
     environ: Mapping[str, str] | None = None,
     preload: tuple[str, ...] = ("torch",),
     timeout_s: float = 120.0,
+    patience_s: float | None = None,
 ) -> list[Ended]:
     """Runs ``function(*args)`` on each rank until all have ended but those that a fault has stopped.
 
@@ -58,6 +60,7 @@ def run(
         environ: further variables.
         preload: modules that each life finds loaded.
         timeout_s: for all to end.
+        patience_s: once a rank has died, seconds until the others are killed too, as launchers do; never if None.
 
     Raises:
         ClanError: if some have not ended in time, with what they said last.
@@ -76,11 +79,17 @@ def run(
             for rank in ranks:
                 rank.start(function, args)
             ends = time.monotonic() + timeout_s
+            kill_at = float("inf")
             # All are asked each time: who is asked begins the next life.
             while not all([rank.has_ended(function, args) for n, rank in enumerate(ranks) if n not in may_stay]):  # noqa: C419
                 if time.monotonic() > ends:
                     told = "\n".join(f"rank {n}: {rank.text()[-1500:]}" for n, rank in enumerate(ranks))
                     raise ClanError(f"ranks have not ended after {timeout_s:g} s:\n{told}")
+                if patience_s is not None and any(rank.was_killed for rank in ranks):
+                    kill_at = min(kill_at, time.monotonic() + patience_s)
+                if time.monotonic() > kill_at:
+                    for rank in ranks:
+                        rank.kill()
                 time.sleep(0.02)
         finally:
             for rank in ranks:
@@ -106,6 +115,10 @@ class _Rank:
             self._environ = json.loads(self._place.with_suffix(".next").read_text())
             self.start(function, args)
         return self._process.exitcode is not None
+
+    @property
+    def was_killed(self) -> bool:
+        return self._process.exitcode == -signal.SIGKILL
 
     def kill(self) -> None:
         if self._process is not None:

@@ -85,8 +85,9 @@ class Workload:
         block: Mapping[str, Any] | None = None,
         num_steps: int = STEPS,
         timeout_s: float = 180.0,
+        patience_s: float | None = None,
     ) -> list[lives.Ended]:
-        """Trains on this machine's ranks; each leaves how it stood in ``folder``."""
+        """Trains on this machine's ranks; each leaves how it stood in ``folder``. See :func:`lives.run`."""
         block = dict(block or self.block(folder))
         preload = getattr(self.module, "PRELOAD", f"{self.families.partition('.')[0]}.preload")
         return lives.run(
@@ -99,6 +100,7 @@ class Workload:
             faults=faults,
             preload=("torch", preload, f"{self.families}.{self.family}", __name__),
             timeout_s=timeout_s,
+            patience_s=patience_s,
         )
 
 
