@@ -95,7 +95,7 @@ def test_fitness_is_measured_on_an_average_that_follows_the_weights():
     average = weights(clan.members[1])
     for step in range(1, 10):
         clan.run(1)
-        average = average + (weights(clan.members[1]) - average) / max(1.0, min(0.9 * step, 7))
+        average = average + (weights(clan.members[1]) - average) / max(1.0, min(0.9 * step, 6))
     torch.testing.assert_close(averaged_weights(clan.members[1]), average, rtol=0, atol=1e-14)
     assert clan.evaluate(averaged=True).mean[1] != clan.evaluate().mean[1]
     torch.nn.utils.vector_to_parameters(average, clan.members[1].parameters)
@@ -186,7 +186,7 @@ def test_the_guard_restores_the_last_good_state_after_a_blow_up_and_training_rec
     clan.run(6)
     assert clan.decisions[0].restore
     assert all(torch.equal(weights(member), start) for member in clan.members)
-    assert clan.population.memory["centre"]["lr"] == pytest.approx(-math.log(3))
+    assert clan.population.memory["centre"]["lr"] == pytest.approx(math.log(0.7 / 3))
     clan.run(114)
     assert clan.lineage.ancestry(0)[0] is None
     assert clan.evaluate().mean.min() < 0.9 * initial

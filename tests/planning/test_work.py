@@ -28,10 +28,10 @@ def _block(strategy, population_size: int, total_steps: int | None) -> ClanConfi
 @pytest.mark.parametrize(
     ("strategy", "population_size", "genes", "total_steps", "num_champions"),
     [
-        (RACE, 3, (LR,), NUM_STEPS, 1),
-        (RACE, 8, (LR,), NUM_STEPS, 1),
+        (RACE, 3, (LR,), NUM_STEPS, 2),
+        (RACE, 8, (LR,), NUM_STEPS, 2),
         (RACE, 4, (LR,), None, 2),
-        ("clan", 2, (LR, DROPOUT), NUM_STEPS, 1),
+        ("clan", 2, (LR, DROPOUT), NUM_STEPS, 2),
         ("classic", 2, (LR, DROPOUT), None, 1),
         ("pbt", 3, (LR,), NUM_STEPS, 1),
     ],

@@ -18,22 +18,28 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
+from clantune_scale.core.strategies.centre import moved
 from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
 from clantune_scale.core.strategies.parabola import Move, fit_moves
-from clantune_scale.core.strategies.race import outcome, races
+from clantune_scale.core.strategies.race import FEWEST, outcome, races
 from clantune_scale.core.strategies.spread import spread
 from clantune_scale.errors import EvaluationError
 
 #: A rise of a learning rate, in log units, at which the line search needs no race: it comes as fast by itself, and
 #: more gently. The minimum along the line is at most log 2 away where curvature is next to nothing.
 CLIMBING = 0.6
+#: Times that the clan goes back before it makes progress again, while its loss is below the initial one: it has not
+#: blown up. Where that mends nothing, rates are not to blame (data that shift, a model that overfits), and going back
+#: for ever would stop the run.
+MAX_RESTORES = 2
 
 
 class Clan(Strategy):
     """Line search by a clan.
 
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by
-    kind of round, and ``moves`` (the last change of each explored gene, and why).
+    kind of round, ``restores`` since the last progress, and ``moves`` (the last change of each explored gene, and
+    why).
     """
 
     Options = ClanOptions
@@ -52,7 +58,7 @@ class Clan(Strategy):
         return self._planner.lr_factor(step)
 
     def init(self, start: Fitness) -> Population:
-        """Members spread around the values that the user configured (learning rates a little lower, before a race).
+        """Members spread around the values that the user configured (learning rates a little lower).
 
         Raises:
             EvaluationError: if the losses at the start are not finite: there is no basin to follow.
@@ -64,7 +70,7 @@ class Clan(Strategy):
                 "Check the evaluation data and the model's initial weights."
             )
         centre = {gene.name: gene.encode(gene.initial) for gene in self.facts.genes}
-        if self._planner.race is not None:
+        if self.facts.population_size >= FEWEST:  # who cannot see a minimum would hardly climb back
             for gene in filter(races, self.facts.genes):
                 centre[gene.name] = gene.encode(max(gene.initial * self.options.start_factor, gene.bounds[0]))
         memory = {
@@ -72,6 +78,7 @@ class Clan(Strategy):
             "initial_loss": loss,
             "best_loss": {},
             "moves": {},
+            "restores": 0,
         }
         return self._population(memory, self.plan(0, 0))
 
@@ -84,20 +91,17 @@ class Clan(Strategy):
         memory = population.memory
         best = float(fitness.mean.min())
         next_plan = self.plan(plan.index + 1, plan.end_step)
-        if self._has_lost_ground(best, memory, self._round_kind(plan)):
+        kind = self._round_kind(plan)
+        is_lost = self._has_lost_ground(best, memory, kind)
+        if is_lost and (memory["restores"] < MAX_RESTORES or best > memory["initial_loss"]):
             return self._go_back(memory, plan, next_plan, best)
         moves = self._moves(population, plan, fitness)
-        centre = dict(memory["centre"])
-        for name, move in moves.items():
-            gene = self.facts.gene(name)
-            low, high = (gene.encode(bound) for bound in gene.bounds)
-            centre[name] = min(max(centre[name] + move.change, low), high)
-        kind = self._round_kind(plan)
         reference = memory["best_loss"].get(kind, memory["initial_loss"])
         memory = {
             **memory,
-            "centre": centre,
-            "best_loss": {**memory["best_loss"], kind: min(best, reference)},
+            "centre": moved(memory["centre"], {name: move.change for name, move in moves.items()}, self.facts.genes),
+            "best_loss": {**memory["best_loss"], kind: best if is_lost else min(best, reference)},
+            "restores": 0 if best < reference else memory["restores"],
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
         donor = fitness.ranking[0]
@@ -167,7 +171,8 @@ class Clan(Strategy):
                 f"round {plan.index}: no member's validation loss is finite, and there is no learning-rate gene above "
                 f"its lower bound to divide by {self.options.guard_divisor:g}. Start from a configuration that trains."
             )
-        population = self._population({**memory, "centre": centre, "moves": moves}, next_plan)
+        memory = {**memory, "centre": centre, "moves": moves, "restores": memory["restores"] + 1}
+        population = self._population(memory, next_plan)
         members = range(self.facts.population_size)
         rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"
         reason = f"restored: best loss {best:.4g} lost too much ground; {rates}"
@@ -185,9 +190,9 @@ class Clan(Strategy):
         values = [dict(at_centre) for _ in range(self.facts.population_size)]
         race = self._planner.race
         if race is not None and self._races(plan, memory):
-            for gene in map(self.facts.gene, plan.explores):
-                for member, own in enumerate(values):
-                    own[gene.name] = min(gene.decode(centre[gene.name] + race.offset(member)), gene.bounds[1])
+            for member, own in enumerate(values):
+                apart = moved(centre, dict.fromkeys(plan.explores, race.offset(member)), genes)
+                own.update({gene.name: gene.decode(apart[gene.name]) for gene in genes})
         elif plan.explores:
             z = spread(len(values), plan.explores, seed=self.facts.seed, round_=plan.index)
             for column, name in enumerate(plan.explores):

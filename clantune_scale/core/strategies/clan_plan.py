@@ -14,6 +14,9 @@ from clantune_scale.core.strategies.lengths import competitive_steps, phases, ro
 from clantune_scale.core.strategies.options import require
 from clantune_scale.core.strategies.race import Race, plan_race, race_steps, races
 
+#: Share of the run after which learning rates decay, where the user's own schedule may do so too.
+OVER_A_SCHEDULE = 0.6
+
 
 @dataclass(frozen=True)
 class ClanOptions:
@@ -24,35 +27,40 @@ class ClanOptions:
             length: a run that is older needs longer to show a difference. At least 0.
         averaging_window: time constant of the averaged weights that fitness is measured on, as a share
             of the steps over which members differ; above 0.
+        final_window: the same after the freeze, as a share of the steps that are left then; above 0.
         freeze_at: share of the run after which genes stay still, above 0 and at most 1; without effect
             where the run's length is unknown.
         decay: what happens to learning rates after the freeze: ``"linear"`` to zero at the end,
-            ``"none"``, or ``"auto"``, which is linear unless the user's own schedule is attached.
+            ``"none"``, or ``"auto"``, which is linear, but only over the last 40 % of the run where the user's own
+            schedule is attached: rates that the clan has raised end too high under most of those.
         caution: standard errors, over the validation batches, by which the parabola's curvature is raised before
             its minimum is sought, and against which slopes are weighed: what noise may have made moves
             nothing far. At least 0; 0 takes every fit as it is.
         guard: share of the progress so far that may be lost in a round before the clan goes back to
-            its last good state; above 0.
+            its last good state; above 0. Short of a blow-up, it goes back twice at most before it makes
+            progress again: what lower rates do not mend was not the rates' fault.
         guard_divisor: what learning rates are divided by when it does; above 1.
         num_reports: rounds (evaluations) after the freeze, at least 1.
         race_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
-            length follows. 0 for none; there is none either where the run's length is unknown, or in a clan of two.
+            length follows. 0 for none, as in a clan of two.
         race_at: share of the run after which the race starts, above 0; before ``freeze_at`` where there is one.
         race_reach: the race's highest learning rate over the clan's, above 1.
         race_share: of the rise that the race asks for, in log units, how much is taken, above 0 and at most 1: a
             short race likes rates that are too high for a long one, and what is missing is climbed in a round or two.
-        start_factor: of the configured learning rates, where a race follows that only raises them; above 0.
+        start_factor: of the configured learning rates, that the clan starts with; above 0. A race only raises
+            them, and what a rate too high does in the first steps is slow to mend.
     """
 
     growth: float = 0.25
-    averaging_window: float = 0.7
+    averaging_window: float = 0.6
+    final_window: float = 0.12
     freeze_at: float = 0.4
     decay: Literal["auto", "linear", "none"] = "auto"
     caution: float = 1.0
     guard: float = 0.25
     guard_divisor: float = 3.0
     num_reports: int = 10
-    race_cost: float = 0.09
+    race_cost: float = 0.08
     race_at: float = 0.07
     race_reach: float = 13.0
     race_share: float = 0.9
@@ -61,6 +69,7 @@ class ClanOptions:
     def __post_init__(self) -> None:
         require(self.growth >= 0, "growth", self.growth, "at least 0")
         require(self.averaging_window > 0, "averaging_window", self.averaging_window, "above 0")
+        require(self.final_window > 0, "final_window", self.final_window, "above 0")
         require(0 < self.freeze_at <= 1, "freeze_at", self.freeze_at, "above 0 and at most 1")
         require(self.caution >= 0, "caution", self.caution, "at least 0")
         require(self.guard > 0, "guard", self.guard, "above 0")
@@ -93,6 +102,10 @@ class ClanPlanner:
         )
 
     @property
+    def _decays_late(self) -> bool:
+        return self._options.decay == "auto" and self._facts.has_schedule
+
+    @property
     def freeze_step(self) -> int | None:
         """The step at which genes freeze; None where the run's length is unknown."""
         total = self._facts.total_steps
@@ -111,7 +124,7 @@ class ClanPlanner:
         if self.races_at(start_step):
             return self._race(index, self.race)
         length = self._length(start_step)
-        explored = self._explored(index)
+        explored = self._explored(index, start_step)
         if not explored or start_step + length == self._facts.total_steps:
             return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
         specialized = explored[0].kind == "specialized"
@@ -133,13 +146,12 @@ class ClanPlanner:
         )
 
     def lr_factor(self, step: int) -> float:
-        """1 until the freeze, then linear to 0 at the end of the run, where the decay is ours."""
+        """1 until the freeze, or longer where the user's schedule is attached, then linear to 0 at the end."""
         decay, total, freeze = self._options.decay, self._facts.total_steps, self.freeze_step
         if total is None or freeze is None or freeze >= total or decay == "none":
             return 1.0
-        if decay == "auto" and self._facts.has_schedule:
-            return 1.0
-        return min(max((total - step) / (total - freeze), 0.0), 1.0)
+        start = max(freeze, round(OVER_A_SCHEDULE * total)) if self._decays_late else freeze
+        return min(max((total - step) / (total - start), 0.0), 1.0)
 
     def _length(self, start_step: int) -> int:
         """Steps of the round that starts there, before the freeze. No round crosses the race's start or end."""
@@ -171,19 +183,28 @@ class ClanPlanner:
         assert total is not None and freeze is not None
         length = max(self._facts.round_length_steps, math.ceil((total - freeze) / self._options.num_reports))
         length = round_end(start_step, length, total) - start_step
-        return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
+        cooperative = phases(length, 0, keeps=True)
+        if not self.can_explore:
+            return RoundPlan(index, start_step, cooperative, evolves=False)
+        # One window for all these rounds, or the average would follow where they happen to end.
+        window = max(1, round(self._options.final_window * (total - freeze)))
+        return RoundPlan(index, start_step, cooperative, averages=True, averaging_window_steps=window, evolves=False)
 
-    def _explored(self, index: int) -> list[Gene]:
+    def _explored(self, index: int, start_step: int) -> list[Gene]:
         """The genes of round ``index``: few enough for a parabola each, in rotation, of one kind.
 
         Where both kinds exist their rounds alternate, because members whose weights differ (by their
-        optimizer genes) cannot be compared for what a short competition shows.
+        optimizer genes) cannot be compared for what a short competition shows. Until the race learning rates have
+        all rounds: they matter most, and a race from a rate that stayed behind asks for too much.
         """
-        kinds = [kind for kind in (self._optimizer, self._specialized) if kind]
         if not self.can_explore:
             return []
+        count = max(1, (self._facts.population_size - 1) // 2)
+        if self.race is not None and start_step < self.race.start_step:
+            return _rotation([gene for gene in self._optimizer if races(gene)], index, count)
+        kinds = [kind for kind in (self._optimizer, self._specialized) if kind]
         turn, which = divmod(index, len(kinds))
-        return _rotation(kinds[which], turn, max(1, (self._facts.population_size - 1) // 2))
+        return _rotation(kinds[which], turn, count)
 
 
 def _rotation(genes: Sequence[Gene], turn: int, count: int) -> list[Gene]:

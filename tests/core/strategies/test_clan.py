@@ -14,7 +14,7 @@ from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts,
 
 START = fitness_of([4.0] * 4)
 #: For tests of the line search alone.
-NO_RACE = {"race_cost": 0.0}
+NO_RACE = {"race_cost": 0.0, "start_factor": 1.0}
 WHOLE = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, step_size=0.01, integer=True)
 
 
@@ -47,12 +47,12 @@ def test_a_rate_rises_to_the_minimum_along_the_displacement_and_another_gene_to_
     def bowl(values):
         return 3.0 + sum((math.log(value) - 0.3) ** 2 for value in values.values())
 
-    rate, other = (Gene(name, relative=True) for name in ("lr", "weight_decay"))
+    rate, other = (Gene(name, relative=True) for name in ("lr", "eps"))
     clans = [build("clan", facts(genes=(gene,)), NO_RACE) for gene in (rate, other)]
     moved = [centre_after(clan, bowl).population.memory for clan in clans]
     # f' = -0.6 and f'' = 2 over log k make the minimum of the parabola in k 1 + 0.6 / 2.6.
     assert moved[0]["centre"]["lr"] == pytest.approx(math.log(1 + 0.6 / 2.6), abs=1e-9)
-    assert moved[1]["centre"]["weight_decay"] == pytest.approx(0.3)
+    assert moved[1]["centre"]["eps"] == pytest.approx(0.3)
 
 
 def test_the_centre_stops_at_the_bounds():
@@ -92,8 +92,24 @@ def test_the_guard_tolerates_a_quarter_of_the_progress():
     assert clan.evolve(first.population, plan, fitness_of([2.51, 2.6, 2.6, 2.6])).restore
 
 
+def test_the_guard_goes_back_twice_and_then_takes_what_lower_rates_did_not_mend():
+    clan = build("clan", FACTS, NO_RACE)
+    bad = fitness_of([3.0, 3.1, 3.2, 3.3])  # of an initial 4.0 and a best 2.0: half of the progress is lost
+    decision = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
+    restored = []
+    for index in range(1, 4):
+        decision = clan.evolve(decision.population, clan.plan(index, 20 * index), bad)
+        restored.append(decision.restore)
+    assert restored == [True, True, False]
+    assert decision.population.memory["best_loss"] == {"optimizer": 3.0}  # what is compared with from here on
+    for blown_up in ([math.nan] * 4, [4.1, 4.2, 4.3, 4.4]):  # not finite, or worse than before training
+        assert clan.evolve(decision.population, clan.plan(4, 80), fitness_of(blown_up)).restore
+    better = clan.evolve(decision.population, clan.plan(4, 80), fitness_of([2.9, 3.0, 3.1, 3.2]))
+    assert better.population.memory["restores"] == 0
+
+
 def test_the_guard_measures_specialized_rounds_against_their_own_kind():
-    clan = build("clan", facts(genes=(LR, DROPOUT)))
+    clan = build("clan", facts(genes=(LR, DROPOUT)), NO_RACE)  # before a race no round is specialized
     first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
     second = clan.evolve(first.population, clan.plan(1, 20), fitness_of([3.0, 3.1, 3.2, 3.3]))
     assert not second.restore
@@ -157,20 +173,22 @@ def race_of(clan, losses=None):
     return plans[before + 1], entered
 
 
-def test_before_a_race_rates_start_lower_than_configured_but_not_below_their_bounds():
+def test_rates_start_lower_than_configured_but_not_below_their_bounds():
     clan, floor = build("clan", FACTS), build("clan", facts(genes=(Gene("lr", bounds=(0.9, 2.0)),)))
     assert math.exp(clan.init(START).memory["centre"]["lr"]) == pytest.approx(0.7)
     assert math.exp(floor.init(START).memory["centre"]["lr"]) == pytest.approx(0.9)
 
 
-def test_contestants_race_apart_in_all_learning_rates_and_in_nothing_else():
-    genes = (replace(LR, name="lr:a"), replace(LR, name="lr:b"), WEIGHT_DECAY)
+def test_contestants_race_apart_in_all_learning_rates_and_in_what_is_tied_to_them():
+    genes = (replace(LR, name="lr:a"), replace(LR, name="lr:b"), Gene("eps"), WEIGHT_DECAY)
     plan, population = race_of(build("clan", facts(genes=genes, population_size=8)))
     assert plan.explores == ("lr:a", "lr:b")
     ratios = [genome.values["lr:a"] / population.genomes[0].values["lr:a"] for genome in population.genomes]
     assert ratios == pytest.approx([13 ** (place / 3) for place in (0, 0, 1, 1, 2, 2, 3, 3)])
     assert [genome.values["lr:b"] / genome.values["lr:a"] for genome in population.genomes] == pytest.approx([1.0] * 8)
-    assert len({genome.values["weight_decay"] for genome in population.genomes}) == 1
+    assert len({genome.values["eps"] for genome in population.genomes}) == 1
+    products = [genome.values["weight_decay"] * genome.values["lr:a"] for genome in population.genomes]
+    assert products == pytest.approx(products[:1] * 8)
 
 
 def test_after_the_race_rates_rise_to_its_minimum_and_all_take_the_winners_state():
