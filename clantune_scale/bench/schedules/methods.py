@@ -62,8 +62,8 @@ class Method:
         return build(self.strategy, facts, self.options)
 
 
-#: A run as its start configures it: one member, no rounds to speak of.
-FIXED = Method("fixed", "control", population_size=1, round_length_steps=1_000_000)
+#: A run as its start configures it: one member, no rounds to speak of, no gene that writes a clip where there is none.
+FIXED = Method("fixed", "control", population_size=1, round_length_steps=1_000_000, genes=())
 WARMUP_LINEAR = replace(FIXED, name="warmup-linear", schedule="warmup-linear")
 WARMUP_COSINE = replace(FIXED, name="warmup-cosine", schedule="warmup-cosine")
 BASELINES = {method.name: method for method in (FIXED, WARMUP_LINEAR, WARMUP_COSINE)}

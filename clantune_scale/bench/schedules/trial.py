@@ -19,6 +19,11 @@ from clantune_scale.bench.schedules.problem import Problem
 
 #: Share of a sample's gradient that its loss alone costs: the backward pass is twice the forward one.
 FORWARD_SHARE = 1 / 3
+#: Largest share of a run's training samples that a validation window holds. More would make evaluations of a short
+#: run cost more than its training; who evaluates chooses the window, so this is what a careful user does.
+WINDOW_SHARE = 1 / 240
+#: Smallest window: an example for each of the batches that noise is measured over.
+FEWEST_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def run_trial(
 def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]) -> list[Run]:
     """[runs], all clans at once."""
     clans = BatchedClans(
-        problem,
+        problem.variant(problem.name, validation=window(problem)),
         strategies=[method.build(problem, own, seed) for own, seed in zip(settings, seeds, strict=True)],
         settings=settings,
         seeds=seeds,
@@ -105,6 +110,12 @@ def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], s
     ]
 
 
+def window(problem: Problem) -> list[torch.Tensor]:
+    """The validation examples that decisions are made on, tensors [examples, ...]: all where a run is long enough."""
+    affordable = int(WINDOW_SHARE * problem.total_steps * problem.batch_size)
+    return [column[: max(FEWEST_EXAMPLES, affordable)] for column in problem.validation]
+
+
 def _single_runs(
     peer: OptimizerPeer, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]
 ) -> list[Run]:
@@ -114,8 +125,11 @@ def _single_runs(
 
 
 def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
-    """[clans]: the test loss of the member, and of its weights or their average, that validation prefers."""
-    is_averaging = any(clan.strategy.averages for clan in clans.clans)
+    """[clans]: the test loss of the member, and of its weights or their average, that validation prefers.
+
+    Averages count where the last round kept them up to date, as in a real run.
+    """
+    is_averaging = clans.clans[0].clock.at(max(clans.num_steps - 1, 0)).plan.averages
     roles = (False, True) if is_averaging else (False,)
     validation = torch.cat([clans.losses_on(problem.validation, averaged=role).mean(dim=-1) for role in roles], dim=1)
     test = torch.cat([clans.losses_on(problem.test, averaged=role).mean(dim=-1) for role in roles], dim=1)

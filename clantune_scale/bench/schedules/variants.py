@@ -38,7 +38,8 @@ class VariantOptions(ClanOptions):
         trusts: whether the largest change shrinks after a change of sign, and grows back after none.
         smoothing: share of the last change in the next one, 0 to 1; a first change is taken in full.
         max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
-        race_cost: as in ``clan``, but none unless asked for: the log's variants are older than the race.
+        race_cost, start_factor, averaging_window: as in ``clan``, but as they were when the log's variants were
+            measured, before there was a race.
     """
 
     model: Literal["log", "line", "nearer"] = "log"
@@ -48,6 +49,8 @@ class VariantOptions(ClanOptions):
     max_up: float = 0.0
     max_down: float = 0.0
     race_cost: float = 0.0
+    start_factor: float = 1.0
+    averaging_window: float = 0.7
 
 
 class ClanVariant(Clan):
