@@ -1,4 +1,4 @@
-"""A member's rank is killed, and the others go on as a plain resume with fewer members would."""
+"""A member's rank is killed or hangs, and the others go on as a plain resume with fewer members would."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ POINTS = (
     ("commit:after", 10, 0),
     ("step", 11, 1),
 )
+HANG = ("forward", 12, 2)
+#: How long a hanging rank is waited for; a killed one is seen at once.
+_HANG_S = 20.0
 
 
 def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
     """Kills in a clan of three, each compared with a resume of two members from the round that they went on from."""
     references: dict[tuple[str, int], Path] = {}
-    for number, (point, step, member) in enumerate(POINTS):
+    for number, (point, step, member) in enumerate((*POINTS, HANG)):
         began = time.monotonic()
         here = folder / f"death-{number}"
         here.mkdir()
-        wrong = _lose(workload, Fault(member * workload.setup.member_size, point, step), here, references)
-        yield Result(WHAT, name, f"member {member}, {point}, step {step}", wrong, time.monotonic() - began)
+        hangs = number == len(POINTS)
+        fault = Fault(member * workload.setup.member_size, point, step, "stop" if hangs else "kill")
+        wrong = _lose(workload, fault, here, references)
+        what = "SIGSTOP of a rank, the other members go on" if hangs else WHAT
+        yield Result(what, name, f"member {member}, {point}, step {step}", wrong, time.monotonic() - began)
     # Two: from three ranks on, DDP's own sums are regrouped by a restart.
     two = replace(workload, changes={**workload.changes, "members": 2})
     yield from _transfers(two, name, folder)
@@ -70,7 +76,10 @@ def _block(workload: Workload, folder: Path) -> dict[str, Any]:
 
 
 def _lose(workload: Workload, fault: Fault, folder: Path, references: dict[tuple[str, int], Path]) -> str:
-    ended = workload.launch(folder, fault, block=_block(workload, folder))
+    block = _block(workload, folder)
+    if fault.action == "stop":
+        block["faults"]["deadline_s"] = _HANG_S
+    ended = workload.launch(folder, fault, block=block)
     member = fault.rank // workload.setup.member_size
     if ended[fault.rank].code != -signal.SIGKILL:
         return f"the fault never struck: rank {fault.rank} ended with {ended[fault.rank].code}"
