@@ -149,6 +149,11 @@ def search(problem: Problem) -> Oracle:
 
 def fixed_losses(problem: Problem, points: Sequence[Choice], seeds: Sequence[int]) -> list[float]:
     """[points]: mean test loss over ``seeds`` of plain runs; infinite where one diverged."""
+    return [statistics.fmean(losses) for losses in fixed_runs(problem, points, seeds)]
+
+
+def fixed_runs(problem: Problem, points: Sequence[Choice], seeds: Sequence[int]) -> list[list[float]]:
+    """[points][seeds]: test losses of plain runs; infinite where one diverged."""
     losses: list[float] = []
     size = max(1, _ROWS // len(seeds))
     for first in range(0, len(points), size):
@@ -158,7 +163,7 @@ def fixed_losses(problem: Problem, points: Sequence[Choice], seeds: Sequence[int
         clans = BatchedClans(problem, strategies=strategies, settings=settings, seeds=rows)
         clans.run(problem.total_steps)
         losses += champion_losses(clans, problem)
-    return [statistics.fmean(losses[i : i + len(seeds)]) for i in range(0, len(losses), len(seeds))]
+    return [losses[i : i + len(seeds)] for i in range(0, len(losses), len(seeds))]
 
 
 def initial_loss(problem: Problem) -> float:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from clantune_scale.bench.schedules.noise import has_room, is_worse, s1_error
 from clantune_scale.bench.schedules.trial import Trial
 
 #: Share of the whole progress below which start and oracle are as good: nothing is there to be gained.
@@ -28,6 +29,8 @@ class Yardstick:
         oracle_loss: of the oracle's schedule.
         initial_loss: before training.
         losses_by_share: the oracle's in a part of the run, by its share; from the grid's seeds.
+        default_runs: [starts][seeds], of which ``default_losses`` are the means.
+        oracle_runs: [seeds], likewise.
     """
 
     problem: str
@@ -36,6 +39,8 @@ class Yardstick:
     oracle_loss: float
     initial_loss: float
     losses_by_share: Mapping[float, float]
+    default_runs: tuple[tuple[float, ...], ...] = ()
+    oracle_runs: tuple[float, ...] = ()
 
     def s1(self, start: int, loss: float) -> float:
         """(L_default - L) / (L_default - L_oracle).
@@ -49,6 +54,20 @@ class Yardstick:
         if default - self.oracle_loss < least:
             return 1.0 - (loss - min(default, self.oracle_loss)) / least if math.isfinite(loss) else -math.inf
         return (default - loss) / (default - self.oracle_loss)
+
+    def has_room(self, start: int) -> bool:
+        """Whether there is more to gain from this start than noise over the seeds; see ``noise.has_room``."""
+        if not self.default_runs or not math.isfinite(self.default_losses[start]):
+            return True
+        return has_room(self.default_runs[start], self.oracle_runs, self.initial_loss - self.oracle_loss)
+
+    def s1_error(self, start: int, losses: Sequence[float]) -> float:
+        """Standard error of S1 over seeds, of ``losses`` [seeds]; nan where runs are not known one by one."""
+        return s1_error(losses, self.default_runs[start], self.oracle_runs) if self.default_runs else math.nan
+
+    def is_worse(self, start: int, losses: Sequence[float]) -> bool:
+        """Whether ``losses`` [seeds] are worse than the start kept as it is by more than noise."""
+        return not self.default_runs or is_worse(losses, self.default_runs[start])
 
     def gap(self, loss: float) -> float:
         """What is missing to the oracle, as a share of its whole progress."""
@@ -76,6 +95,9 @@ class Score:
     Attributes:
         method: the row's name.
         s1: [problems][starts].
+        s1_errors: likewise, standard errors over seeds.
+        has_room: likewise, whether S1 is more than a ratio of noises.
+        is_worse: likewise, whether the method is worse than the start kept as it is by more than noise.
         gaps: likewise.
         step_efficiencies: likewise.
         costs: likewise, in plain runs.
@@ -84,6 +106,9 @@ class Score:
 
     method: str
     s1: tuple[tuple[float, ...], ...]
+    s1_errors: tuple[tuple[float, ...], ...]
+    has_room: tuple[tuple[bool, ...], ...]
+    is_worse: tuple[tuple[bool, ...], ...]
     gaps: tuple[tuple[float, ...], ...]
     step_efficiencies: tuple[tuple[float, ...], ...]
     costs: tuple[tuple[float, ...], ...]
@@ -93,9 +118,14 @@ class Score:
     def of(cls, trials: Sequence[Trial], yardsticks: Sequence[Yardstick]) -> Score:
         """The score of one method's trials, one per problem, in the order of ``yardsticks``."""
         pairs = list(zip(trials, yardsticks, strict=True))
+        runs = [[[run.loss for run in of_start] for of_start in trial.runs] for trial in trials]
+        measured = list(zip(runs, yardsticks, strict=True))
         return cls(
             trials[0].method,
             tuple(tuple(y.s1(i, loss) for i, loss in enumerate(t.losses)) for t, y in pairs),
+            tuple(tuple(y.s1_error(i, losses) for i, losses in enumerate(own)) for own, y in measured),
+            tuple(tuple(y.has_room(i) for i in range(len(y.starts))) for y in yardsticks),
+            tuple(tuple(y.is_worse(i, losses) for i, losses in enumerate(own)) for own, y in measured),
             tuple(tuple(y.gap(loss) for loss in t.losses) for t, y in pairs),
             tuple(tuple(y.step_efficiency(loss) for loss in t.losses) for t, y in pairs),
             tuple(tuple(statistics.fmean(run.cost for run in runs) for runs in t.runs) for t, _ in pairs),
@@ -114,6 +144,22 @@ class Score:
     def num_harmed(self) -> int:
         """Cases that are worse off than their default."""
         return sum(value < HARMED for values in self.s1 for value in values)
+
+    @property
+    def num_harmed_beyond_noise(self) -> int:
+        """Those of them that differ from their default by more than two standard errors over seeds."""
+        pairs = zip(self.s1, self.is_worse, strict=True)
+        return sum(s1 < HARMED and worse for own, w in pairs for s1, worse in zip(own, w, strict=True))
+
+    @property
+    def num_with_room(self) -> int:
+        """Cases in which there is more than noise to gain."""
+        return sum(map(sum, self.has_room))
+
+    @property
+    def num_solved_with_room(self) -> int:
+        pairs = zip(self.s1, self.has_room, strict=True)
+        return sum(s1 >= SOLVED and room for own, r in pairs for s1, room in zip(own, r, strict=True))
 
     @property
     def mean_s1(self) -> float:

@@ -57,7 +57,7 @@ class ClanOptions:
     freeze_at: float = 0.4
     decay: Literal["auto", "linear", "none"] = "auto"
     caution: float = 1.0
-    guard: float = 0.25
+    guard: float = 0.025
     guard_divisor: float = 3.0
     num_reports: int = 10
     race_cost: float = 0.08

@@ -48,3 +48,39 @@ def test_a_score_counts_problems_and_starts():
     assert score.median_s1(0) == pytest.approx(0.9)
     assert score.mean_cost == pytest.approx(1.1)
     assert score.mean_gap == pytest.approx((0.0125 + 0.75 + 0.0375 + 0.625) / 4)
+
+
+def with_runs(defaults: tuple[float, ...], oracles: tuple[float, ...]) -> Yardstick:
+    means = [sum(runs) / len(runs) for runs in (defaults, oracles)]
+    return Yardstick("z", ("only",), (means[0],), means[1], 5.0, {0.5: 1.8}, (defaults,), oracles)
+
+
+def test_a_start_has_room_where_more_is_to_be_gained_than_noise_and_a_two_hundredth_of_the_progress():
+    assert with_runs((2.0, 2.1, 1.9), (1.0, 1.1, 0.9)).has_room(0)  # paired: no noise at all in the difference
+    assert not with_runs((1.1, 1.3, 0.9), (1.0, 1.0, 1.0)).has_room(0)  # 0.1, with a standard error of 0.12
+    assert not with_runs((1.015, 1.015, 1.015), (1.0, 1.0, 1.0)).has_room(0)  # 0.015 of a progress of 4.0
+    assert with_runs((math.inf, 2.0, 2.0), (1.0, 1.0, 1.0)).has_room(0)  # a default that diverges leaves all
+
+
+def test_the_error_of_s1_is_that_of_a_ratio_over_seeds():
+    yardstick = with_runs((2.0, 2.0), (1.0, 1.0))
+    # S1 by seed is 0.5 and 0.7 here, whose mean has a standard error of 0.1.
+    assert yardstick.s1_error(0, (1.5, 1.3)) == pytest.approx(0.1)
+    assert math.isnan(YARDSTICK.s1_error(0, (1.5, 1.3)))
+
+
+def test_harm_within_noise_is_told_from_harm_beyond_it():
+    yardstick = with_runs((2.0, 2.0, 2.0), (1.0, 1.0, 1.0))
+    scattered, steady = (
+        Score.of([Trial("m", "x", (tuple(Run(loss, 1.0, (), 0) for loss in losses),), 0.1)], [yardstick])
+        for losses in ((1.0, 2.2, 3.2), (2.1, 2.2, 2.15))
+    )
+    assert (scattered.num_harmed, scattered.num_harmed_beyond_noise) == (1, 0)
+    assert (steady.num_harmed, steady.num_harmed_beyond_noise) == (1, 1)
+
+
+def test_only_starts_with_room_count_as_such():
+    yardsticks = (with_runs((2.0, 2.0), (1.0, 1.0)), with_runs((1.01, 1.01), (1.0, 1.0)))
+    both = Trial("m", "x", ((Run(1.0, 1.0, (), 0),) * 2,), 0.1)
+    score = Score.of([both, both], yardsticks)
+    assert (score.num_at_least(0.9), score.num_solved_with_room, score.num_with_room) == (2, 1, 1)
