@@ -6,7 +6,7 @@ Name it in a variants file as the strategy ``clantune_scale.bench.schedules.vari
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class VariantOptions(ClanOptions):
         trusts: whether the largest change shrinks after a change of sign, and grows back after none.
         smoothing: share of the last change in the next one, 0 to 1; a first change is taken in full.
         max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
+        churn: share of the clan, its weakest members, who take the fittest one's state after a round; 1 as in
+            ``clan``, 0 for members that all keep their own.
         race_cost, start_factor, averaging_window: as in ``clan``, but as they were when the log's variants were
             measured, before there was a race.
     """
@@ -48,6 +50,7 @@ class VariantOptions(ClanOptions):
     smoothing: float = 0.0
     max_up: float = 0.0
     max_down: float = 0.0
+    churn: float = 1.0
     race_cost: float = 0.0
     start_factor: float = 1.0
     averaging_window: float = 0.7
@@ -67,6 +70,8 @@ class ClanVariant(Clan):
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
         decision = super().evolve(population, plan, fitness)
+        if self.options.churn < 1 and not decision.restore:
+            decision = replace(decision, donors=_fewer(decision.donors, fitness, self.options.churn))
         memory = decision.population.memory
         radius = _radii(population.memory, memory) if self.options.trusts else {}
         return replace(decision, population=replace(decision.population, memory={**memory, "radius": radius}))
@@ -106,6 +111,12 @@ class ClanVariant(Clan):
         minima = {"log": _minimum(slope, curvature), "line": minimum_along_the_line(slope, curvature)}
         change = minima.get(self.options.model, min(minima.values(), key=abs))
         return min(max(change, -down), up)
+
+
+def _fewer(donors: Sequence[int], fitness: Fitness, churn: float) -> tuple[int, ...]:
+    """``donors``, where all but a share of the clan, its weakest, keep their own states."""
+    weakest = fitness.ranking[fitness.num_members - round(churn * fitness.num_members) :]
+    return tuple(donor if member in weakest else member for member, donor in enumerate(donors))
 
 
 def _minimum(slope: float, curvature: float) -> float:

@@ -85,3 +85,14 @@ def test_a_share_of_the_last_change_goes_into_the_next():
 def test_climbing_may_be_slower_than_falling_or_falling_than_climbing():
     assert moves(downhill, uphill, max_up=0.2) == pytest.approx([0.2, -0.8])
     assert moves(downhill, uphill, max_down=0.2) == pytest.approx([0.8, -0.2])
+
+
+@pytest.mark.parametrize(("churn", "num_kept"), [(1.0, 1), (0.5, 4), (0.25, 6), (0.0, 8)])
+def test_churn_is_the_share_of_the_clan_that_takes_the_fittest_ones_state(churn, num_kept):
+    strategy = build(NAME, FACTS, {"churn": churn})
+    population = strategy.init(Fitness.from_losses(np.full((8, 16), 100.0)))
+    losses = np.arange(8.0)[:, None] + np.linspace(50, 51, 16)
+    donors = strategy.evolve(population, strategy.plan(0, 0), Fitness.from_losses(losses)).donors
+    assert sum(donor == member for member, donor in enumerate(donors)) == num_kept
+    assert donors[:num_kept] == tuple(range(num_kept))  # the fitter ones
+    assert set(donors[num_kept:]) <= {0}
