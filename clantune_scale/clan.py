@@ -7,6 +7,7 @@ Every rank of every member runs this. Ranks meet at a round's end alone: they ga
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -275,11 +276,14 @@ class Clan:
     ) -> list[float]:
         """Mean loss of each member's present weights on a dataset of your own; all ranks of the clan call it.
 
-        Selection never sees it: give it a test split.
+        Selection never sees it: give it a test split. Once the run is finished, of the averaged weights if those are
+        what was kept of the champion.
         """
         asked = num_samples or len(dataset)
         window = make_window(self.backend, self.config.fitness, dataset, num_samples=asked, collate_fn=collate_fn)
-        return self.measurement.on(window).mean.tolist()
+        is_averaged = self._summary is not None and self._summary.averaged
+        with self.measurement.averaged_weights() if is_averaged else nullcontext():
+            return self.measurement.on(window).mean.tolist()
 
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now, the user's schedule where it is now."""

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from itertools import islice
 from typing import Any
 
 import deepspeed
 import torch
 from corpus import Corpus
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from training import add_arguments, build_gpt, forever, load_corpus
 
 import clantune_scale
@@ -28,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, then tells the test loss."""
+    """Trains, then tells the losses on validation and test text."""
     arguments = parse_arguments()
     is_first_rank = os.environ.get("RANK", "0") == "0"
     corpus, model = load_corpus(arguments), build_gpt(arguments)
@@ -45,26 +44,30 @@ def main() -> None:
         engine.step()
         if engine.global_steps >= arguments.steps:
             break
-    loss = test_loss(engine, corpus, num_windows=arguments.test_windows)
+    losses = final_losses(engine, corpus, num_windows=arguments.test_windows)
     if is_first_rank:
-        print(f"test loss {loss:.4f} nats per byte", flush=True)
+        for split, loss in losses.items():
+            print(f"{split} loss {loss:.4f} nats per byte", flush=True)
 
 
-def test_loss(engine: Any, corpus: Corpus, *, num_windows: int) -> float:
-    """The loss on text that neither training nor selection has seen: the champion's, where there is a clan."""
+def final_losses(engine: Any, corpus: Corpus, *, num_windows: int) -> dict[str, float]:
+    """By split, the champion's losses where there is a clan; neither training nor selection has seen the test text."""
+    splits = {"validation": corpus.validation, "test": corpus.test}
     clan = getattr(engine, "clan", None)
     if clan is None:
-        return mean_loss(engine, corpus.test, num_windows=num_windows)
-    summary = clan.finish()
-    return clan.evaluate(corpus.test, num_samples=num_windows)[summary.champion]
+        return {name: mean_loss(engine, split, num_windows=num_windows) for name, split in splits.items()}
+    champion = clan.finish().champion
+    return {name: clan.evaluate(split, num_samples=num_windows)[champion] for name, split in splits.items()}
 
 
 @torch.no_grad()
 def mean_loss(engine: Any, dataset: Dataset, *, num_windows: int) -> float:
-    """The model's mean loss on a dataset's first windows, each rank on all of them."""
+    """The model's mean loss on windows spread evenly over a dataset, as a clan takes them; each rank on all of them."""
     batch_size = engine.train_micro_batch_size_per_gpu()
+    count = min(num_windows, len(dataset)) // batch_size * batch_size
+    chosen = torch.linspace(0, len(dataset) - 1, count, dtype=torch.float64).round().long().tolist()
     engine.eval()
-    batches = islice(DataLoader(dataset, batch_size=batch_size, drop_last=True), num_windows // batch_size)
+    batches = DataLoader(Subset(dataset, chosen), batch_size=batch_size)
     losses = [engine(batch.to(engine.device)).item() for batch in batches]
     engine.train()
     return sum(losses) / len(losses)
