@@ -18,12 +18,13 @@ from clantune_scale.checkpoint.everyone import Everyone
 from clantune_scale.checkpoint.lock import RunLock
 from clantune_scale.checkpoint.opening import open_run, put_aside
 from clantune_scale.checkpoint.preemption import Preemption
-from clantune_scale.checkpoint.restore import fault_of, restore_clan, sources_of
+from clantune_scale.checkpoint.restore import check_parameters, fault_of, restore_clan, sources_of
 from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.checkpoint.writer import RoundWriter
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data import ClanBatchSampler
+from clantune_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
     from clantune_scale.clan import Clan
@@ -50,6 +51,7 @@ class DurableRounds:
         self._facts = {"settings": fit.settings_of(clan), "topology": asdict(clan.world.topology)}
         if self.opening.content is not None:
             fit.check_settings(self.opening.content["settings"], self._facts["settings"], self._settings.allow)
+            self._check_parameters(self._sources(self.opening.content))
             if self._everyone.is_leader:
                 put_aside(self._folder, self.opening.name)
         self._made: RoundWriter | None = None
@@ -197,6 +199,17 @@ class DurableRounds:
         }
         if self._writer.begin(name, capture, holders, content, wait=wait) and wait:
             self._writer.settle(wait=True)
+
+    def _check_parameters(self, sources: Sequence[int]) -> None:
+        """On all ranks alike: stages of a pipeline have other parameters each."""
+        problem = None
+        try:
+            check_parameters(self._clan, self.opening.folder, sources)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [said for said in self._everyone.gather(problem) if said is not None]
+        if problems:
+            raise CheckpointError(problems[0])
 
     def _warn(self, message: str) -> None:
         self._clan.recorder.tracking.emit("warning", self._clan.phases.position.step, message=message)

@@ -149,7 +149,6 @@ def _restore_resharded(clan: Clan, folder: Path, content: Mapping[str, Any], sou
         saved.append((place, theirs))
     own_place = saved[at.dp % len(saved)][0]
     numbers, streams = read_rank(folder, source, own_place.member_rank)
-    _check_parameters(clan, numbers)
     state = clan.state()
     if state.grow is not None and any(name.startswith("optimizer.") for name, *_ in numbers["layout"]):
         state.grow([f"optimizer.{index}." for index in range(len(clan.backend.masters()))])
@@ -182,7 +181,20 @@ def _restore_resharded(clan: Clan, folder: Path, content: Mapping[str, Any], sou
     return {**numbers, "streams": streams if at.dp < len(saved) else None}
 
 
-def _check_parameters(clan: Clan, numbers: Mapping[str, Any]) -> None:
+def check_parameters(clan: Clan, folder: Path, sources: Sequence[int]) -> None:
+    """Whether this rank's part of the model is the one that a round has, before anything of the run is touched.
+
+    Args:
+        clan: with its backend in place.
+        folder: the round's.
+        sources: by member, the member that it continues.
+
+    Raises:
+        CheckpointError: with the difference, unless ``checkpoint.allow`` names parameters.
+    """
+    content, at = manifest.read(folder), clan.world.at
+    place = at if _is_laid_out(content, clan.world.topology) else reshard.saved_places(at, content["topology"])[0]
+    numbers, _ = read_rank(folder, sources[clan.member], place.member_rank)
     difference = layout_difference(numbers["parameters"], parameter_layout(clan.backend.module))
     if difference is not None and PARAMETERS not in clan.config.checkpoint.allow:
         raise CheckpointError(
@@ -192,7 +204,6 @@ def _check_parameters(clan: Clan, numbers: Mapping[str, Any]) -> None:
 
 def _grown(clan: Clan, numbers: Mapping[str, Any]) -> MemberState:
     """The live state, with the optimizer state that the saved one has."""
-    _check_parameters(clan, numbers)
     state = clan.state()
     names = [name for name, *_ in numbers["layout"]]
     if state.grow is not None:
