@@ -69,7 +69,8 @@ class Problem(ABC):
         grid: the oracle's.
         starts: of its runs.
         genes: of the clans that run on it, by name in the catalogue of genes.
-        validation: the common window, tensors [examples, ...]; selection sees nothing else.
+        validation: the common window, tensors [examples, ...]; selection sees nothing else, and in a short run not all
+            of it (``trial.window``).
         test: likewise, for the report alone.
         knows_length: whether strategies are told ``total_steps``.
     """

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+from importlib import resources
+
 import pytest
 import torch
 
+from clantune_scale.bench.schedules.oracle import Oracle
 from clantune_scale.bench.schedules.problems import kinds
-from clantune_scale.bench.schedules.suite import ALL, KINDS
+from clantune_scale.bench.schedules.suite import ALL, KINDS, STUDY
 from tests.bench.schedules.tiny_problem import TINY
 
 pytest.importorskip("sklearn", reason="most kinds build on the digits, which come with scikit-learn")
@@ -23,6 +27,14 @@ def test_what_only_starts_wrong_has_the_oracle_of_what_starts_right():
 def test_every_kind_has_a_name_of_its_own():
     names = [ALL[key]().name for key in ALL]
     assert len(set(names)) == len(ALL) > len(KINDS) >= 9
+
+
+def test_all_kinds_have_their_oracle_in_the_package():
+    """By name: other data (another Python's library, for bytes) has another fingerprint, and is computed anew."""
+    folder = resources.files("clantune_scale.bench.schedules") / "oracles"
+    bundled = {Oracle.from_json(json.loads(file.read_text())).problem for file in folder.iterdir()}
+    others = ("dropout", "label-noise", "shift", "longer-3", "longer-10", "far-too-small")  # the rest are the study's
+    assert bundled == {ALL[key]().name for key in (*STUDY, *others)}
 
 
 def test_three_labels_in_ten_are_noise():
