@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 #: Standard errors over seeds that count as more than noise.
 ERRORS = 2.0
-#: Share of the oracle's progress that a start must leave to be gained, whatever the noise.
-LEAST_ROOM = 0.005
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -23,20 +21,18 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def has_room(default: Sequence[float], oracle: Sequence[float], progress: float) -> bool:
-    """Whether the oracle is better than the default by more than noise and by a two-hundredth of its progress.
+def has_room(default: Sequence[float], oracle: Sequence[float]) -> bool:
+    """Whether the oracle is better than the default by more than noise.
 
     Elsewhere S1 is a ratio of two noises: a method can be asked for no more than not to do harm.
 
     Args:
         default: [seeds] test losses of the start kept as it is.
         oracle: [seeds] of the oracle.
-        progress: of the oracle, from the loss before training.
     """
     room = [before - best for before, best in zip(default, oracle, strict=True)]
-    error = standard_error(room)
     mean = statistics.fmean(room)
-    return mean > LEAST_ROOM * progress and not mean <= ERRORS * error
+    return mean > 0 and not mean <= ERRORS * standard_error(room)
 
 
 def s1_error(losses: Sequence[float], default: Sequence[float], oracle: Sequence[float]) -> float:

@@ -59,7 +59,7 @@ class Yardstick:
         """Whether there is more to gain from this start than noise over the seeds; see ``noise.has_room``."""
         if not self.default_runs or not math.isfinite(self.default_losses[start]):
             return True
-        return has_room(self.default_runs[start], self.oracle_runs, self.initial_loss - self.oracle_loss)
+        return has_room(self.default_runs[start], self.oracle_runs)
 
     def s1_error(self, start: int, losses: Sequence[float]) -> float:
         """Standard error of S1 over seeds, of ``losses`` [seeds]; nan where runs are not known one by one."""

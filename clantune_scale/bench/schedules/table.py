@@ -60,12 +60,12 @@ class Result:
 
 FOOTNOTE = (
     "S1 = (default - loss) / (default - oracle), on test data, means over seeds and their standard error; solved at "
-    "0.9. With room: the starts that the oracle beats by more than two standard errors (over seeds, paired) and by "
-    "0.5 % of its progress; elsewhere S1 is a ratio of noises, and stands in brackets. Harmed: S1 below -0.05; in "
-    "brackets those more than two standard errors worse than their default. Step efficiency: the share of the run in "
-    "which the oracle's schedule gets as far. Gap: what is missing to the oracle, in shares of its progress. Cost: "
-    "gradient evaluations in plain runs, a sample's loss counted as a third of one; evaluations that decide are in "
-    "it, those for the record alone are not."
+    "0.9. With room: the starts that the oracle beats by more than two standard errors (over seeds, paired); "
+    "elsewhere S1 is a ratio of noises, and stands in brackets. Harmed: S1 below -0.05; in brackets those more than "
+    "two standard errors worse than their default. Step efficiency: the share of the run in which the oracle's "
+    "schedule gets as far. Gap: what is missing to the oracle, in shares of its progress. Cost: gradient evaluations "
+    "in plain runs, a sample's loss counted as a third of one; evaluations that decide are in it, those for the "
+    "record alone are not."
 )
 
 
