@@ -55,18 +55,18 @@ def strike(section: str, name: str, families: str, progress: str) -> list[Result
     base = Workload("zero", "1", families=families)
     # Another network, in all else alike.
     other = Workload("fsdp", "dp", {"accumulation": 1, "clip": 0.5}, families=families)
-    made = {
-        "kills": lambda: kills.strike(WORKLOADS[name].of(families), name, list(WORKLOADS).index(name), folder),
-        "survivors": lambda: survivors.strike(THREES[name].of(families), name, folder),
-        "numbers": lambda: numbers.strike(SICK[name].of(families), name, folder),
-        "files": lambda: damage.strike(base, name, folder),
-        "resumes": lambda: resumes.strike(base, name, other, folder),
-        "mlflow": lambda: trackers.strike(base, name, folder),
-    }
-    found = []
+    found: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="clan-faults-", ignore_cleanup_errors=True) as place:
         folder = Path(place)
-        for result in made[section]():
+        parts = {
+            "kills": lambda: kills.strike(WORKLOADS[name].of(families), name, list(WORKLOADS).index(name), folder),
+            "survivors": lambda: survivors.strike(THREES[name].of(families), name, folder),
+            "numbers": lambda: numbers.strike(SICK[name].of(families), name, folder),
+            "files": lambda: damage.strike(base, name, folder),
+            "resumes": lambda: resumes.strike(base, name, other, folder),
+            "mlflow": lambda: trackers.strike(base, name, folder),
+        }
+        for result in parts[section]():
             found.append(result)
             if result.seconds or result.wrong:
                 print(f"{progress} {result.line} ({result.seconds:.1f} s)", flush=True)
