@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clantune_scale.bench.faults.injector import Fault
-from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import Result
-from clantune_scale.bench.faults.workload import Workload, events, stood
+from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 from clantune_scale.checkpoint import manifest
 from clantune_scale.checkpoint.restore import fault_of
 from clantune_scale.errors import CheckpointError
@@ -24,12 +24,7 @@ _NEWEST, _BEFORE = "round-000002", "round-000001"
 
 def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
     """All of this section, on rounds of one uninterrupted run."""
-    whole = folder / "whole"
-    whole.mkdir()
-    ended = workload.launch(whole, block=workload.block(whole, asynchronous=False))
-    if any(rank.code for rank in ended):
-        yield Result("damaged files", name, "none: the uninterrupted run", last_words(ended))
-        return
+    whole = uninterrupted(workload, folder, asynchronous=False)
     yield from _flips(workload, name, whole, folder / "flips")
     yield from _resumes(workload, name, whole, folder)
     yield from _full_disk(workload, name, whole, folder / "disk")

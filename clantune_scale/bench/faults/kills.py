@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.results import Result
-from clantune_scale.bench.faults.workload import ROUND, STEPS, Workload, digest, events, stood
+from clantune_scale.bench.faults.workload import (
+    ROUND,
+    STEPS,
+    Workload,
+    digest,
+    events,
+    last_words,
+    stood,
+    uninterrupted,
+)
 
 WHAT = "SIGKILL of a rank, then the same launch again"
 PREEMPTION = "SIGTERM to all ranks, then the same launch again"
@@ -61,12 +70,7 @@ def faults(place: int, world_size: int, member_size: int) -> Iterator[Fault]:
 
 def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[Result]:
     """All of a workload's kills against its uninterrupted run."""
-    whole = folder / "whole"
-    whole.mkdir()
-    ended = workload.launch(whole)
-    if any(rank.code for rank in ended):
-        yield Result(WHAT, name, "none: the uninterrupted run", last_words(ended))
-        return
+    whole = uninterrupted(workload, folder)
     ranks = range(workload.setup.world_size)
     kills = [[fault] for fault in faults(place, len(ranks), workload.setup.member_size)]
     # Ranks compare whether a signal came at step 8 for the first time: all stop there, inside a round.
@@ -138,9 +142,3 @@ def _newest(folder: Path) -> str:
 
 def _ends(folder: Path) -> list[dict]:
     return [event for path in folder.glob("run*/events.jsonl") for event in events(folder, "run_end", path.parent.name)]
-
-
-def last_words(ended: list) -> str:
-    number, rank = next((number, rank) for number, rank in enumerate(ended) if rank.code)
-    lines = [line for line in rank.text.splitlines() if line.strip()]
-    return f"rank {number} ended with {rank.code}: {' / '.join(lines[-3:])}"

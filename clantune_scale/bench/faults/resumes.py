@@ -12,9 +12,9 @@ from typing import Any
 
 from clantune_scale.bench.faults.actions import GO_ON
 from clantune_scale.bench.faults.injector import Fault
-from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import Result
-from clantune_scale.bench.faults.workload import Workload, events, stood
+from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 #: By what is named in the refusal: what is otherwise in the set-up, and in the block.
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -43,12 +43,7 @@ def strike(workload: Workload, name: str, other: Workload, folder: Path) -> Iter
         other: one with other parameters.
         folder: an empty one.
     """
-    whole = folder / "whole"
-    whole.mkdir()
-    ended = workload.launch(whole)
-    if any(rank.code for rank in ended):
-        yield Result(_UNFIT, name, "none: the uninterrupted run", last_words(ended))
-        return
+    whole = uninterrupted(workload, folder)
     yield from _two_runs(workload, name, folder / "two", whole)
     yield from _unfit(workload, name, other, folder / "unfit", whole)
 

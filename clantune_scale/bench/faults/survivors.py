@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from clantune_scale.bench.faults.injector import Fault
-from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import Result
-from clantune_scale.bench.faults.workload import Workload, events, stood
+from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 WHAT = "SIGKILL of a rank, the other members go on"
 #: Point, step and the member whose rank it strikes.
@@ -48,12 +48,7 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
 
 def _transfers(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
     """What arrives is not what was sent: once, and it is sent again; twice, and all begin from the last round."""
-    whole = folder / "whole"
-    whole.mkdir()
-    ended = workload.launch(whole, block=_block(workload, whole))
-    if any(rank.code for rank in ended):
-        yield Result("a transfer that fails", name, "none: the uninterrupted run", last_words(ended))
-        return
+    whole = uninterrupted(workload, folder, asynchronous=False)
     for action, what, num_lives in (
         ("spoil-transfer", "a transfer that fails, and is retried", 1),
         ("spoil-transfers", "a transfer that fails twice: back to the last committed round", 2),

@@ -15,19 +15,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from clantune_scale.bench.faults.kills import differences, last_words
+from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import Result
-from clantune_scale.bench.faults.workload import Workload, events, stood
+from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 
 def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
     """Each kind of failure against the run without MLflow."""
-    whole = folder / "whole"
-    whole.mkdir()
-    ended = workload.launch(whole)
-    if any(rank.code for rank in ended):
-        yield Result("a failing MLflow", name, "none: the uninterrupted run", last_words(ended))
-        return
+    whole = uninterrupted(workload, folder)
     kinds = {"that refuses": _refusing, "that hangs": _hanging, "that dies": _dying}
     for what, server in kinds.items():
         began = time.monotonic()

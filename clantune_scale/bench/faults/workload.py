@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from clantune_scale.bench.faults import lives
 from clantune_scale.bench.faults.injector import Fault
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.tracking import read_events
 from clantune_scale.transfer.state import state_digest
 
@@ -102,6 +102,29 @@ class Workload:
             timeout_s=timeout_s,
             patience_s=patience_s,
         )
+
+
+def uninterrupted(workload: Workload, folder: Path, **checkpoint: Any) -> Path:
+    """The folder of a run that nothing strikes, ``whole`` in ``folder``.
+
+    Raises:
+        ClanError: if it fails by itself.
+    """
+    whole = folder / "whole"
+    whole.mkdir()
+    ended = workload.launch(whole, block=workload.block(whole, **checkpoint))
+    if any(rank.code for rank in ended):
+        raise ClanError(
+            f"the run that nothing strikes failed, so that there is nothing to compare: {last_words(ended)}"
+        )
+    return whole
+
+
+def last_words(ended: Sequence[lives.Ended]) -> str:
+    """Of the first rank that ended with an error."""
+    number, rank = next((number, rank) for number, rank in enumerate(ended) if rank.code)
+    lines = [line for line in rank.text.splitlines() if line.strip()]
+    return f"rank {number} ended with {rank.code}: {' / '.join(lines[-3:])}"
 
 
 def train(folder: str, workload: Workload, block: dict[str, Any], num_steps: int) -> None:
