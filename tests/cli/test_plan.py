@@ -67,25 +67,25 @@ def test_a_rounds_bytes_are_its_steps_its_end_and_its_clone(call):
 
 
 def test_a_race_is_a_round_without_a_step_that_all_share(call):
-    said = call("plan", QUICKSTART, "--params", "1e6", "--world-size", 8, "--steps", 700, "--json")
+    said = call("plan", QUICKSTART, "--params", "1e6", "--world-size", 8, "--steps", 800, "--json")
     traffic, cost = said.data["traffic"], said.data["cost"]
     rounds, raced = cost["num_rounds"], cost["competitive_steps"]
-    assert raced == 21 and cost["trained_samples"] == cost["samples"] * (700 + 3 * raced) / 700
+    assert raced == 21 and cost["trained_samples"] == cost["samples"] * (800 + 3 * raced) / 800
     for way in ("inside_bytes", "crossing_bytes"):
         parts = {name: part[way] for name, part in traffic.items()}
-        steps = (700 - raced) * parts["cooperative_step"] + raced * parts["competitive_step"]
+        steps = (800 - raced) * parts["cooperative_step"] + raced * parts["competitive_step"]
         looks = (rounds - 1) * (parts["last_cooperative_step"] - parts["cooperative_step"])
         ends = rounds * (parts["round_end"] + parts["clone"])
         assert parts["mean_round"] == pytest.approx((steps + looks + ends) / rounds)
 
 
-def test_a_run_whose_length_the_config_does_not_say_has_no_race(call, tmp_path):
+def test_a_run_whose_length_the_config_does_not_say_races_as_one_of_sixty_rounds(call, tmp_path):
     config = json.loads(QUICKSTART.read_text())
     del config["clantune"]["total_steps"]
     path = tmp_path / "endless.json"
     path.write_text(json.dumps(config))
-    arguments = ("--params", "1e6", "--world-size", 4, "--steps", 700)
-    assert call("plan", path, *arguments, "--json").data["cost"]["competitive_steps"] == 0
+    arguments = ("--params", "1e6", "--world-size", 4, "--steps", 800)
+    assert call("plan", path, *arguments, "--json").data["cost"]["competitive_steps"] == 32
     assert call("plan", QUICKSTART, *arguments, "--json").data["cost"]["competitive_steps"] == 21
 
 
