@@ -8,11 +8,12 @@ server in vain for ``rejoin_s``.
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -115,16 +116,14 @@ class Meeting:
         if self._member_rank == 0:
             serve_after_s = self._place and self._rejoin_s + self._place * _STAGGER_S
         give_up_s = 2 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + _PATIENCE_S
-        while time.monotonic() - self._began < give_up_s:
-            if serve_after_s is not None and time.monotonic() - self._began >= serve_after_s:
-                store = self._serve()
-                if store is not None:
-                    return store, True
-            for address in self._epoch.addresses:
-                store = look(address, self._epoch.number)
-                if store is not None:
-                    return store, False
-            time.sleep(_PAUSE_S)
+        with _asked(self._epoch.addresses, self._epoch.number) as answers:
+            while time.monotonic() - self._began < give_up_s:
+                with suppress(queue.Empty):
+                    return answers.get(timeout=_PAUSE_S), False
+                if serve_after_s is not None and time.monotonic() - self._began >= serve_after_s:
+                    store = self._serve()
+                    if store is not None:
+                        return store, True
         raise MembersLostError(
             f"nobody serves the store of epoch {self._epoch.number}: members {list(self._epoch.members)} were asked at "
             f"{[f'{host}:{port}' for host, port in self._epoch.addresses]} for {give_up_s:g} s. {self.remedy()}"
@@ -192,6 +191,32 @@ def arrive(store: Store, members: tuple[int, ...], member: int, member_rank: int
     store.add("arrived", 1)
     if store.add(f"arrived/{member}", 1) == member_size and store.add("complete", 1) == len(members):
         store.set("arrived/all", "")
+
+
+@contextmanager
+def _asked(addresses: Sequence[Address], number: int) -> Iterator[queue.SimpleQueue[Store]]:
+    """Inside, each address is asked again and again, on a thread of its own; yields the stores that answer.
+
+    One after the other, a frozen one would hold up the question to the next by so much that two candidates begin to
+    serve at the same moment.
+    """
+    answers: queue.SimpleQueue[Store] = queue.SimpleQueue()
+    is_over = threading.Event()
+
+    def ask(address: Address) -> None:
+        while not is_over.is_set():
+            store = look(address, number)
+            if store is not None:
+                answers.put(store)
+                return
+            is_over.wait(_PAUSE_S)
+
+    for address in addresses:
+        threading.Thread(target=ask, args=(address,), name="clantune-ask", daemon=True).start()
+    try:
+        yield answers
+    finally:
+        is_over.set()
 
 
 def _await_readers(store: Store) -> None:

@@ -24,7 +24,8 @@ POINTS = (
     ("commit:after", 10, 0),
     ("step", 11, 1),
 )
-HANG = ("forward", 12, 2)
+#: The hardest to lose: its process serves the store, and takes connections without an answer.
+HANG = ("forward", 12, 0)
 #: How long a hanging rank is waited for; a killed one is seen at once.
 _HANG_S = 20.0
 
