@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.nn.modules import module as modules
 
 #: The file that ends a ``wait``.
 GO_ON = "go-on"
+#: What a process says when it has spoilt something: that a run came through proves nothing if nothing was.
+STRUCK = "a fault has struck"
 
 
 class InjectedError(Exception):
@@ -35,6 +38,7 @@ def _spoil_weights(value: float) -> Callable[[Any], None]:
 
     def spoil(clan: Any) -> None:
         clan.backend.masters()[0].data.fill_(value)
+        _tell()
 
     return spoil
 
@@ -48,6 +52,7 @@ def _spoil_activations(value: float) -> Callable[[Any], None]:
             if found is None or not torch.is_grad_enabled():
                 return None
             handle.remove()
+            _tell()
             return _replaced(outputs, found, found * value)
 
         handle = modules.register_module_forward_hook(hook)
@@ -58,16 +63,24 @@ def _spoil_activations(value: float) -> Callable[[Any], None]:
 def _spoil_gradient(value: float) -> Callable[[Any], None]:
     """What flows back through the next module's output, once: its loss was finite."""
 
+    def spoilt(gradient: torch.Tensor) -> torch.Tensor:
+        _tell()
+        return gradient * value
+
     def spoil(clan: Any) -> None:
         def hook(called: Any, inputs: Any, outputs: Any) -> None:
             found = _first_floating(outputs)
             if found is not None and found.requires_grad:
                 handle.remove()
-                found.register_hook(lambda gradient: gradient * value)
+                found.register_hook(spoilt)
 
         handle = modules.register_module_forward_hook(hook)
 
     return spoil
+
+
+def _tell() -> None:
+    print(STRUCK, file=sys.stderr, flush=True)
 
 
 def _first_floating(outputs: Any) -> torch.Tensor | None:
@@ -92,6 +105,7 @@ def _spoil_transfers(times: int) -> Callable[[Any], None]:
             complaint = move(state, route)
             if route.before is not None and left[0]:
                 left[0] -= 1
+                _tell()
                 state.tensors[0][1].view(-1)[0] += 1
             return complaint
 

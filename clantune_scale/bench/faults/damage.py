@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import differences
@@ -49,7 +50,7 @@ def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator
         yield Result("a flipped bit in a round's files", name, f"{path.name}, byte {place}, bit {bit}", wrong)
 
 
-def _fault(folder: Path, setup, grid: Topology) -> str | None:
+def _fault(folder: Path, setup: Any, grid: Topology) -> str | None:
     try:
         content = manifest.read(folder)
     except CheckpointError as error:
@@ -130,7 +131,7 @@ def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> R
 
 
 def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
-    """A disk of a megabyte that is full from a step of the second round on, and has room again in the third."""
+    """A disk of 16 MB that is full from a step of the second round on, and has room again in the third."""
     what = "a full disk (ENOSPC) in training"
     folder.mkdir()
     mounted = subprocess.run(

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -22,9 +23,14 @@ from clantune_scale.bench.faults.workload import (
     stood,
     uninterrupted,
 )
+from clantune_scale.checkpoint import manifest
 
-WHAT = "SIGKILL of a rank, then the same launch again"
-PREEMPTION = "SIGTERM to all ranks, then the same launch again"
+#: By action, and by how the same launch went on: a round was committed, none was yet, or the run was over.
+WHAT = {
+    "kill": "SIGKILL of a rank, then the same launch again",
+    "terminate": "SIGTERM to all ranks, then the same launch again",
+}
+RESUMED, ANEW, OVER = "it resumes", "it begins anew: nothing was committed yet", "nothing was left to do"
 
 #: Where, and after how many optimizer steps; None where it happens once. Round 1 ends at step 10, and its
 #: competitive phase, where the strategy has one, begins at step 8.
@@ -79,30 +85,41 @@ def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
         began = time.monotonic()
         here = folder / f"kill-{number}"
         here.mkdir()
-        wrong = _stop_and_resume(workload, struck, here, whole)
+        # Every second workload's rounds are written beside training, where the point does not ask for its own moment.
         first = struck[0]
+        block = workload.block(here, asynchronous=place % 2 == 0 and first.point.partition(":")[0] not in _LEADERS)
+        how, wrong = _stop_and_go_on(workload, struck, block, here, whole)
         told = f"rank {first.rank}, {first.point}" + (f", step {first.step}" if first.step is not None else "")
-        yield Result(WHAT if first.action == "kill" else PREEMPTION, name, told, wrong, time.monotonic() - began)
+        yield Result(f"{WHAT[first.action]}: {how}", name, told, wrong, time.monotonic() - began)
         if not wrong:
             shutil.rmtree(here)
 
 
-def _stop_and_resume(workload: Workload, struck: list[Fault], folder: Path, whole: Path) -> str:
-    fault = struck[0]
-    block = workload.block(folder, asynchronous=fault.point.partition(":")[0] not in _LEADERS)
+def _stop_and_go_on(
+    workload: Workload, struck: list[Fault], block: dict[str, Any], folder: Path, whole: Path
+) -> tuple[str, str]:
+    """How the launch after the fault went on, and what was wrong."""
     stopped = workload.launch(folder, *struck, block=block, patience_s=_PATIENCE_S)
-    code = -signal.SIGKILL if fault.action == "kill" else 128 + signal.SIGTERM
+    code = -signal.SIGKILL if struck[0].action == "kill" else 128 + signal.SIGTERM
     if any(stopped[one.rank].code != code for one in struck):
-        return f"the fault never struck: ranks ended with {[rank.code for rank in stopped]}, not {code}"
-    has_finished = any(event["status"] == "FINISHED" for event in _ends(folder))
-    if has_finished:
-        # Killed behind the end: all is there, and the same launch would begin another run.
-        return differences(stood(folder), stood(whole)) or _record_faults(folder, whole)
+        return RESUMED, f"the fault never struck: ranks ended with {[rank.code for rank in stopped]}, not {code}"
+    if any(event["status"] == "FINISHED" for event in _ends(folder)):
+        # The same launch would begin another run.
+        return OVER, _outcome(folder, whole)
     for path in folder.glob("stood-*.json"):
         path.unlink()
+    committed = manifest.committed(folder / "run" / manifest.FOLDER)
+    how = RESUMED if committed else ANEW
     ended = workload.launch(folder, block=block)
     if any(rank.code for rank in ended):
-        return last_words(ended)
+        return how, last_words(ended)
+    resumes = [Path(event["resumed_from"]).name for event in events(folder, "resume", _newest(folder))]
+    if resumes != committed[:1]:
+        return how, f"{committed[:1]} was committed, and the launch went on from {resumes}"
+    return how, _outcome(folder, whole)
+
+
+def _outcome(folder: Path, whole: Path) -> str:
     return differences(stood(folder), stood(whole)) or _record_faults(folder, whole)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from clantune_scale.bench.faults.actions import STRUCK
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import last_words
 from clantune_scale.bench.faults.results import Result
@@ -31,6 +32,8 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
         fault = Fault(_SICK * workload.setup.member_size, point, step, action)
         ended = workload.launch(here, fault)
         wrong = last_words(ended) if any(rank.code for rank in ended) else _wrong(here, action, competes)
+        if not wrong and STRUCK not in ended[fault.rank].text:
+            wrong = "the fault never struck"
         phase = "competitive" if competes else "cooperative"
         told = f"{action}, member {_SICK}, step {step}, {phase}"
         what = f"NaN or Inf in a member's {action.partition('-')[2]}"

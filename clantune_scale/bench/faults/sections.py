@@ -10,7 +10,7 @@ from clantune_scale.bench.faults import damage, kills, numbers, resumes, survivo
 from clantune_scale.bench.faults.results import Result
 from clantune_scale.bench.faults.workload import Workload
 
-#: Two members of two ranks, but for DDP, whose own sums are regrouped by a restart from four ranks on: two of one.
+#: Two members of two ranks, but for DDP, whose own sums are regrouped by a restart from three ranks on: two of one.
 WORKLOADS: dict[str, Workload] = {
     "ZeRO 0": Workload("zero", "0"),
     "ZeRO 1": Workload("zero", "1", strategy="classic"),
@@ -39,10 +39,9 @@ SICK: dict[str, Workload] = {
     "Megatron": Workload("megatron", "three", strategy="classic"),
 }
 SECTIONS = ("kills", "survivors", "numbers", "files", "resumes", "mlflow")
-Strike = tuple[str, str]
 
 
-def strikes(sections: list[str]) -> Iterator[Strike]:
+def strikes(sections: list[str]) -> Iterator[tuple[str, str]]:
     """(section, workload) of what is asked for, in the table's order."""
     names = {"kills": WORKLOADS, "survivors": THREES, "numbers": SICK}
     for section in sections:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clantune_scale.bench.faults.actions import STRUCK
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import Result
@@ -60,6 +61,8 @@ def _transfers(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
         faults = [Fault(rank, "transfer", 10, action) for rank in range(workload.setup.world_size)]
         ended = workload.launch(here, *faults, block=_block(workload, here))
         wrong = last_words(ended) if any(rank.code for rank in ended) else differences(stood(here), stood(whole))
+        if not wrong and not any(STRUCK in rank.text for rank in ended):
+            wrong = "the fault never struck: nobody received anything"
         if not wrong and any(rank.num_lives != num_lives for rank in ended):
             wrong = f"ranks had {[rank.num_lives for rank in ended]} lives"
         yield Result(what, name, "every recipient, step 10", wrong, time.monotonic() - began)
