@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Clan:
         fitness: of the last evaluation.
         aside: the state at the start of a phase that is not kept, while it runs.
         kept: the state that the guard goes back to.
+        losses: what training says of itself.
         samplers: this rank's, in the order in which they were made.
         rounds: what is written to disk, and what was read from it.
     """
@@ -97,7 +98,7 @@ class Clan:
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
-        self._losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Stopwatch()
+        self.losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Stopwatch()
         self._probe = GradientProbe()
         self.samplers: list[ClanBatchSampler] = []
         self.rounds = DurableRounds(self)
@@ -127,7 +128,7 @@ class Clan:
         backend.watch(self._batches.on_batch, self._on_loss)
 
     def _on_loss(self, loss: Any) -> None:
-        self._losses.add(loss)
+        self.losses.add(loss)
         if self.groups.vote is not None:
             self.groups.vote.observe(loss)
 
@@ -180,7 +181,7 @@ class Clan:
             self.groups.vote.end_step()
         if self.measurement.averages is not None and done.plan.averages:
             self.measurement.averages.update(done.step + 1, done.plan.averaging_window_steps)
-        self.recorder.step(self, done, self._losses)
+        self.recorder.step(self, done, self.losses)
         if done.ends_phase:
             self._clock.lap(done.phase.kind.value)
             if done.ends_round:
@@ -194,8 +195,10 @@ class Clan:
         measured = self.population
         self.fitness = self.measurement.fitness(averaged=plan.averages)
         self._clock.lap("evaluation")
-        strikes = self._losses.read_strikes() + (self.groups.vote.read_strikes() if self.groups.vote else 0)
-        figures = gather_figures(self, plan, self._probe, strikes)
+        strikes = self.losses.read_strikes() + (self.groups.vote.read_strikes() if self.groups.vote else 0)
+        figures = gather_figures(self, plan, self._probe, strikes=strikes, losses=self.losses.round_losses)
+        self.losses.begin_round()
+        self.fitness = replace(self.fitness, training_loss=figures.clan_training_loss)
         if self.aside is not None:
             self.aside.restore(self.state())
             self.aside = None
@@ -205,7 +208,7 @@ class Clan:
         self.transfers.run(self.state(), decision.donors, round_index=plan.index)
         if decision.average is not None:
             self.transfers.average(self.state(), decision.average, round_index=plan.index)
-        if self.strategy.guards and not decision.restore:
+        if self.strategy.guards and decision.keeps and not decision.restore:
             self.kept = Snapshot(self.state())
         self.population = decision.population
         self._regroup(plan.index + 1, measured.teams)

@@ -35,6 +35,7 @@ class Figures:
         alignment: cosine of the member's own gradient with the clan's, in the last cooperative step.
         strikes: micro-batches of the member whose loss, or else whose gradient, was not finite.
         evaluation_s: the member's slowest rank's seconds for its share of the window.
+        training_loss: mean over the round's micro-batches.
     """
 
     learning_rate: np.ndarray
@@ -43,10 +44,21 @@ class Figures:
     alignment: np.ndarray
     strikes: np.ndarray
     evaluation_s: np.ndarray
+    training_loss: np.ndarray
+
+    @property
+    def clan_training_loss(self) -> float | None:
+        """The members' mean; None where one of them saw no loss."""
+        return _or_none(float(self.training_loss.mean()))
 
     def of(self, member: int) -> dict[str, Any]:
         """One member's as plain data, None where there is none."""
-        named = {"gradient_norm": self.gradient_norm, "drift": self.drift, "alignment": self.alignment}
+        named = {
+            "gradient_norm": self.gradient_norm,
+            "drift": self.drift,
+            "alignment": self.alignment,
+            "training_loss": self.training_loss,
+        }
         plain: dict[str, Any] = {name: _or_none(values[member]) for name, values in named.items()}
         return plain | {"strikes": int(self.strikes[member])}
 
@@ -60,7 +72,9 @@ class Figures:
         return {"member": slowest, "seconds": float(self.evaluation_s[slowest]), "median_s": median}
 
 
-def gather_figures(clan: Clan, plan: RoundPlan, probe: GradientProbe, strikes: int) -> Figures:
+def gather_figures(
+    clan: Clan, plan: RoundPlan, probe: GradientProbe, *, strikes: int, losses: tuple[float, int]
+) -> Figures:
     """Every member's figures on every rank; all ranks of the clan call it, before anyone is copied.
 
     Args:
@@ -68,21 +82,24 @@ def gather_figures(clan: Clan, plan: RoundPlan, probe: GradientProbe, strikes: i
         plan: of the round.
         probe: that looked at its last steps.
         strikes: micro-batches of this rank whose loss was not finite.
+        losses: sum of the training losses of this rank's micro-batches in the round, and their number.
     """
     device, column = clan.backend.device, clan.world.column
     masters = clan.backend.masters()
     alignment = probe.read_alignment(device)
-    local = torch.tensor([float(strikes), clan.measurement.seconds], dtype=torch.float64, device=device)
-    total, slowest = local[:1].clone(), local[1:].clone()
-    dist.all_reduce(total)
+    totals = torch.tensor([float(strikes), *losses], dtype=torch.float64, device=device)
+    slowest = torch.tensor(clan.measurement.seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    total_strikes, total_loss, count = totals.tolist()
     given = [
         clan.learning_rate(plan.end_step - 1),
         probe.norm,
         drift_of(masters, column, clan.groups.column_for(masters[0].device.type)),
         alignment,
-        float(total),
+        total_strikes,
         float(slowest),
+        total_loss / count if count else None,
     ]
     table = column.gather(np.array([math.nan if value is None else value for value in given]))
     return Figures(*table.T)

@@ -198,6 +198,7 @@ class Recorder:
             members=_members(clan, measured, decision, figures),
             consensus=consensus(measured.genomes, clan.genes),
             restored=decision.restore,
+            kept=decision.keeps and not decision.restore,
             seconds=dict(seconds),
             lr_factor=clan.strategy.lr_factor(plan.end_step - 1),
             learning_rates=figures.learning_rate.tolist(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,7 @@ class ReferenceClan:
         self.population: Population = strategy.init(self.evaluate())
         self.clock.regroup(0, self.population.teams)
         self._values: list[dict[str, float]] = []
+        self._training_losses: list[list[float]] = [[] for _ in self.members]
         self._before_phase: list[Saved] | None = None
         self._last_good = self._save()
 
@@ -176,6 +177,7 @@ class ReferenceClan:
         member.optimizer.zero_grad()
         for micro in range(plan.num_micro_batches):
             loss = self._loss_fn(member.module, self._batch(self.num_steps, index, micro, plan))
+            self._training_losses[index].append(float(loss.detach()))
             (loss / plan.num_micro_batches).backward()
 
     def _teams(self, phase: Phase) -> list[list[Member]]:
@@ -207,7 +209,7 @@ class ReferenceClan:
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
-        fitness = self.evaluate(averaged=plan.averages)
+        fitness = replace(self.evaluate(averaged=plan.averages), training_loss=self._read_training_loss())
         if self._before_phase is not None:
             self._load(self._before_phase)
             self._before_phase = None
@@ -215,7 +217,6 @@ class ReferenceClan:
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
         self.decisions.append(decision)
         if decision is None:
-            self._last_good = self._save()
             return
         if decision.restore:
             self._load(self._last_good)
@@ -224,7 +225,7 @@ class ReferenceClan:
                 self.members[member].load(self.members[donor].save())
         if decision.average is not None:
             self._average(decision.average)
-        if not decision.restore:
+        if decision.keeps and not decision.restore:
             self._last_good = self._save()
         self.population = decision.population
         self.clock.regroup(plan.index + 1, self.population.teams)
@@ -238,6 +239,12 @@ class ReferenceClan:
                 mean = sum(weight * tensor for weight, tensor in zip(weights, same, strict=True) if weight)
                 for tensor in same:
                     tensor.copy_(mean)
+
+    def _read_training_loss(self) -> float:
+        """Mean over members of each one's mean since the last call."""
+        means = [sum(losses) / len(losses) for losses in self._training_losses]
+        self._training_losses = [[] for _ in self.members]
+        return sum(means) / len(means)
 
     def _save(self) -> list[Saved]:
         return [member.save() for member in self.members]

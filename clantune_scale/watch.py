@@ -20,8 +20,9 @@ class LossMeter:
 
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
+        self._round_total: torch.Tensor | None = None
         self._not_finite: torch.Tensor | None = None
-        self._count = 0
+        self._count = self._round_count = 0
         self._since = time.perf_counter()
 
     def add(self, loss: Any) -> None:
@@ -29,14 +30,25 @@ class LossMeter:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             value = loss.detach().float().reshape(())
             self._total = value if self._total is None else self._total + value
+            self._round_total = value.double() if self._round_total is None else self._round_total + value
             strike = (~value.isfinite()).long()
             self._not_finite = strike if self._not_finite is None else self._not_finite + strike
             self._count += 1
+            self._round_count += 1
 
     def read_strikes(self) -> int:
         """Micro-batches since the last call whose loss was not finite."""
         strikes, self._not_finite = self._not_finite, None
         return 0 if strikes is None else int(strikes)
+
+    @property
+    def round_losses(self) -> tuple[float, int]:
+        """(sum of the losses, how many) of this rank's micro-batches in the round so far."""
+        return 0.0 if self._round_total is None else float(self._round_total), self._round_count
+
+    def begin_round(self, total: float = 0.0, count: int = 0) -> None:
+        """Starts a round anew, or where a resumed one was."""
+        self._round_total, self._round_count = torch.tensor(total, dtype=torch.float64) if count else None, count
 
     def read(self, num_steps: int) -> tuple[float, float]:
         """(mean loss, seconds per step) since the last reading; nan where no loss went by."""

@@ -67,6 +67,22 @@ def _train(rank, config, num_steps):
     return str(engine.clan.recorder.run_dir)
 
 
+def _losses(rank, config, num_steps):
+    engine, loader = start(config)
+    losses = train(engine, loader, num_steps)
+    return losses, engine.clan.fitness.training_loss, str(engine.clan.recorder.run_dir)
+
+
+def test_a_members_training_loss_is_the_mean_over_its_ranks_and_the_rounds_micro_batches(tmp_path):
+    config = clan_config(tmp_path, ds_config(1, accumulation=2), round_length=4)
+    results = run_ranks(4, in_member_worlds, _losses, config, 8)
+    second = _rounds(results[0][2])[1]
+    own = [np.mean([losses[len(losses) // 2 :] for losses, *_ in results[i : i + 2]]) for i in (0, 2)]
+    assert [member["training_loss"] for member in second["members"]] == pytest.approx(own)
+    assert own[0] != own[1]
+    assert [clan for _, clan, _ in results] == [pytest.approx(np.mean(own))] * 4
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sharded_gradients_give_the_figures_of_whole_ones(stage, tmp_path):
     def figures(stage, name):
@@ -82,7 +98,7 @@ def test_sharded_gradients_give_the_figures_of_whole_ones(stage, tmp_path):
 def test_a_straggler_is_named_from_half_as_long_again():
     def straggler(*seconds):
         nothing = np.zeros(len(seconds))
-        return Figures(*[nothing] * 5, evaluation_s=np.array(seconds)).straggler
+        return Figures(*[nothing] * 5, evaluation_s=np.array(seconds), training_loss=nothing).straggler
 
     assert straggler(1.0, 1.1, 1.6, 1.0) == {"member": 2, "seconds": 1.6, "median_s": pytest.approx(1.05)}
     assert straggler(1.0, 1.1, 1.4, 1.0) is None
@@ -90,6 +106,11 @@ def test_a_straggler_is_named_from_half_as_long_again():
 
 
 def test_what_a_member_does_not_have_is_none():
-    figures = Figures(*[np.array([math.nan, 2.0])] * 4, strikes=np.array([0.0, 3.0]), evaluation_s=np.ones(2))
-    assert figures.of(0) == {"gradient_norm": None, "drift": None, "alignment": None, "strikes": 0}
-    assert figures.of(1) == {"gradient_norm": 2.0, "drift": 2.0, "alignment": 2.0, "strikes": 3}
+    missing = np.array([math.nan, 2.0])
+    figures = Figures(
+        *[missing] * 4, strikes=np.array([0.0, 3.0]), evaluation_s=np.ones(2), training_loss=np.array([1.0, math.nan])
+    )
+    nothing = {"gradient_norm": None, "drift": None, "alignment": None}
+    assert figures.of(0) == {**nothing, "training_loss": 1.0, "strikes": 0}
+    assert figures.of(1) == {**dict.fromkeys(nothing, 2.0), "training_loss": None, "strikes": 3}
+    assert figures.clan_training_loss is None

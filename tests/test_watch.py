@@ -29,6 +29,20 @@ def test_the_meter_means_the_losses_since_it_was_last_read():
     assert math.isnan(meter.read(1)[0])
 
 
+def test_the_meter_counts_a_round_through_all_readings_and_from_where_a_resumed_one_was():
+    meter = LossMeter()
+    for loss in (1.0, 2.0, 6.0):
+        meter.add(torch.tensor(loss))
+        meter.read(1)
+    assert meter.round_losses == (9.0, 3)
+    meter.begin_round()
+    assert meter.round_losses == (0.0, 0)
+    again = LossMeter()
+    again.begin_round(9.0, 3)
+    again.add(torch.tensor(0.5))
+    assert again.round_losses == (9.5, 4)
+
+
 def test_the_meter_divides_the_time_among_the_steps():
     meter = LossMeter()
     start = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -119,6 +119,7 @@ class BatchedClans:
         for clan in self.clans:
             clan.clock.regroup(0, clan.population.teams)
         self._before_phase: State | None = None
+        self._training_losses: list[torch.Tensor] = []
         self._last_good = self.state.save() if any(strategy.guards for strategy in strategies) else None
 
     def run(self, num_steps: int) -> None:
@@ -146,6 +147,11 @@ class BatchedClans:
     def evaluate(self, *, averaged: bool = False) -> list[Fitness]:
         """[clans]: losses on the common window, of averaged weights or of those that train."""
         return self._losses(averaged=averaged)
+
+    def _read_training_losses(self) -> list[float]:
+        """[clans]: mean over members and steps since the last call."""
+        means, self._training_losses = torch.stack(self._training_losses).mean(dim=0), []
+        return means.tolist()
 
     @torch.no_grad()
     def losses_on(self, examples: Tensors, *, averaged: bool = False, chunk: int = 256) -> torch.Tensor:
@@ -188,12 +194,15 @@ class BatchedClans:
         """[clans, members or 1, size]: what each member applies, its own gradient or its team's mean."""
         losses = self._model.losses(self._leaves, self._feed.read(self.num_steps, self._reading), self._expressed.knobs)
         shares = self._reading.shares
-        total = losses.mean(dim=1).sum() if shares is None else (losses * shares.to(losses.dtype)).sum()
+        means = losses.mean(dim=1) if shares is None else (losses * shares.to(losses.dtype)).sum(dim=1)
+        self._training_losses.append(means.detach().double().view(-1, self.num_members).mean(dim=1))
+        total = means.sum()
         return self._sharing.shared(torch.autograd.grad(total, self._leaves))
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
-        fitness = self.evaluate(averaged=plan.averages)
+        losses = zip(self.evaluate(averaged=plan.averages), self._read_training_losses(), strict=True)
+        fitness = [replace(own, training_loss=mean) for own, mean in losses]
         if self._before_phase is not None:
             self.state.load(self._before_phase, torch.ones(len(self.clans), dtype=torch.bool))
             self._before_phase = None
@@ -214,8 +223,9 @@ class BatchedClans:
             alone = (1.0, *[0.0] * (self.num_members - 1))
             weights = torch.tensor([decision.average or alone for decision in decisions], dtype=torch.float64)
             self.state.mix(weights.to(self.state.weights.dtype), mixes)
-        if self._last_good is not None and not bool(restores.all()):
-            self._last_good.load(self.state, ~restores)
+        keeps = torch.tensor([decision.keeps for decision in decisions]) & ~restores
+        if self._last_good is not None and bool(keeps.any()):
+            self._last_good.load(self.state, keeps)
         for clan, decision in zip(self.clans, decisions, strict=True):
             clan.population = decision.population
             clan.num_evaluated += len(self._model.validation[0]) * self.num_members

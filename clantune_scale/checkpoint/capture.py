@@ -64,6 +64,7 @@ class Capture:
             "groups": [plain(_settings(group)) for group in clan.backend.param_groups()],
             "counters": clan.backend.counters(),
             "accumulation": clan.backend.accumulation,
+            "round_losses": clan.losses.round_losses,
             "samplers": [sampler.progress(clan.phases.position.step) for sampler in clan.samplers],
             "layout": state.manifest(),
             "parameters": parameter_layout(clan.backend.module),

@@ -120,7 +120,8 @@ class DurableRounds:
             return
         if (plan.index + 1) % every == 0:
             is_alone = decision.average is None and all(m == d for m, d in enumerate(decision.donors))
-            capture = Capture.take(self._clan, begun=False, kept_is_live=not decision.restore or is_alone)
+            is_kept = is_alone if decision.restore else decision.keeps
+            capture = Capture.take(self._clan, begun=False, kept_is_live=is_kept)
             self._write(manifest.round_name(plan.index), capture, decision.donors, wait=not self._settings.asynchronous)
 
     def step_done(self) -> None:

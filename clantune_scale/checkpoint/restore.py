@@ -132,6 +132,7 @@ def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
     if clan.backend.accumulation != numbers["accumulation"]:
         clan.backend.accumulation = numbers["accumulation"]
     clan.backend.load_counters(numbers["counters"])
+    clan.losses.begin_round(*numbers["round_losses"])
     for prefix, attribute in ((ASIDE, "aside"), (KEPT, "kept")):
         if prefix in numbers:
             setattr(clan, attribute, copy_from(numbers, prefix, copies))
@@ -160,25 +161,68 @@ def _restore_resharded(clan: Clan, folder: Path, content: Mapping[str, Any], sou
             f"{clan.backend.dp_size}: this engine's state, or one that was stopped inside a round, goes on with as "
             f"many alone. Launch with as many."
         )
+    kept = _kept_resharded(clan, folder / shards.member_folder(holder), state, saved, numbers)
     reshard.load(
         dict(state.tensors),
         reshard.pieces_from(live),
         folder / shards.member_folder(holder),
         [(place, reshard.pieces_from(theirs["pieces"]), theirs["layout"]) for place, theirs in saved],
     )
-    counts = numbers["scalars"]["optimizer"].get("counts")
-    if counts:
-        # Masters are cut otherwise, and all have taken the same steps.
-        numbers["scalars"]["optimizer"]["counts"] = (counts * len(clan.backend.masters()))[
-            : len(clan.backend.masters())
-        ]
+    _recount(clan, numbers["scalars"])
     _load_numbers(clan, state, numbers)
     clan.backend.load_counters(numbers["counters"])
     # The boundary of an accumulation is where the counter says, and that counted another accumulation.
     clan.backend.accumulation = clan.backend.accumulation
     if clan.strategy.guards:
-        clan.kept = Snapshot(clan.state())
+        clan.kept = kept or Snapshot(clan.state())
     return {**numbers, "streams": streams if at.dp < len(saved) else None}
+
+
+def _kept_resharded(
+    clan: Clan,
+    folder: Path,
+    state: MemberState,
+    saved: Sequence[tuple[Coordinates, dict[str, Any]]],
+    numbers: dict[str, Any],
+) -> Snapshot | None:
+    """The guard's copy on another number of data-parallel ranks; None where it was of the saved state itself.
+
+    Args:
+        clan: whose copy it is.
+        folder: the member's, in the round's.
+        state: the live one.
+        saved: by rank that there was, its place and its numbers.
+        numbers: of this rank's predecessor.
+    """
+    if KEPT not in numbers:
+        return None
+    copies = {KEPT + name: torch.empty_like(tensor, device="cpu") for name, tensor in state.tensors}
+    reshard.load(
+        copies,
+        _prefixed(reshard.pieces_from(pieces_of(state))),
+        folder,
+        [
+            (
+                place,
+                _prefixed(reshard.pieces_from(theirs["pieces"])),
+                [[KEPT + name, shape, dtype] for name, shape, dtype in theirs[KEPT]["layout"]],
+            )
+            for place, theirs in saved
+        ],
+    )
+    _recount(clan, numbers[KEPT]["scalars"])
+    return copy_from(numbers, KEPT, copies)
+
+
+def _prefixed(pieces: reshard.Pieces) -> reshard.Pieces:
+    return {KEPT + name: own for name, own in pieces.items()}
+
+
+def _recount(clan: Clan, scalars: dict[str, Any]) -> None:
+    """Step counts by master: masters are cut otherwise now, and all have taken the same steps."""
+    counts, size = scalars["optimizer"].get("counts"), len(clan.backend.masters())
+    if counts:
+        scalars["optimizer"]["counts"] = (counts * size)[:size]
 
 
 def check_parameters(clan: Clan, folder: Path, sources: Sequence[int]) -> None:

@@ -31,12 +31,16 @@ class Fitness:
     Attributes:
         losses: [members, batches] float64, the same batches for every member; not finite where a
             member's forward pass was not.
+        training_loss: mean over the round's steps and the members; None where it is not known.
     """
 
     losses: np.ndarray
+    training_loss: float | None = None
 
     @classmethod
-    def from_losses(cls, losses: Sequence[Sequence[float]] | np.ndarray) -> Fitness:
+    def from_losses(
+        cls, losses: Sequence[Sequence[float]] | np.ndarray, *, training_loss: float | None = None
+    ) -> Fitness:
         """Builds it from anything that has the shape [members, batches].
 
         Raises:
@@ -45,7 +49,7 @@ class Fitness:
         array = np.asarray(losses, dtype=np.float64)
         if array.ndim != 2 or array.shape[1] < 1:
             raise ValueError(f"losses must have the shape [members, batches >= 1], got {list(array.shape)}")
-        return cls(array)
+        return cls(array, training_loss)
 
     @property
     def num_members(self) -> int:

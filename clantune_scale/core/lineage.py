@@ -29,7 +29,8 @@ class RoundRecord:
         genomes: the genome that each member carried through the round.
         losses: each member's mean loss on the common window; None where it was not finite.
         donors: as in ``Decision.donors``; ``donors[m] == m`` for all where nothing evolved.
-        restored: whether the clan went back to its last good state, so that the round's training is lost.
+        restored: whether the clan went back to its last good state, so that the training since then is lost.
+        kept: whether the state at its end is one to go back to.
         average: as in ``Decision.average``; None where members' weights were not averaged.
     """
 
@@ -40,6 +41,7 @@ class RoundRecord:
     losses: tuple[float | None, ...]
     donors: tuple[int, ...]
     restored: bool = False
+    kept: bool = True
     average: tuple[float, ...] | None = None
 
     @classmethod
@@ -50,8 +52,9 @@ class RoundRecord:
         losses = tuple(float(loss) if math.isfinite(loss) else None for loss in fitness.mean)
         donors = decision.donors if decision else tuple(range(len(genomes)))
         restored = decision.restore if decision else False
+        kept = decision.keeps and not restored if decision else False
         average = decision.average if decision else None
-        return cls(plan.index, plan.start_step, plan.phases, genomes, losses, donors, restored, average)
+        return cls(plan.index, plan.start_step, plan.phases, genomes, losses, donors, restored, kept, average)
 
     @property
     def end_step(self) -> int:
@@ -127,15 +130,15 @@ class Lineage:
         """
         held = self._before_resize(len(self), {member: 1.0})
         found: list[tuple[float, ...] | None] = []
+        is_undone = False
         for record in reversed(self._records):
-            if record.average is not None:
-                held = {m: weight for m, weight in enumerate(record.average) if weight}
-            before = [0.0] * len(record.donors)
-            for holder, share in held.items():
-                before[record.donors[holder]] += share
-            # The guard keeps the state after every round that was not restored: going back undoes one round alone.
-            found.append(None if record.restored else tuple(before))
-            held = self._before_resize(record.index, {m: share for m, share in enumerate(before) if share})
+            # Going back undoes every round since the one whose state was kept.
+            is_undone = record.restored or (is_undone and not record.kept)
+            before = None if is_undone else _before(record, held)
+            found.append(before)
+            if before is not None:
+                held = {m: share for m, share in enumerate(before) if share}
+            held = self._before_resize(record.index, held)
         return tuple(reversed(found))
 
     def _before_resize(self, index: int, held: Mapping[int, float]) -> dict[int, float]:
@@ -170,6 +173,16 @@ class Lineage:
         return cls(tuple(_from_plain(item) for item in data["rounds"]), resizes)
 
 
+def _before(record: RoundRecord, held: Mapping[int, float]) -> tuple[float, ...]:
+    """[members] shares before the round's end, in what is held in shares after it."""
+    if record.average is not None:
+        held = {m: weight for m, weight in enumerate(record.average) if weight}
+    before = [0.0] * len(record.donors)
+    for holder, share in held.items():
+        before[record.donors[holder]] += share
+    return tuple(before)
+
+
 def _only(shares: tuple[float, ...]) -> int:
     holders = [member for member, share in enumerate(shares) if share]
     return holders[0] if len(holders) == 1 else CLAN
@@ -191,6 +204,7 @@ def _from_plain(item: Mapping[str, Any]) -> RoundRecord:
         losses=tuple(item["losses"]),
         donors=tuple(item["donors"]),
         restored=item["restored"],
+        kept=item.get("kept", True),  # absent in files of runs that kept the state after every round
         average=_tuple_or_none(item.get("average")),  # absent in files of runs that could not average yet
     )
 

@@ -111,6 +111,7 @@ def _record(event: Event) -> RoundRecord:
         losses=tuple(_finite(m["loss"]) for m in members),
         donors=tuple(m["donor"] for m in members),
         restored=event.get("restored", False),
+        kept=event.get("kept", True),
         average=tuple(event["average"]) if event.get("average") else None,
     )
 

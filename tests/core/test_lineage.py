@@ -17,9 +17,12 @@ from clantune_scale.errors import ConfigError
 PHASES = (Phase(PhaseKind.COOPERATIVE, 8), Phase(PhaseKind.COMPETITIVE, 2, keeps=False))
 
 
-def record(index: int, donors: tuple[int, ...], restored: bool = False, average=None, phases=PHASES) -> RoundRecord:
+def record(
+    index: int, donors: tuple[int, ...], restored: bool = False, average=None, phases=PHASES, kept=None
+) -> RoundRecord:
+    kept = not restored if kept is None else kept
     genomes = tuple(Genome({"lr": 1.0 + index + m / 10}, {"lr": 0.1}) for m in range(len(donors)))
-    return RoundRecord(index, 10 * index, phases, genomes, (1.0, None, 2.0), donors, restored, average)
+    return RoundRecord(index, 10 * index, phases, genomes, (1.0, None, 2.0), donors, restored, kept, average)
 
 
 def test_an_ancestry_follows_donors_backwards():
@@ -32,6 +35,20 @@ def test_an_ancestry_follows_donors_backwards():
 def test_a_restored_round_left_nothing_behind():
     lineage = Lineage((record(0, (2, 2, 2)), record(1, (0, 1, 2), restored=True), record(2, (1, 1, 1))))
     assert lineage.ancestry(0) == (2, None, 1)
+
+
+def test_going_back_undoes_every_round_since_the_one_that_was_kept():
+    lineage = Lineage(
+        (
+            record(0, (2, 2, 2)),
+            record(1, (1, 1, 1)),
+            record(2, (0, 0, 0), kept=False),
+            record(3, (0, 1, 2), kept=False),
+            record(4, (0, 1, 2), restored=True),
+            record(5, (1, 1, 1), kept=False),  # not kept and not gone back from: it counts
+        )
+    )
+    assert lineage.ancestry(0) == (2, 1, None, None, None, 1)
 
 
 def test_an_average_makes_ancestors_of_all_its_members_and_of_their_donors():

@@ -65,6 +65,7 @@ class Decision:
         donors: ``donors[m]`` is the member whose training state member m receives; m itself where it
             keeps its own. A donor never receives: ``donors[donors[m]] == donors[m]``.
         restore: every member first goes back to the state that the guard kept last.
+        keeps: whether the guard keeps the state that follows (but for one that was just restored), to go back to.
         average: by member, the weight of its parameters in a mean that all members then take (after the
             transfers; optimizer states stay their own); sums to 1. None where nothing is averaged.
         reasons: one short phrase per member, for the log.
@@ -73,6 +74,7 @@ class Decision:
     population: Population
     donors: tuple[int, ...]
     restore: bool = False
+    keeps: bool = True
     average: tuple[float, ...] | None = None
     reasons: tuple[str, ...] = ()
 
@@ -95,7 +97,7 @@ class Strategy(ABC):
 
     Attributes:
         facts: what the run is.
-        guards: whether the runtime keeps a copy of the last good state for ``Decision.restore``.
+        guards: whether the runtime keeps copies of good states (``Decision.keeps``) for ``Decision.restore``.
         averages: whether any of its rounds measures fitness on averaged weights.
     """
 

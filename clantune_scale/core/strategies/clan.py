@@ -16,10 +16,11 @@ import numpy as np
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene, Genome
-from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.centre import moved
 from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
+from clantune_scale.core.strategies.memorizing import REACH, Yardstick, scale_of
 from clantune_scale.core.strategies.parabola import Move, fit_moves
 from clantune_scale.core.strategies.race import FEWEST, outcome, races
 from clantune_scale.core.strategies.spread import spread
@@ -32,14 +33,17 @@ CLIMBING = 0.6
 #: blown up. Where that mends nothing, rates are not to blame (data that shift, a model that overfits), and going back
 #: for ever would stop the run.
 MAX_RESTORES = 2
+#: Standard errors by which the end of a run must be worse than the last good state for that to be taken.
+WORSE = 2.0
 
 
 class Clan(Strategy):
     """Line search by a clan.
 
-    ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by
-    kind of round, ``restores`` since the last progress, and ``moves`` (the last change of each explored gene, and
-    why).
+    ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
+    ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_losses``
+    ([batches] of the state to go back to), ``rates`` (the centre's, before the guard lowered them), ``scale`` and
+    ``memorizes`` (see :mod:`~clantune_scale.core.strategies.memorizing`).
     """
 
     Options = ClanOptions
@@ -79,6 +83,10 @@ class Clan(Strategy):
             "best_loss": {},
             "moves": {},
             "restores": 0,
+            "kept_losses": start.losses[start.ranking[0]].tolist(),
+            "rates": {},
+            "scale": None,
+            "memorizes": False,
         }
         return self._population(memory, self.plan(0, 0))
 
@@ -88,10 +96,10 @@ class Clan(Strategy):
         Raises:
             EvaluationError: if no loss is finite and no learning rate is left to lower.
         """
-        memory = population.memory
-        best = float(fitness.mean.min())
         next_plan = self.plan(plan.index + 1, plan.end_step)
-        kind = self._round_kind(plan)
+        if not plan.explores:
+            return self._last_word(population, next_plan, fitness)
+        memory, best, kind = population.memory, float(fitness.mean.min()), self._round_kind(plan)
         is_lost = self._has_lost_ground(best, memory, kind)
         if is_lost and (memory["restores"] < MAX_RESTORES or best > memory["initial_loss"]):
             return self._go_back(memory, plan, next_plan, best)
@@ -99,17 +107,61 @@ class Clan(Strategy):
         reference = memory["best_loss"].get(kind, memory["initial_loss"])
         memory = {
             **memory,
+            **self._seen_of_memorizing(memory, plan, fitness),
             "centre": moved(memory["centre"], {name: move.change for name, move in moves.items()}, self.facts.genes),
-            "best_loss": {**memory["best_loss"], kind: best if is_lost else min(best, reference)},
+            "best_loss": {**memory["best_loss"], kind: min(best, reference)},
             "restores": 0 if best < reference else memory["restores"],
+            "kept_losses": memory["kept_losses"] if is_lost else fitness.losses[fitness.ranking[0]].tolist(),
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
+        memory = self._reined_in(memory, gives_in=is_lost)
         donor = fitness.ranking[0]
         said = "; ".join(f"{name} {move.change:+.3f} ({move.why})" for name, move in moves.items())
         reasons = [f"takes member {donor}'s state"] * fitness.num_members
         reasons[donor] = f"fittest; {said}"
         donors = (donor,) * fitness.num_members
-        return Decision(self._population(memory, next_plan), donors, reasons=tuple(reasons))
+        return Decision(self._population(memory, next_plan), donors, keeps=not is_lost, reasons=tuple(reasons))
+
+    def _last_word(self, population: Population, next_plan: RoundPlan, fitness: Fitness) -> Decision:
+        """At the end of the run: back to the last good state where it is better by more than noise.
+
+        A clan that memorizes needs no such proof: that its end is worse is to be expected.
+        """
+        members, fittest = range(fitness.num_members), fitness.ranking[0]
+        kept, now = population.memory["kept_losses"], fitness.losses[fittest]
+        tolerated = 0.0 if population.memory["memorizes"] else WORSE
+        population = self._population(population.memory, next_plan)
+        # Another window cannot be compared batch by batch.
+        if len(kept) != len(now):
+            return Decision(population, tuple(members), keeps=False)
+        worse = Fitness.from_losses([now, kept]).compare(0, 1)
+        if fitness.is_finite[fittest] and worse.difference <= tolerated * worse.standard_error:
+            return Decision(population, tuple(members), keeps=False)
+        reason = (
+            f"restored: the last good state's loss, {np.mean(kept):.4g}, is better than {fitness.mean[fittest]:.4g}"
+        )
+        return Decision(population, tuple(members), restore=True, reasons=tuple(reason for _ in members))
+
+    def _seen_of_memorizing(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
+        """What the round adds to memory about it; nothing where members trained apart."""
+        if any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases):
+            return {}
+        if memory["scale"] is None:
+            return {"scale": scale_of(fitness)}
+        return {"memorizes": Yardstick(memory["initial_loss"], memory["scale"]).memorizes(fitness)}
+
+    def _reined_in(self, memory: dict[str, Any], *, gives_in: bool) -> dict[str, Any]:
+        """Memory with the learning rates that a clan which memorizes may have: none far above the configured ones.
+
+        Where the guard gives in they go back to what they were before it lowered them: it was not their fault.
+        """
+        centre = dict(memory["centre"])
+        if memory["memorizes"]:
+            if gives_in:
+                centre |= memory["rates"]
+            for gene in self._learning_rates:
+                centre[gene.name] = min(centre[gene.name], gene.encode(min(REACH * gene.initial, gene.bounds[1])))
+        return {**memory, "centre": centre, "rates": {}}
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """Everyone around the centre, which is the clan's and no member's."""
@@ -134,8 +186,8 @@ class Clan(Strategy):
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
 
     def _races(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
-        """Whether members are set apart in this round: in the race, unless rates are climbing well without it."""
-        if not self._planner.races_at(plan.start_step):
+        """Whether members are set apart in this round: in the race, unless rates climb well without, or must not."""
+        if not self._planner.races_at(plan.start_step) or memory["memorizes"]:
             return False
         return all(memory["moves"].get(name, {"change": 0.0})["change"] < CLIMBING for name in plan.explores)
 
@@ -171,7 +223,13 @@ class Clan(Strategy):
                 f"round {plan.index}: no member's validation loss is finite, and there is no learning-rate gene above "
                 f"its lower bound to divide by {self.options.guard_divisor:g}. Start from a configuration that trains."
             )
-        memory = {**memory, "centre": centre, "moves": moves, "restores": memory["restores"] + 1}
+        memory = {
+            **memory,
+            "centre": centre,
+            "rates": memory["rates"] or {gene.name: memory["centre"][gene.name] for gene in self._learning_rates},
+            "moves": moves,
+            "restores": memory["restores"] + 1,
+        }
         population = self._population(memory, next_plan)
         members = range(self.facts.population_size)
         rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"

@@ -178,7 +178,10 @@ class ClanPlanner:
         )
 
     def _report(self, index: int, start_step: int) -> RoundPlan:
-        """A round after the freeze: plain data parallelism, measured so that progress is seen."""
+        """A round after the freeze: plain data parallelism, measured so that progress is seen.
+
+        The run's last one evolves: it may go back to the last good state.
+        """
         total, freeze = self._facts.total_steps, self.freeze_step
         assert total is not None and freeze is not None
         length = max(self._facts.round_length_steps, math.ceil((total - freeze) / self._options.num_reports))
@@ -188,7 +191,8 @@ class ClanPlanner:
             return RoundPlan(index, start_step, cooperative, evolves=False)
         # One window for all these rounds, or the average would follow where they happen to end.
         window = max(1, round(self._options.final_window * (total - freeze)))
-        return RoundPlan(index, start_step, cooperative, averages=True, averaging_window_steps=window, evolves=False)
+        is_last = start_step + length == total
+        return RoundPlan(index, start_step, cooperative, averages=True, averaging_window_steps=window, evolves=is_last)
 
     def _explored(self, index: int, start_step: int) -> list[Gene]:
         """The genes of round ``index``: few enough for a parabola each, in rotation, of one kind.

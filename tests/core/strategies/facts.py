@@ -20,7 +20,7 @@ def facts(**changes) -> RunFacts:
     return replace(FACTS, **changes)
 
 
-def fitness_of(losses) -> Fitness:
+def fitness_of(losses, training_loss=None) -> Fitness:
     """Two batches per member, 0.1 either side of the given mean."""
     losses = np.asarray(losses, dtype=float)
-    return Fitness.from_losses(np.stack([losses - 0.1, losses + 0.1], axis=1))
+    return Fitness.from_losses(np.stack([losses - 0.1, losses + 0.1], axis=1), training_loss=training_loss)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import build
 from clantune_scale.errors import EvaluationError
@@ -101,11 +102,14 @@ def test_the_guard_goes_back_twice_and_then_takes_what_lower_rates_did_not_mend(
         decision = clan.evolve(decision.population, clan.plan(index, 20 * index), bad)
         restored.append(decision.restore)
     assert restored == [True, True, False]
-    assert decision.population.memory["best_loss"] == {"optimizer": 3.0}  # what is compared with from here on
+    assert not decision.keeps  # what is gone back to stays the good state
+    assert decision.population.memory["best_loss"] == {"optimizer": 2.0}
+    assert decision.population.memory["centre"]["lr"] < -2 * math.log(3) + 0.9  # and rates as low as they were put
+    assert not clan.evolve(decision.population, clan.plan(4, 80), bad).restore
     for blown_up in ([math.nan] * 4, [4.1, 4.2, 4.3, 4.4]):  # not finite, or worse than before training
         assert clan.evolve(decision.population, clan.plan(4, 80), fitness_of(blown_up)).restore
-    better = clan.evolve(decision.population, clan.plan(4, 80), fitness_of([2.9, 3.0, 3.1, 3.2]))
-    assert better.population.memory["restores"] == 0
+    better = clan.evolve(decision.population, clan.plan(4, 80), fitness_of([1.9, 2.0, 2.1, 2.2]))
+    assert better.population.memory["restores"] == 0 and better.keeps
 
 
 def test_the_guard_measures_specialized_rounds_against_their_own_kind():
@@ -217,6 +221,72 @@ def test_rates_that_climb_by_themselves_need_no_race():
     assert max(rates) - min(rates) < 0.5  # they spread as in any round, on the race's whole batches
     bowl = [2.0 + (rate - population.memory["centre"]["lr"] + 0.1) ** 2 for rate in rates]
     assert clan.evolve(population, plan, fitness_of(bowl)).population.memory["moves"]["lr"]["why"] == "minimum"
+
+
+def memorizing(clan, *, validation=2.0, training=1.0):
+    """The population after two rounds, in the second of which validation missed half of what training had gained."""
+    first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([3.0] * 4, training_loss=3.1))
+    assert first.population.memory["scale"] == 1.0 and not first.population.memory["memorizes"]
+    return clan.evolve(first.population, clan.plan(1, 20), fitness_of([validation] * 4, training_loss=training))
+
+
+def test_a_clan_that_memorizes_does_not_race():
+    clan = build("clan", FACTS)
+    plan = next(p for p in rounds(clan) if p.start_step == 70)
+    before = rounds(clan)[plan.index - 1]
+    for training, distance in ((1.0, 1.0), (2.0, 13.0)):
+        population = memorizing(clan, training=training).population
+        entered = clan.evolve(population, before, fitness_of([1.9] * 4, training_loss=training - 0.1)).population
+        rates = [genome.values["lr"] for genome in entered.genomes]
+        assert max(rates) / min(rates) == pytest.approx(distance, rel=0.4)  # 0.1 of spread either way, or the race's
+
+
+def test_a_clan_that_memorizes_goes_no_higher_than_four_times_the_configured_rates():
+    clan = build("clan", FACTS, {"start_factor": 20.0})
+    assert math.exp(memorizing(clan).population.memory["centre"]["lr"]) == pytest.approx(4.0)
+    assert math.exp(memorizing(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
+
+
+def test_where_it_memorizes_the_guard_gives_rates_back_when_it_gives_in():
+    clan = build("clan", FACTS, NO_RACE)
+    decision = memorizing(clan)
+    held = decision.population.memory["centre"]["lr"]
+    bad = fitness_of([3.0] * 4, training_loss=0.9)
+    for index in (2, 3):
+        decision = clan.evolve(decision.population, clan.plan(index, 20 * index), bad)
+        assert decision.restore
+    assert decision.population.memory["centre"]["lr"] == pytest.approx(held - 2 * math.log(3))
+    decision = clan.evolve(decision.population, clan.plan(4, 80), bad)
+    assert (decision.restore, decision.keeps) == (False, False)
+    assert decision.population.memory["centre"]["lr"] == pytest.approx(held)
+
+
+@pytest.mark.parametrize(
+    ("training", "end", "restores"),
+    [
+        (2.0, [2.0, 2.5, 2.5, 2.5], False),
+        (2.0, [2.05, 2.5, 2.5, 2.5], True),
+        (2.0, [math.nan] * 4, True),
+        (1.0, [2.001, 2.5, 2.5, 2.5], True),
+        (1.0, [1.99, 2.5, 2.5, 2.5], False),
+    ],
+    ids=["as good", "worse", "not finite", "memorizing and worse", "memorizing and better"],
+)
+def test_the_end_of_a_run_that_is_worse_than_its_last_good_state_is_not_what_is_kept(training, end, restores):
+    clan = build("clan", FACTS)
+    last = rounds(clan)[-1]
+    decision = clan.evolve(memorizing(clan, training=training).population, last, fitness_of(end))
+    assert decision.restore is restores
+    assert decision.donors == (0, 1, 2, 3)
+    if restores:
+        assert "the last good state's loss, 2, is better than" in decision.reasons[0]
+
+
+def test_noise_does_not_take_the_end_of_a_run_away():
+    clan = build("clan", FACTS)
+    population = memorizing(clan, training=2.0).population  # kept: 1.9 and 2.1
+    end = Fitness.from_losses([[1.85, 2.17]] * 4)  # worse by 0.01, give or take 0.06
+    assert not clan.evolve(population, rounds(clan)[-1], end).restore
 
 
 def rounds(clan):
