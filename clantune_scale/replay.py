@@ -57,7 +57,7 @@ class ClanScheduleLR(LRScheduler):
         rates = []
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             values = self._values(group, base if self._own is None else base * own)
-            rates.append(values.pop("lr") * factor)
+            rates.append(values.pop("lr") * factor * self._schedule.rate_factor)
             group.update(values)
         return rates
 
