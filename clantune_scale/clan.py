@@ -84,7 +84,7 @@ class Clan:
         check_parameters(world, backend)
         champion.check_forms(self)
         self.genes = bind_genes(config.genes, backend, setters or {})
-        facts = config.facts(self.genes, total_steps=total_steps, has_schedule=backend.has_schedule)
+        facts = config.facts(self.genes, total_steps=total_steps)
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
@@ -159,7 +159,7 @@ class Clan:
 
     @property
     def lr_factor(self) -> float:
-        """The strategy's factor on all learning rates in the step that comes."""
+        """The final decay's share of all learning rates in the step that comes."""
         return self.strategy.lr_factor(self.phases.position.step)
 
     def state(self) -> MemberState:
@@ -291,6 +291,11 @@ class Clan:
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now, the user's schedule where it is now."""
         return self._expression.learning_rate(self.strategy.lr_factor(step))
+
+    @property
+    def scheduled_rate(self) -> float:
+        """The first learning rate by the user's own schedule, where that is now."""
+        return self._expression.scheduled_rate
 
     def finish(self, *, status: str = "FINISHED") -> Summary:
         """Ends the run: chooses the champion, writes what is to be kept, closes tracking, frees the engine.

@@ -262,13 +262,12 @@ class ClanConfig(Block):
             raise ValueError(f"a name is listed twice in {value}")
         return {name: {} for name in value}
 
-    def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None, has_schedule: bool) -> RunFacts:
+    def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None) -> RunFacts:
         """What the strategy of a run with this block knows of it.
 
         Args:
             genes: that the block's were resolved to.
             total_steps: optimizer steps of the run, or None; the block's own count is not looked at.
-            has_schedule: whether a learning-rate schedule is attached.
         """
         # Strategies bring scipy along, half a second that reading a config does without.
         from clantune_scale.core.strategies import RunFacts
@@ -280,5 +279,4 @@ class ClanConfig(Block):
             round_length_steps=self.round_length,
             duty_cycle=self.duty_cycle,
             total_steps=total_steps,
-            has_schedule=has_schedule,
         )

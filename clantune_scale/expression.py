@@ -20,9 +20,14 @@ import torch.distributed as dist
 
 from clantune_scale.backends.base import Backend
 from clantune_scale.config import GeneConfig
+from clantune_scale.core import decay
 from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.genes import build_gene, target_of
+
+#: Where a parameter group keeps its scheduled learning rate of the last step before the final decay. Torch's
+#: schedulers keep ``initial_lr`` there too: a group's settings are saved with the optimizer and with a round.
+REFERENCE_KEY = "clantune_lr"
 
 Setter = Callable[[float], None]
 _SHARES = {"lr": "lr_mult", "weight_decay": "wd_mult"}
@@ -134,7 +139,9 @@ class Expression:
         return self._accumulation
 
     def restore(self) -> None:
-        """Clip threshold, accumulation and dropout rates as they were found; the user's setters are the user's."""
+        """Groups, clip threshold, accumulation and dropout rates as they were found; setters are the user's."""
+        for group in self._backend.param_groups():
+            group.pop(REFERENCE_KEY, None)
         self._backend.clip = self._clip
         if self._backend.accumulation != self._accumulation:
             self._backend.accumulation = self._accumulation
@@ -150,25 +157,40 @@ class Expression:
         """The optimizer's groups hold the values inside and the scheduled ones again outside.
 
         Args:
-            lr_factor: on every group's learning rate, beside any gene.
+            lr_factor: the final decay's share (see ``Strategy.lr_factor``), of every group.
 
         Raises:
             ClanError: if a group no longer holds after the update what was written before it.
         """
+        for group in self._backend.param_groups():
+            if lr_factor == 1.0 or REFERENCE_KEY not in group:
+                group[REFERENCE_KEY] = float(group["lr"])
+        with self._written(lr_factor):
+            yield
+
+    @contextmanager
+    def _written(self, lr_factor: float) -> Iterator[None]:
         groups = self._backend.param_groups()
         before = [{key: group[key] for key, _ in GROUP_KEYS.values() if key in group} for group in groups]
         try:
             for gene in self._in_groups:
                 for group in chosen_groups(groups, gene.groups):
                     _write(group, gene, self._values[gene.name])
-            for group in groups:
-                group["lr"] = group["lr"] * lr_factor
+            for group, scheduled in zip(groups, before, strict=True):
+                # Not in place: it may be a tensor.
+                group["lr"] = group["lr"] * self._rate_factor(group, float(scheduled["lr"]), lr_factor)
             written = [{key: group[key] for key in scheduled} for group, scheduled in zip(groups, before, strict=True)]
             yield
             self._read_back(groups, written)
         finally:
             for group, scheduled in zip(groups, before, strict=True):
                 group.update(scheduled)
+
+    def _rate_factor(self, group: dict[str, Any], scheduled: float, lr_factor: float) -> float:
+        """What the final decay makes of a group's rate."""
+        if replaces_schedule(self._in_groups, group, self._backend.param_groups()):
+            return lr_factor
+        return decay.under_ceiling(lr_factor, reference=group.get(REFERENCE_KEY, scheduled), scheduled=scheduled)
 
     def _read_back(self, groups: Sequence[dict[str, Any]], written: Sequence[dict[str, Any]]) -> None:
         """The update was made with what was written: nothing wrote over it in between."""
@@ -187,8 +209,13 @@ class Expression:
 
     def learning_rate(self, lr_factor: float = 1.0) -> float:
         """The first group's learning rate as the next update will use it."""
-        with self.during_update(lr_factor):
+        with self._written(lr_factor):
             return float(self._backend.param_groups()[0]["lr"])
+
+    @property
+    def scheduled_rate(self) -> float:
+        """The first group's learning rate by the user's own schedule, where that is now."""
+        return float(self._backend.param_groups()[0]["lr"])
 
     def _set(self, gene: Gene, value: float) -> None:
         if gene.target in self._setters:
@@ -220,6 +247,12 @@ def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | lis
     if names is None:
         return list(groups)
     return [group for index, group in enumerate(groups) if str(group.get("name", index)) in names]
+
+
+def replaces_schedule(genes: Sequence[Gene], group: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the genes leaves nothing of the user's own schedule in that group's learning rate."""
+    absolute = [gene for gene in genes if gene.target == "lr" and not gene.relative]
+    return any(group is chosen for gene in absolute for chosen in chosen_groups(groups, gene.groups))
 
 
 def _dropouts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:

@@ -191,4 +191,4 @@ def run_facts(block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str
     """What the strategy of such a run would know."""
     scheduler = ds_config.get("scheduler") or {}
     steps = block.total_steps or scheduler.get("params", {}).get("total_num_steps")
-    return block.facts(genes, total_steps=steps, has_schedule=bool(scheduler))
+    return block.facts(genes, total_steps=steps)

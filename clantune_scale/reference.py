@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from clantune_scale.core import decay
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import GROUP_KEYS, Gene
@@ -42,10 +43,14 @@ class Member:
         optimizer: over the module's parameters.
         scheduler: the user's, stepped after every step; or None.
         clip: largest global norm of the gradient; 0 for no clipping.
+
+    Attributes:
+        scheduled: [groups] learning rates by the user's own schedule, in the last step before the final decay.
     """
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, clip: float) -> None:
         self.module, self.optimizer, self.scheduler, self.clip = module, optimizer, scheduler, clip
+        self.scheduled = [float(group["lr"]) for group in optimizer.param_groups]
         self.parameters = list(module.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
 
@@ -271,12 +276,18 @@ class ReferenceClan:
         """Inside, the optimizer's groups hold the genes; outside, what the user's schedule says."""
         groups = member.optimizer.param_groups
         scheduled = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        if self.strategy.lr_factor(self.num_steps) == 1.0:
+            member.scheduled = [float(group["lr"]) for group in groups]
         for index, group in enumerate(groups):
-            for gene in self.genes:
-                is_chosen = gene.groups is None or str(group.get("name", index)) in gene.groups
-                if gene.target in GROUP_KEYS and is_chosen:
+            own = float(group["lr"])
+            chosen = [g for g in self.genes if g.groups is None or str(group.get("name", index)) in g.groups]
+            for gene in chosen:
+                if gene.target in GROUP_KEYS:
                     _write(group, gene, values[gene.name])
-            group["lr"] = group["lr"] * self.strategy.lr_factor(self.num_steps)  # not in place: it may be a tensor
+            factor = self.strategy.lr_factor(self.num_steps)
+            if not any(gene.target == "lr" and not gene.relative for gene in chosen):
+                factor = decay.under_ceiling(factor, reference=member.scheduled[index], scheduled=own)
+            group["lr"] = group["lr"] * factor  # not in place: it may be a tensor
         try:
             yield
         finally:

@@ -9,16 +9,18 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from clantune_scale.backends.base import Backend
+from clantune_scale.core import decay
 from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.schedule import ClanSchedule
-from clantune_scale.expression import Expression, Setter, chosen_groups
+from clantune_scale.expression import Expression, Setter, chosen_groups, replaces_schedule
 
 
 class ClanScheduleLR(LRScheduler):
     """A clan's schedule as a learning-rate scheduler of PyTorch.
 
-    The step after n completed ones trains at ``base rate x own(n) x gene(n) x lr_factor(n)``, multiplied in the
-    order in which the clan did, so that equal rates are equal to the last bit. Weight decay, betas, momentum
+    The step after n completed ones trains at ``base rate x gene(n) x min(own(n), own(f) x lr_factor(n))``, where the
+    final decay starts at f, and at ``gene(n) x lr_factor(n)`` where the gene is absolute; multiplied in the order in
+    which the clan did, so that equal rates are equal to the last bit. Weight decay, betas, momentum
     and eps are set in the groups that their genes name. Relative genes multiply what a group held when the
     scheduler was made. Its state is one integer.
 
@@ -52,12 +54,10 @@ class ClanScheduleLR(LRScheduler):
 
     def get_lr(self) -> list[Any]:
         """The rates of the step that comes; writes the other genes into their groups."""
-        own = 1.0 if self._own is None else self._own(self.last_epoch)
-        factor = self._schedule.lr_factor_at(self.last_epoch)
         rates = []
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            values = self._values(group, base if self._own is None else base * own)
-            rates.append(values.pop("lr") * factor)
+            values = self._values(group, self._scheduled(base, self.last_epoch))
+            rates.append(values.pop("lr") * self._rate_factor(group, base) * self._schedule.rate_factor)
             group.update(values)
         return rates
 
@@ -69,6 +69,19 @@ class ClanScheduleLR(LRScheduler):
         """Goes to a saved step and writes its values."""
         self.last_epoch = state_dict["last_epoch"] - 1
         self._update_lr()
+
+    def _scheduled(self, base: Any, step: int) -> Any:
+        """A group's rate by your own schedule."""
+        return base if self._own is None else base * self._own(step)
+
+    def _rate_factor(self, group: Mapping[str, Any], base: Any) -> float:
+        """What the final decay makes of a group's rate."""
+        step, start = self.last_epoch, self._schedule.decay_start_step
+        factor = self._schedule.lr_factor_at(step)
+        if replaces_schedule(self._genes, group, self.optimizer.param_groups):
+            return factor
+        reference = self._scheduled(base, step if start is None else min(step, start))
+        return decay.under_ceiling(factor, reference=float(reference), scheduled=float(self._scheduled(base, step)))
 
     def _values(self, group: Mapping[str, Any], rate: Any) -> dict[str, Any]:
         """What the genes make of a group's first values; genes on one target follow one another, as in the clan."""

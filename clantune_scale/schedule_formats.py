@@ -22,7 +22,8 @@ def to_csv(schedule: ClanSchedule) -> str:
     writer.writerow(["start_step", "end_step", *names, "lr_factor_start", "lr_factor_end", "undone"])
     for segment in schedule.segments:
         values = [segment.values[name] for name in names]
-        writer.writerow([segment.start_step, segment.end_step, *values, *segment.lr_factor, segment.undone])
+        factors = [factor * schedule.rate_factor for factor in segment.lr_factor]
+        writer.writerow([segment.start_step, segment.end_step, *values, *factors, segment.undone])
     return out.getvalue().rstrip("\n")
 
 
@@ -58,9 +59,10 @@ def to_deepspeed(schedule: ClanSchedule, *, base_lr: float | None) -> Fragment:
             {},
             (*lost, "the run had a schedule of its own beside the gene: keep that one, with ClanScheduleLR(own=...)"),
         )
-    base = base_lr if gene.relative and base_lr is not None else 1.0
+    base = (base_lr if gene.relative and base_lr is not None else 1.0) * schedule.rate_factor
     rates = [base * schedule.value_at(gene.name, s) * schedule.lr_factor_at(s) for s in range(schedule.num_steps)]
-    candidates = _candidates(rates, _decay_start(schedule))
+    decay_start = schedule.decay_start_step
+    candidates = _candidates(rates, schedule.num_steps if decay_start is None else decay_start)
     ratios = [_worst_ratio(rates, [deepspeed_rate(one, step) for step in range(len(rates))]) for one in candidates]
     ratio, params = min(zip(ratios, candidates, strict=True), key=lambda pair: pair[0])
     if ratio > _NEAR:
@@ -101,12 +103,6 @@ def deepspeed_rate(params: dict[str, Any], step: int) -> float:
 def _lost_genes(schedule: ClanSchedule) -> tuple[str, ...]:
     names = [g.name for g in schedule.described_genes if g.target != "lr" or g.groups is not None]
     return (f"{', '.join(names)}: no scheduler of DeepSpeed's sets them",) if names else ()
-
-
-def _decay_start(schedule: ClanSchedule) -> int:
-    """The step from which the factor on learning rates falls; the schedule's end where it never does."""
-    falling = [s for s in schedule.segments if s.lr_factor[1] < s.lr_factor[0]]
-    return falling[0].start_step if falling else schedule.num_steps
 
 
 def _last_move(rates: Sequence[float]) -> int:

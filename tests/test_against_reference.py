@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from clantune_scale.config import ClanConfig, GeneConfig
 from clantune_scale.core.strategies import RunFacts, build
@@ -44,7 +47,12 @@ class Feed:
         return datasets()[0][indices]
 
 
-def _reference(config: dict, dp_size: int, num_steps: int) -> ReferenceClan:
+def falling(step: int) -> float:
+    """Above the final decay's line from step 16 to 40 at first, then below it."""
+    return 1.0 if step < 20 else 0.85 ** (step - 20)
+
+
+def _reference(config: dict, dp_size: int, num_steps: int, own: Callable[[int], float] | None) -> ReferenceClan:
     block = ClanConfig.model_validate(config["clantune"])
     found = {"accumulation": 1.0, "clip": CLIP, "beta1": 0.9, "lr": 1e-2, "weight_decay": 0.01}
     genes = tuple(build_gene(n, g or GeneConfig(), found=found[n]) for n, g in block.genes.items())
@@ -67,19 +75,22 @@ def _reference(config: dict, dp_size: int, num_steps: int) -> ReferenceClan:
         batch=Feed(block.population_size, dp_size),
         eval_batches=[valid[begin : begin + 8] for begin in range(0, len(valid), 8)],
         clip=CLIP,
+        scheduler=own and (lambda optimizer: LambdaLR(optimizer, own)),
     )
     clan.run(num_steps)
     return clan
 
 
-def _distributed(rank, config, num_steps):
-    engine, loader = start(config)
+def _distributed(rank, config, num_steps, own):
+    options = {"lr_scheduler": lambda optimizer: LambdaLR(optimizer, own)} if own else {}
+    engine, loader = start(config, **options)
     train(engine, loader, num_steps)
     return flat_weights(engine), list(engine.clan.recorder.lineage), engine.clan.population
 
 
 CASES = {
     "clan": {"genes": {"lr": {"step_size": 0.3}, "beta1": {}}, "population_size": 4, "total_steps": 40},
+    "clan, own schedule": {"genes": {"lr": {"step_size": 0.3}}, "population_size": 4, "total_steps": 40},
     "clan, race": {
         "genes": {"lr": {"step_size": 0.3}, "beta1": {}},
         "population_size": 4,
@@ -111,6 +122,7 @@ CASES = {
 
 STAGES = {
     "clan": (0, 3),
+    "clan, own schedule": (0, 2),
     "clan, race": (1, 3),
     "clan, rolled back competition": (1, 2),
     "classic": (0, 2),
@@ -127,8 +139,9 @@ def test_the_distributed_clan_does_what_its_reference_does(case, stage, tmp_path
     num_steps = 30
     config = clan_config(tmp_path, ds_config(stage, clip=CLIP), **CASES[case])
     dp_size = 4 // CASES[case]["population_size"]
-    reference = _reference(config, dp_size, num_steps)
-    results = run_ranks(4, in_member_worlds, _distributed, config, num_steps)
+    own = falling if "own schedule" in case else None
+    reference = _reference(config, dp_size, num_steps, own)
+    results = run_ranks(4, in_member_worlds, _distributed, config, num_steps, own)
     assert len(reference.lineage) >= 5
     assert any(set(record.donors) != {0, 1, 2, 3} or record.average for record in reference.lineage)
     for rank, (weights, lineage, population) in enumerate(results):

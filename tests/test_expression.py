@@ -12,7 +12,7 @@ from torch import nn
 from clantune_scale.config import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.errors import ClanError, ConfigError, NoEffectWarning
-from clantune_scale.expression import Expression, bind_genes
+from clantune_scale.expression import REFERENCE_KEY, Expression, bind_genes
 
 
 @dataclass
@@ -60,7 +60,9 @@ def expression_of(
 
 
 def plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    """What the user sees in the groups."""
+    ours = ("params", REFERENCE_KEY)
+    return [{key: value for key, value in group.items() if key not in ours} for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +86,8 @@ def test_a_gene_holds_in_all_groups_during_the_update_and_not_after(kind, target
     assert plain(backend.param_groups()) == before
     seen = backend.update(expression)
     assert [group[key] for group in seen] == [pytest.approx(expected)] * 2
-    for group in seen:
-        others = {name: held for name, held in group.items() if name not in (key, "params")}
+    for group in plain(seen):
+        others = {name: held for name, held in group.items() if name != key}
         assert others == {name: held for name, held in before[0].items() if name != key} | {"name": group["name"]}
     assert plain(backend.param_groups()) == before
 
@@ -153,6 +155,54 @@ def test_the_strategys_factor_multiplies_every_learning_rate(genes, values, expe
     assert [group["lr"] for group in backend.update(expression, lr_factor=0.25)] == pytest.approx([expected] * 2)
     assert expression.learning_rate(0.25) == pytest.approx(expected)
     assert backend.param_groups()[0]["lr"] == 0.1
+
+
+# From the third step on, a rate is the smaller of the schedule's (times 0.1) and 0.05 x factor.
+SCHEDULED = (1.0, 0.5, 0.5, 0.4, 0.1, 0.0, 0.3)
+FACTORS = (1.0, 1.0, 0.8, 0.6, 0.4, 0.3, 0.2)
+RATES = (0.1, 0.05, 0.04, 0.03, 0.01, 0.0, 0.01)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("value", [None, 3.0])
+def test_the_final_decay_bounds_the_users_schedule_and_does_not_multiply_it(value, as_tensor):
+    backend = backend_with(lr=torch.tensor(0.1) if as_tensor else 0.1, foreach=False)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(backend.optimizer, SCHEDULED.__getitem__)
+    genes, values = ({}, {}) if value is None else ({"lr": {}}, {"lr": value})
+    expression = expression_of(genes, backend, values)
+    rates = []
+    for step, factor in enumerate(FACTORS):
+        # Asking moves nothing, whatever the factor asked with.
+        expression.learning_rate(1.0), expression.learning_rate(0.01)
+        assert expression.scheduled_rate == pytest.approx(0.1 * SCHEDULED[step])
+        asked = expression.learning_rate(factor)
+        rates.append(float(backend.update(expression, lr_factor=factor)[0]["lr"]))
+        assert asked == rates[-1]
+        if step < len(SCHEDULED) - 1:
+            scheduler.step()
+    assert rates == pytest.approx([(value or 1.0) * rate for rate in RATES])
+    expression.restore()
+    assert not any(REFERENCE_KEY in group for group in backend.param_groups())
+
+
+def test_an_absolute_gene_takes_the_factor_in_its_groups_alone():
+    backend = backend_with()
+    genes = {"lr:head": {"groups": ["head"], "mode": "absolute", "bounds": [1e-3, 1]}}
+    expression = expression_of(genes, backend, {"lr:head": 0.8})
+    backend.update(expression)
+    for group in backend.param_groups():
+        group["lr"] = 0.02  # the user's schedule is far below the line
+    assert [group["lr"] for group in backend.update(expression, lr_factor=0.5)] == pytest.approx([0.02, 0.4])
+
+
+def test_the_decays_reference_goes_with_the_optimizers_state():
+    first, second = backend_with(), backend_with()
+    first.update(expression_of({}, first, {}))
+    for group in first.param_groups():
+        group["lr"] = 0.05
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    rates = [expression_of({}, backend, {}).learning_rate(0.4) for backend in (first, second)]
+    assert rates == pytest.approx([0.04, 0.04])  # 0.1 x 0.4, and not 0.05 x 0.4
 
 
 def test_an_update_that_fails_leaves_the_scheduled_values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from torch import nn
 
 from clantune_scale.core.schedule import ClanSchedule, Segment
+from clantune_scale.core.stretch import stretched
+from clantune_scale.expression import Expression
 from clantune_scale.replay import BetweenSteps, ClanScheduleLR
 from clantune_scale.tracking import read_events
 from clantune_scale.tracking.history import champion_of, schedule_from_events
 from tests.backends.small_runs import Net, ds_config, flat_weights, in_member_worlds
 from tests.ranks import run_ranks
 from tests.small_clans import clan_config, flat_run, start, train
+from tests.test_expression import backend_with
 
 NUM_STEPS = 30
 LR = {"name": "lr", "bounds": [0.1, 10], "relative": True}
@@ -61,6 +65,38 @@ def test_your_own_schedule_goes_beside_it(schedule):
     scheduler = ClanScheduleLR(_optimizer(), schedule, own=lambda step: 0.5**step)
     _advance(scheduler, 1)
     assert scheduler.get_last_lr()[0] == 0.1 * 0.5 * 2.0
+
+
+def _falling(step: int) -> float:
+    return (1.0, 1.0, 0.9, 0.9, 0.2, 0.1)[min(step, 5)]
+
+
+@pytest.mark.parametrize(
+    "gene", [LR, {"name": "lr", "bounds": [0.1, 10], "initial": 1.0}], ids=["relative", "absolute"]
+)
+def test_rates_are_those_of_the_clans_own_updates_to_the_last_bit(gene, schedule):
+    schedule = replace(schedule, genes=(gene, BETA1, DECAY))
+    scheduler = ClanScheduleLR(_optimizer(), schedule, own=_falling)
+    backend = backend_with(weight_decay=0.5)
+    theirs = torch.optim.lr_scheduler.LambdaLR(backend.optimizer, _falling)
+    expression = Expression(schedule.described_genes, backend, {})
+    ceilings = set()
+    for step in range(7):
+        names = [described.name for described in schedule.described_genes]
+        expression.express({name: schedule.value_at(name, step) for name in names})
+        seen = backend.update(expression, schedule.lr_factor_at(step))
+        assert [group["lr"] for group in seen] == scheduler.get_last_lr()
+        ceilings.add(seen[0]["lr"] < 0.1 * _falling(step) * schedule.value_at("lr", step))
+        theirs.step(), _advance(scheduler, 1)
+    # 0.9 x (1, 0.75, 0.5, 0.25, 0) from step 2 on: step 3 is on the line, step 4 on the schedule below it.
+    assert ceilings == {True, False}
+
+
+def test_the_factor_for_another_batch_is_on_every_rate_throughout(schedule):
+    one, four = (ClanScheduleLR(_optimizer(), stretched(schedule, factor=f), own=_falling) for f in (1.0, 4.0))
+    for _ in range(6):
+        assert four.get_last_lr() == pytest.approx([4 * rate for rate in one.get_last_lr()])
+        _advance(one, 1), _advance(four, 1)
 
 
 def test_two_genes_on_one_value_follow_one_another(schedule):

@@ -43,7 +43,6 @@ class Backend(Protocol):
         num_steps: optimizer steps done.
         clip: gradient-norm threshold, 0 where clipping is off; writable.
         accumulation: micro-batches per optimizer step; writable between steps.
-        has_schedule: whether a learning-rate schedule is attached.
     """
 
     engine: Any
@@ -62,9 +61,6 @@ class Backend(Protocol):
 
     @property
     def num_steps(self) -> int: ...
-
-    @property
-    def has_schedule(self) -> bool: ...
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The live groups of the optimizer that applies the update, by reference."""

@@ -9,6 +9,7 @@ import torch
 
 from clantune_scale.batched.model import Settings
 from clantune_scale.batched.optimizers import OPTIMIZERS
+from clantune_scale.core import decay
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind
@@ -75,14 +76,15 @@ class Expressed:
 
     def _factors(self, step: int) -> torch.Tensor:
         """[clans, 1, 1]: what schedules and the strategies' decay make of every learning rate."""
-        scheduled = {schedule: schedule(step) for schedule in {own.schedule for own in self._settings}}
-        return torch.tensor(
-            [
-                scheduled[own.schedule] * strategy.lr_factor(step)
-                for own, strategy in zip(self._settings, self._strategies, strict=True)
-            ],
-            dtype=torch.float64,
-        ).view(-1, 1, 1)
+        factors = [rate_factor(*pair, step) for pair in zip(self._settings, self._strategies, strict=True)]
+        return torch.tensor(factors, dtype=torch.float64).view(-1, 1, 1)
+
+
+def rate_factor(settings: Settings, strategy: Strategy, step: int) -> float:
+    """What the clan's schedule and its strategy's decay make of a learning rate in the step after so many."""
+    scheduled, start = settings.schedule(step), strategy.decay_start_step
+    reference = scheduled if start is None or step <= start else settings.schedule(start)
+    return scheduled * decay.under_ceiling(strategy.lr_factor(step), reference=reference, scheduled=scheduled)
 
 
 def _scalars(genes: Sequence[Gene], values: Mapping[str, float], base: dict[str, float]) -> dict[str, float]:

@@ -77,9 +77,11 @@ COMMAND = Command(
   schedule = ClanSchedule.from_json(open("schedule.json").read())
   deepspeed.initialize(..., lr_scheduler=lambda optimizer: ClanScheduleLR(optimizer, schedule))
 
-The JSON has "schema" and "kind"; "genes" (name, target, groups, whether relative); "segments", in order and without
-gaps: start_step, end_step, "values" by gene, "lr_factor" (on every rate, in the first step and in end_step, linear
-between), and "undone" where the training was rolled back. Relative values multiply the run's own settings.
+The JSON has "schema" and "kind"; "genes" (name, target, groups, whether relative); "rate_factor", on every learning
+rate; "segments", in order and without gaps: start_step, end_step, "values" by gene, "lr_factor" (the final decay's
+share in the first step and in end_step, linear between: your own schedule's rate is at most this times what it was
+where the decay starts), and "undone" where the training was rolled back. Relative values multiply the run's own
+settings.
 
 --steps stretches the step axis linearly. --batch alone changes nothing; with --rate-rule, learning rates are
 multiplied by new/old batch (linear) or its square root (sqrt). A DeepSpeed fragment says what it cannot say.""",

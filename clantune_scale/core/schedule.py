@@ -28,8 +28,7 @@ class Segment:
         start_step: first step, counted in completed ones before it.
         end_step: first step after it.
         values: by gene name, as they took effect.
-        lr_factor: the factor on learning rates in its first step and, were it to go on, in ``end_step``;
-            linear between (the clan's final decay).
+        lr_factor: the final decay's share in its first step and, were it to go on, in ``end_step``; linear between.
         undone: whether its training was rolled back or restored away, and is not in the champion.
     """
 
@@ -47,10 +46,12 @@ class ClanSchedule:
     Attributes:
         genes: what the names mean; each a :class:`Gene` as a dict (target, scale, relative and so on).
         segments: in order and without gaps.
+        rate_factor: on every learning rate throughout: what another batch asks for.
     """
 
     genes: tuple[Mapping[str, Any], ...]
     segments: tuple[Segment, ...]
+    rate_factor: float = 1.0
 
     @classmethod
     def from_lineage(
@@ -106,8 +107,13 @@ class ClanSchedule:
         kept = next((segment for segment in self.segments[index:] if not segment.undone), self.segments[index])
         return kept.values[gene]
 
+    @property
+    def decay_start_step(self) -> int | None:
+        """The step from which learning rates fall to the end (where the share is still 1); None where they do not."""
+        return next((s.start_step for s in self.segments if s.lr_factor[1] < s.lr_factor[0]), None)
+
     def lr_factor_at(self, step: int) -> float:
-        """The factor on every learning rate in that step, beside any gene; the last one beyond the end."""
+        """The final decay's share in that step; the last one beyond the end."""
         segment = self.segments[self._index(step)]
         first, last = segment.lr_factor
         share = (step - segment.start_step) / (segment.end_step - segment.start_step)
@@ -116,7 +122,8 @@ class ClanSchedule:
     def to_json(self) -> str:
         """One JSON object, indented for people."""
         segments = [asdict(segment) for segment in self.segments]
-        return json.dumps({"schema": SCHEMA, "kind": _KIND, "genes": self.genes, "segments": segments}, indent=1)
+        plain = {"schema": SCHEMA, "kind": _KIND, "genes": self.genes, "rate_factor": self.rate_factor}
+        return json.dumps({**plain, "segments": segments}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> ClanSchedule:
@@ -139,7 +146,8 @@ class ClanSchedule:
         if not data["segments"]:
             raise ConfigError("the schedule has no segments. Give the file of a run that finished a round.")
         segments = (Segment(**{**item, "lr_factor": tuple(item["lr_factor"])}) for item in data["segments"])
-        return cls(tuple(data["genes"]), tuple(segments))
+        # Schedules had no rate factor at first.
+        return cls(tuple(data["genes"]), tuple(segments), data.get("rate_factor", 1.0))
 
     def _index(self, step: int) -> int:
         if step < 0:

@@ -51,12 +51,12 @@ def stretched(schedule: ClanSchedule, *, num_steps: int | None = None, factor: f
     if num_steps is not None and num_steps < 1:
         raise ConfigError(f"the schedule is to be stretched to {num_steps} steps. Give at least 1.")
     scale = 1.0 if num_steps is None else num_steps / schedule.num_steps
-    return ClanSchedule(schedule.genes, tuple(_segments(schedule, scale, factor)))
+    segments = tuple(_segments(schedule, scale))
+    return replace(schedule, segments=segments, rate_factor=schedule.rate_factor * factor)
 
 
-def _segments(schedule: ClanSchedule, scale: float, factor: float) -> Iterator[Segment]:
+def _segments(schedule: ClanSchedule, scale: float) -> Iterator[Segment]:
     for segment in schedule.segments:
         start, end = round(segment.start_step * scale), round(segment.end_step * scale)
         if end > start:
-            first, last = segment.lr_factor
-            yield replace(segment, start_step=start, end_step=end, lr_factor=(first * factor, last * factor))
+            yield replace(segment, start_step=start, end_step=end)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clantune_scale.batched import BatchedClans, Settings
+from clantune_scale.batched.expression import rate_factor
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import STRATEGIES, RunFacts, build
 from clantune_scale.errors import ConfigError
@@ -107,6 +108,20 @@ def run_both(name: str, settings: Settings, *genes: Gene, num_steps: int = 30, *
 def test_every_strategy_does_what_the_reference_does(name, settings):
     clans, _ = run_both(name, settings, LR, WEIGHT_DECAY)
     assert len(clans.clans[0].lineage) >= 4
+
+
+@pytest.mark.parametrize("name", ["clan", "halving"])
+def test_a_decay_over_the_users_own_is_that_of_the_reference(name):
+    def falling(step: int) -> float:
+        """The line is below it to begin with (clan: from step 24 on), then it falls faster."""
+        return 0.99**step if step < 45 else 0.3 * 0.8 ** (step - 45)
+
+    clans, twins = run_both(name, replace(SGD, schedule=falling), LR, num_steps=60)
+    settings, strategy = clans.clans[0].settings, clans.clans[0].strategy
+    below = [rate_factor(settings, strategy, step) < falling(step) for step in range(60)]
+    start = strategy.decay_start_step
+    assert not any(below[: start + 1]) and below[start + 5] and not below[50]
+    assert twins[0].members[0].optimizer.param_groups[0]["lr"] == pytest.approx(SGD.lr * falling(60))
 
 
 @pytest.mark.parametrize("name", ["clan", "classic"])

@@ -81,9 +81,12 @@ def test_the_blocking_form_is_the_same(tmp_path):
     _check(config, [13], ranks=2, ends="leave")
 
 
-def test_a_schedule_with_lists_and_moving_accumulation(tmp_path):
+# The clan's genes freeze after 16 steps: what a rate was then, it must know after 19 and cannot ask the schedule.
+@pytest.mark.parametrize(("strategy", "stops"), [("classic", [9, 14]), ("clan", [19])])
+def test_a_schedule_with_lists_and_moving_accumulation(strategy, stops, tmp_path):
     config = ds_config(1, accumulation=2) | {
         "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 5}}
     }
     genes = {"lr": {}, "accumulation": {"kind": "specialized", "bounds": [1, 4], "step_size": 0.6}}
-    _check(clan_config(tmp_path, config, strategy="classic", genes=genes, duty_cycle=0.4), [9, 14], ranks=2)
+    block = {"strategy": strategy, "genes": genes, "duty_cycle": 0.4, "total_steps": 40}
+    _check(clan_config(tmp_path, config, **block), stops, ranks=2)

@@ -48,9 +48,11 @@ def test_stretched_by_steps_and_batch(call, finished_run):
     found = ClanSchedule.from_json(call("schedule", finished_run.folder).out)
     assert schedule.num_steps == 400
     assert schedule.value_at("lr", 123) == found.value_at("lr", 12)
-    assert schedule.lr_factor_at(0) == pytest.approx(2.0)
+    assert schedule.rate_factor == pytest.approx(2.0) and schedule.lr_factor_at(0) == 1.0
+    (row, *_) = csv.DictReader(io.StringIO(call("schedule", finished_run.folder, *options, "--format", "csv").out))
+    assert float(row["lr_factor_start"]) == pytest.approx(2.0)
     unchanged = ClanSchedule.from_json(call("schedule", finished_run.folder, "--batch", 32).out)
-    assert unchanged.lr_factor_at(0) == 1.0
+    assert unchanged == found
 
 
 def test_a_rule_without_a_batch_and_a_batch_of_nothing_are_refused(call, finished_run):
@@ -102,6 +104,12 @@ def test_a_schedule_that_a_straight_line_is_loses_nothing():
     schedule = ClanSchedule((LR,), (Segment(0, 20, {"lr": 2.0}), Segment(20, 4000, {"lr": 2.0}, (1.0, 0.0))))
     fragment = to_deepspeed(schedule, base_lr=0.1)
     assert fragment.lost == () and fragment.worst_rate_ratio < 1.05
+
+
+def test_the_factor_for_another_batch_is_in_the_fragments_rates():
+    schedule = ClanSchedule((LR,), (Segment(0, 20, {"lr": 2.0}), Segment(20, 4000, {"lr": 2.0}, (1.0, 0.0))), 4.0)
+    params = to_deepspeed(schedule, base_lr=0.1).config["scheduler"]["params"]
+    assert params["warmup_max_lr"] == pytest.approx(0.1 * 2.0 * 4.0)
 
 
 def test_a_schedule_beside_the_users_own_is_not_deepspeeds_to_say():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -70,12 +71,15 @@ def test_the_final_decay_is_exact_at_every_step(lineage):
     schedule = ClanSchedule.from_lineage(lineage, GENES, member=0, lr_factor=decay)
     assert [schedule.lr_factor_at(step) for step in range(31)] == pytest.approx([decay(step) for step in range(31)])
     assert schedule.lr_factor_at(99) == 0.0
+    assert schedule.decay_start_step == 10
+    assert ClanSchedule.from_lineage(lineage, GENES, member=0).decay_start_step is None
 
 
 def test_json_brings_everything_back(lineage):
     schedule = ClanSchedule.from_lineage(lineage, GENES, member=1, lr_factor=lambda step: 1 - step / 30)
     back = ClanSchedule.from_json(schedule.to_json())
     assert back.segments == schedule.segments
+    assert ClanSchedule.from_json(replace(schedule, rate_factor=0.5).to_json()).rate_factor == 0.5
     assert back.genes[0]["target"] == "lr"
     assert back.to_json() == schedule.to_json()
 

@@ -33,7 +33,8 @@ def test_a_segment_of_less_than_half_a_step_vanishes_without_a_gap():
 def test_rates_follow_the_batch_by_the_rule_that_was_named(rule, factor):
     assert rate_factor(rule, old_batch=32, new_batch=128) == factor
     scaled = stretched(SCHEDULE, factor=factor)
-    assert scaled.lr_factor_at(0) == factor and scaled.value_at("lr", 0) == 2.0
+    assert scaled.rate_factor == factor and stretched(scaled, factor=3.0).rate_factor == 3 * factor
+    assert scaled.segments == SCHEDULE.segments  # the decay's share is 1 until it starts, whatever the batch
 
 
 def test_what_cannot_be_stretched_is_refused():

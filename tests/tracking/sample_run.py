@@ -60,6 +60,7 @@ def round_end(config: ClanConfig, index: int) -> dict:
         "seconds": {"cooperative": 1.5, "competitive": 0.5, "evaluation": 0.25, "transfer": 0.125},
         "lr_factor": 1.0,
         "learning_rates": [1e-3, 2e-3],
+        "scheduled_rate": 1e-3,
     }
 
 

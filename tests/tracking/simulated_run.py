@@ -122,6 +122,7 @@ def _round_end(index, loss, lr, dropout, donors, explores, random) -> dict:
         "seconds": {"cooperative": 2.0, "competitive": 0.25, "evaluation": 0.5, "transfer": 0.25},
         "lr_factor": 1.0,
         "learning_rates": [1e-3 * math.exp(x) for x in lr],
+        "scheduled_rate": 1e-3,
         "samples": 16 * end,
         "tokens": 16 * 128 * end,
         "throughput": {

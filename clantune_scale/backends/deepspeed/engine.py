@@ -87,10 +87,6 @@ class DeepSpeedBackend:
         return self.engine.global_steps
 
     @property
-    def has_schedule(self) -> bool:
-        return self.engine.lr_scheduler is not None
-
-    @property
     def clip(self) -> float:
         return float(self.engine.gradient_clipping())
 

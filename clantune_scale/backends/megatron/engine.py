@@ -73,10 +73,6 @@ class MegatronBackend:
         self.accumulation = accumulation
 
     @property
-    def has_schedule(self) -> bool:
-        return self._scheduler is not None
-
-    @property
     def clip(self) -> float:
         return float(self._optimizer.config.clip_grad)
 

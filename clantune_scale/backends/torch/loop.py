@@ -75,10 +75,6 @@ class LoopBackend:
         self._is_clipped = False
         self._awaits_schedule = False
 
-    @property
-    def has_schedule(self) -> bool:
-        return self._scheduler is not None
-
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 

@@ -57,7 +57,6 @@ class Method:
             round_length_steps=self.round_length_steps or max(1, problem.total_steps // ROUNDS_PER_RUN),
             duty_cycle=self.duty_cycle,
             total_steps=problem.total_steps if problem.knows_length else None,
-            has_schedule=problem.schedule != "constant" or self.schedule is not None,
         )
         return build(self.strategy, facts, self.options)
 

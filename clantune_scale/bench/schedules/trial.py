@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from clantune_scale.batched import BatchedClans, Clan, Settings
+from clantune_scale.batched.expression import rate_factor
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.methods import Method
 from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
@@ -150,6 +151,6 @@ def _rates(clan: Clan) -> tuple[tuple[int, float], ...]:
         own = [genome.values[gene.name] for genome in record.genomes] if gene else [1.0]
         factor = statistics.geometric_mean(own)
         for step in (record.start_step, record.end_step - 1):
-            scheduled = clan.settings.lr * clan.settings.schedule(step) * clan.strategy.lr_factor(step)
+            scheduled = clan.settings.lr * rate_factor(clan.settings, clan.strategy, step)
             points.append((step, factor * scheduled))
     return tuple(points)

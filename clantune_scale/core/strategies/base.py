@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clantune_scale.core import decay
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.mutation import mutate
@@ -24,7 +25,6 @@ class RunFacts:
         round_length_steps: the user's round length, in optimizer steps.
         duty_cycle: the user's share of a round that is competitive, 0 to 1.
         total_steps: optimizer steps of the whole run, or None where nobody said.
-        has_schedule: whether the user's own learning-rate schedule is attached (and decays as it likes).
     """
 
     population_size: int
@@ -33,7 +33,6 @@ class RunFacts:
     round_length_steps: int
     duty_cycle: float
     total_steps: int | None = None
-    has_schedule: bool = False
 
     def gene(self, name: str) -> Gene:
         """The gene of that name."""
@@ -146,6 +145,16 @@ class Strategy(ABC):
             genomes.append(genome)
         return Population(tuple(genomes), population.memory)
 
+    @property
+    def decay_start_step(self) -> int | None:
+        """The step from which learning rates fall to 0 at the run's end; None where they do not."""
+        return None
+
     def lr_factor(self, step: int) -> float:
-        """A factor on every learning rate in the step after ``step`` completed ones (the final decay)."""
-        return 1.0
+        """The final decay's share, 0 to 1, in the step after ``step`` completed ones.
+
+        It bounds the user's own learning rates and does not multiply them: a rate is the smaller of what their
+        schedule says and of what it said at the decay's start times this (see :mod:`clantune_scale.core.decay`).
+        """
+        start, total = self.decay_start_step, self.facts.total_steps
+        return 1.0 if start is None or total is None else decay.line(step, start_step=start, total_steps=total)

@@ -58,8 +58,9 @@ class Clan(Strategy):
     def plan(self, index: int, start_step: int) -> RoundPlan:
         return self._planner.plan(index, start_step)
 
-    def lr_factor(self, step: int) -> float:
-        return self._planner.lr_factor(step)
+    @property
+    def decay_start_step(self) -> int | None:
+        return self._planner.decay_start_step
 
     def init(self, start: Fitness) -> Population:
         """Members spread around the values that the user configured (learning rates a little lower).

@@ -14,9 +14,6 @@ from clantune_scale.core.strategies.lengths import competitive_steps, phases, ro
 from clantune_scale.core.strategies.options import require
 from clantune_scale.core.strategies.race import Race, plan_race, race_steps, races
 
-#: Share of the run after which learning rates decay, where the user's own schedule may do so too.
-OVER_A_SCHEDULE = 0.6
-
 
 @dataclass(frozen=True)
 class ClanOptions:
@@ -30,9 +27,8 @@ class ClanOptions:
         final_window: the same after the freeze, as a share of the steps that are left then; above 0.
         freeze_at: share of the run after which genes stay still, above 0 and at most 1; without effect
             where the run's length is unknown.
-        decay: what happens to learning rates after the freeze: ``"linear"`` to zero at the end,
-            ``"none"``, or ``"auto"``, which is linear, but only over the last 40 % of the run where the user's own
-            schedule is attached: rates that the clan has raised end too high under most of those.
+        decay: what happens to learning rates after the freeze: with ``"linear"``, none is above a line from what the
+            user's own schedule said at the freeze to zero at the end; ``"none"`` leaves them to that schedule.
         caution: standard errors, over the validation batches, by which the parabola's curvature is raised before
             its minimum is sought, and against which slopes are weighed: what noise may have made moves
             nothing far. At least 0; 0 takes every fit as it is.
@@ -55,7 +51,7 @@ class ClanOptions:
     averaging_window: float = 0.6
     final_window: float = 0.12
     freeze_at: float = 0.4
-    decay: Literal["auto", "linear", "none"] = "auto"
+    decay: Literal["linear", "none"] = "linear"
     caution: float = 1.0
     guard: float = 0.025
     guard_divisor: float = 3.0
@@ -102,14 +98,16 @@ class ClanPlanner:
         )
 
     @property
-    def _decays_late(self) -> bool:
-        return self._options.decay == "auto" and self._facts.has_schedule
-
-    @property
     def freeze_step(self) -> int | None:
         """The step at which genes freeze; None where the run's length is unknown."""
         total = self._facts.total_steps
         return None if total is None else round(self._options.freeze_at * total)
+
+    @property
+    def decay_start_step(self) -> int | None:
+        """The freeze, where steps are left after it and the decay is not left to the user."""
+        freeze = self.freeze_step
+        return freeze if freeze != self._facts.total_steps and self._options.decay == "linear" else None
 
     @property
     def can_explore(self) -> bool:
@@ -144,14 +142,6 @@ class ClanPlanner:
             averages=True,
             averaging_window_steps=window,
         )
-
-    def lr_factor(self, step: int) -> float:
-        """1 until the freeze, or longer where the user's schedule is attached, then linear to 0 at the end."""
-        decay, total, freeze = self._options.decay, self._facts.total_steps, self.freeze_step
-        if total is None or freeze is None or freeze >= total or decay == "none":
-            return 1.0
-        start = max(freeze, round(OVER_A_SCHEDULE * total)) if self._decays_late else freeze
-        return min(max((total - step) / (total - start), 0.0), 1.0)
 
     def _length(self, start_step: int) -> int:
         """Steps of the round that starts there, before the freeze. No round crosses the race's start or end."""

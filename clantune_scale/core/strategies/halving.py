@@ -45,8 +45,8 @@ class HalvingOptions:
             linear scale take all of their bounds in any case.
         max_rise: a member whose loss rises above that at its rung's start by more than this share of it
             retires at the next evaluation; above 0.
-        decay: of learning rates over the last rung: ``"linear"`` to zero at the run's end, ``"none"``, or
-            ``"auto"``, which is linear unless the user's own schedule is attached.
+        decay: of learning rates over the last rung: with ``"linear"``, none is above a line from what the user's own
+            schedule said at the rung's start to zero at the run's end; ``"none"`` leaves them to that schedule.
         num_reports: rounds (evaluations) in the last rung, where they are not shorter than the user's; at least 1.
     """
 
@@ -54,7 +54,7 @@ class HalvingOptions:
     survival: tuple[float, ...] = (1.0, 0.5, 0.0)
     factor: float = 16.0
     max_rise: float = 0.1
-    decay: Literal["auto", "linear", "none"] = "auto"
+    decay: Literal["linear", "none"] = "linear"
     num_reports: int = 10
 
     def __post_init__(self) -> None:
@@ -111,12 +111,10 @@ class Halving(Strategy):
             evolves=end != self._ends[-1],
         )
 
-    def lr_factor(self, step: int) -> float:
-        """1 until the last rung, then linear to 0 at the end of the run, where the decay is ours."""
-        decay, end = self.options.decay, self._ends[-1]
-        if decay == "none" or (decay == "auto" and self.facts.has_schedule):
-            return 1.0
-        return min(max((end - step) / (end - self._last_start), 0.0), 1.0)
+    @property
+    def decay_start_step(self) -> int | None:
+        """The last rung's start, unless the decay is left to the user."""
+        return self._last_start if self.options.decay == "linear" else None
 
     def init(self, start: Fitness) -> Population:
         """Everyone alone: member 0 as the user configured it, the others stratified over the genes' ranges.

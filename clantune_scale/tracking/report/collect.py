@@ -54,6 +54,7 @@ class _Collected:
     explores: list[tuple[str, ...] | None] = field(default_factory=list)
     seconds: list[Mapping[str, float]] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
+    scheduled: list[float | None] = field(default_factory=list)
     competitive: list[tuple[int, int]] = field(default_factory=list)
     training: list[tuple[float, float, float]] = field(default_factory=list)
     throughput: dict[str, np.ndarray] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class _Collected:
         self.explores.append(tuple(event["explores"]) if "explores" in event else None)
         self.seconds.append(event["seconds"])
         self.factors.append(event.get("lr_factor", 1.0))
+        self.scheduled.append(event.get("scheduled_rate"))
         self._take_phases(event)
         if event.get("straggler"):
             late = event["straggler"]
@@ -137,6 +139,7 @@ class _Collected:
             explores=self.explores,
             rates=tables["rates"][""],
             lr_factor=np.array(self.factors),
+            scheduled_rate=np.array(self.scheduled, dtype=np.float64),
             seconds={part: np.array([seconds.get(part, 0.0) for seconds in self.seconds]) for part in parts},
             competitive=np.array(self.competitive, dtype=int).reshape(-1, 2),
             training=np.array(self.training, dtype=np.float64).reshape(-1, 3),

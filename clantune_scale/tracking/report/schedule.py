@@ -24,17 +24,22 @@ def along(run: Run, values: np.ndarray) -> np.ndarray:
 
 def rates(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     """Learning rates at each round's end, [R] each: along the champion's ancestry, and what it would have been without
-    the clan (the rate divided by the gene and by the strategy's factor); None where the events do not have them.
+    the clan; None where the events do not have them.
     """
     gene = next((gene for gene in run.genes if gene.target == "lr"), None)
     found = along(run, run.rates)
     if not np.isfinite(found).any():
         return None
+    return found, np.where(np.isfinite(run.scheduled_rate), run.scheduled_rate, _undone(run, gene, found))
+
+
+def _undone(run: Run, gene: Gene | None, found: np.ndarray) -> np.ndarray:
+    """[R] the rates without the gene and the decay's share, for events that do not say what the user's schedule did."""
     if gene is None:
-        return found, found / _positive(run.lr_factor)
+        return found / _positive(run.lr_factor)
     if not gene.relative:
-        return found, np.full(run.num_rounds, gene.initial)
-    return found, found / _positive(run.lr_factor * along(run, run.values[gene.name]))
+        return np.full(run.num_rounds, gene.initial)
+    return found / _positive(run.lr_factor * along(run, run.values[gene.name]))
 
 
 def found(run: Run) -> Drawing:

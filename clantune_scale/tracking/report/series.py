@@ -29,7 +29,8 @@ class Run:
         restored: [R] bool; the clan went back to its last good state.
         explores: by round, the genes in which members might differ; None where the events do not say.
         rates: [R, M] learning rate of the first parameter group at the round's end.
-        lr_factor: [R] the strategy's factor in it.
+        lr_factor: [R] the final decay's share in its last step.
+        scheduled_rate: [R] the same group's rate by the user's own schedule; nan where the events do not say.
         seconds: by what they were spent on, [R].
         competitive: [K, 2] first and last step of every competitive phase.
         training: [S, 3] step, training loss and seconds per step.
@@ -54,6 +55,7 @@ class Run:
     explores: list[tuple[str, ...] | None]
     rates: np.ndarray
     lr_factor: np.ndarray
+    scheduled_rate: np.ndarray
     seconds: dict[str, np.ndarray]
     competitive: np.ndarray
     training: np.ndarray

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clantune_scale
 from clantune_scale.errors import ClanError, ConfigError, TopologyError
+from clantune_scale.tracking import read_events
 from tests.backends.small_runs import MICRO, Net, in_member_worlds
 from tests.ranks import run_ranks
 from tests.small_clans import datasets
@@ -150,6 +151,7 @@ def _scheduled(rank: int, directory: str) -> dict[str, Any]:
     nothing = _said(lambda: [None for _ in clan.steps([1, 2])])
     clan.finish()
     optimizer.step()
+    events = read_events(clan.recorder.run_dir / "events.jsonl")
     return {
         "seen": seen[:4],
         "rate": rate,
@@ -158,6 +160,8 @@ def _scheduled(rank: int, directory: str) -> dict[str, Any]:
         "nothing": nothing,
         "after": clan.num_steps,
         "genes": [genome.values["lr"] for genome in clan.population.genomes],
+        "scheduled": [event["scheduled_rate"] for event in events if event["kind"] == "round_end"],
+        "left": [key for key in optimizer.param_groups[0] if "clantune" in key],
     }
 
 
@@ -166,6 +170,8 @@ def test_a_schedule_is_not_compounded_and_a_step_ends_with_it(tmp_path):
         assert found["seen"] == [(0, 0), (1, 1), (1, 1), (2, 2)]
         assert math.isclose(found["rate"], RATE * DECAY**8, rel_tol=1e-9) and found["epoch"] == 8
         assert set(found["genes"]) != {1.0}
+        assert found["scheduled"] == pytest.approx([RATE * DECAY**4, RATE * DECAY**8])
+        assert found["left"] == []
         for message in found["forgotten"]:
             assert "scheduler.step() was not called after optimizer step 9" in message
         assert "no optimizer step was taken after 8" in found["nothing"]

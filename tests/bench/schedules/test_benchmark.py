@@ -57,8 +57,15 @@ def test_a_strategy_starts_its_absolute_genes_at_what_the_run_is_configured_with
     assert method.build(TINY, TINY.settings, 0).facts.total_steps == 40
     unknown = TINY.variant("unknown length", knows_length=False)
     assert method.build(unknown, TINY.settings, 0).facts.total_steps is None
-    assert not method.build(TINY, TINY.settings, 0).facts.has_schedule
-    assert method.build(TINY.variant("decays", schedule="wsd"), TINY.settings, 0).facts.has_schedule
+
+
+def test_the_rates_of_a_run_are_those_under_the_decay():
+    clan = Method("clan", "clan", population_size=1, genes=())
+    # 40 steps, frozen after 16: a rate that falls by itself, to zero in the same step, falls no faster.
+    for schedule, wanted in (("constant", [1.0, 1 / 24]), ("linear", [25 / 40, 1 / 40])):
+        problem = TINY.variant(f"tiny, {schedule}", schedule=schedule)
+        rates = dict(run_trial(clan, problem, rates=[1.0, 1.0], seeds=(0,)).runs[0][0].rates)
+        assert [rates[15], rates[39]] == pytest.approx(wanted)
 
 
 def test_the_command_writes_a_table_its_json_and_figures(tmp_path, capsys):

@@ -31,7 +31,7 @@ def test_strategies_are_found_by_name_and_by_import_path():
         ("clan", {"growht": 1}, "strategy 'clan' has no option 'growht'. Did you mean 'growth'?"),
         ("clan", {"growth": "much"}, "option clan.growth is 'much', a str. Give a float."),
         ("clan", {"growth": True}, "option clan.growth is True, a bool"),
-        ("clan", {"decay": "cosine"}, "option clan.decay is 'cosine'. Choose from: 'auto', 'linear', 'none'"),
+        ("clan", {"decay": "cosine"}, "option clan.decay is 'cosine'. Choose from: 'linear', 'none'"),
         ("clan", {"freeze_at": 0}, "freeze_at is 0.0. It must be above 0 and at most 1"),
         ("classic", {"fraction": 0.7}, "fraction is 0.7. It must be above 0 and at most 0.5"),
         ("classic", {"tournament_size": 2.5}, "tournament_size is 2.5, a float. Give a int"),

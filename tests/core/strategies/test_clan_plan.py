@@ -130,16 +130,16 @@ def test_a_run_of_unknown_length_never_freezes_or_decays():
 
 
 @pytest.mark.parametrize(
-    ("has_schedule", "decay", "factors"),
+    ("options", "start", "factors"),
     [
-        (False, "auto", [1.0, 1.0, 0.5, 1 / 600, 0.0]),
-        (True, "auto", [1.0, 1.0, 0.75, 1 / 400, 0.0]),
-        (True, "linear", [1.0, 1.0, 0.5, 1 / 600, 0.0]),
-        (False, "none", [1.0] * 5),
+        ({}, 400, [1.0, 1.0, 0.5, 1 / 600, 0.0]),
+        ({"decay": "none"}, None, [1.0] * 5),
+        ({"freeze_at": 1.0}, None, [1.0] * 5),
     ],
 )
-def test_the_final_decay_is_later_where_the_user_has_a_schedule(has_schedule, decay, factors):
-    clan = build("clan", facts(has_schedule=has_schedule), {"decay": decay})
+def test_rates_decay_from_the_freeze_to_zero_unless_the_user_does_that(options, start, factors):
+    clan = build("clan", FACTS, options)
+    assert clan.decay_start_step == start
     assert [clan.lr_factor(step) for step in (0, 400, 700, 999, 1200)] == pytest.approx(factors)
 
 

@@ -194,16 +194,12 @@ def test_the_best_of_noisy_races_wins_as_often_as_it_should():
 
 
 @pytest.mark.parametrize(
-    ("has_schedule", "decay", "factors"),
-    [
-        (False, "auto", [1.0, 1.0, 0.5, 0.0, 0.0]),
-        (True, "auto", [1.0] * 5),
-        (True, "linear", [1.0, 1.0, 0.5, 0.0, 0.0]),
-        (False, "none", [1.0] * 5),
-    ],
+    ("options", "start", "factors"),
+    [({}, 100, [1.0, 1.0, 0.5, 0.0, 0.0]), ({"decay": "none"}, None, [1.0] * 5)],
 )
-def test_the_last_rung_decays_unless_the_user_has_a_schedule(has_schedule, decay, factors):
-    strategy = halving(facts(has_schedule=has_schedule), decay=decay)
+def test_the_last_rung_decays_unless_the_user_does_that(options, start, factors):
+    strategy = halving(**options)
+    assert strategy.decay_start_step == start
     assert [strategy.lr_factor(step) for step in (0, 100, 550, 1000, 1200)] == pytest.approx(factors)
 
 

@@ -86,7 +86,14 @@ def test_the_schedule_it_started_from_is_the_users_own(long_run):
     assert began == pytest.approx(np.full(120, 1e-3)) and found == pytest.approx(
         1e-3 * along(long_run, long_run.values["lr"])
     )
-    absolute = replace(long_run, genes=(Gene("lr", initial=0.25),))
+    moving = replace(long_run, scheduled_rate=np.linspace(2e-3, 0, 120), lr_factor=np.full(120, 0.5))
+    assert rates(moving)[1] == pytest.approx(np.linspace(2e-3, 0, 120))
+
+
+def test_where_events_do_not_say_what_the_users_schedule_did_it_follows_from_the_genes(long_run):
+    silent = replace(long_run, scheduled_rate=np.full(120, np.nan))
+    assert rates(silent)[1] == pytest.approx(np.full(120, 1e-3))
+    absolute = replace(silent, genes=(Gene("lr", initial=0.25),))
     assert rates(absolute)[1] == pytest.approx(np.full(120, 0.25))
 
 
