@@ -193,7 +193,7 @@ def _distances(genes: dict, directory: str, **block: Any) -> tuple[float, float]
 SEEN = {0.01: 0.0031, 0.1: 0.032, 0.3: 0.091}
 
 
-@pytest.mark.parametrize("spread", SEEN)
+@pytest.mark.parametrize("spread", [0.1, *(pytest.param(s, marks=pytest.mark.slow) for s in SEEN if s != 0.1)])
 def test_a_replay_ends_near_the_champion_by_a_share_of_the_spread(spread, tmp_path):
     genes = {"lr": {"step_size": spread}, "beta1": {"step_size": spread}}
     replayed, without = _distances(genes, str(tmp_path), strategy={"name": "clan", "options": {"growth": 0.0}})

@@ -22,12 +22,12 @@ from tests.ranks import run_ranks
 Weights = dict[str, torch.Tensor]
 
 
-def _cases() -> list[Any]:
-    """Every case of every family, the slow ones marked."""
+def _cases(*, slow: tuple[str, ...] = ()) -> list[Any]:
+    """Every case of every family, the slow ones and those of the families in ``slow`` marked."""
     found = []
     for name in FAMILIES:
         for case, setup in family(name).CASES.items():
-            marks = [pytest.mark.slow] if setup.is_slow else []
+            marks = [pytest.mark.slow] if setup.is_slow or name in slow else []
             found.append(pytest.param(name, setup, id=f"{name}-{case}", marks=marks))
     return found
 
@@ -38,6 +38,8 @@ def _run(world_size: int, function: Callable, name: str, *args: Any) -> list[Any
 
 
 every_case = pytest.mark.parametrize(("name", "setup"), _cases())
+# Its launches take eight seconds each, and these tests have six.
+without_megatron = pytest.mark.parametrize(("name", "setup"), _cases(slow=("megatron",)))
 
 
 def _leave(result: Any) -> Any:
@@ -107,7 +109,7 @@ def _independent(name: str, setup: Setup) -> list[Weights]:
     return _leave(seen)
 
 
-@every_case
+@without_megatron
 def test_competing_leaks_nothing_and_a_clone_goes_on_as_its_donor(name, setup, tmp_path):
     """Each member equals a run of its own to the last bit; then all are the donor, which trained undisturbed."""
     factors = [1.0, 2.0, 0.5, 4.0][: setup.members]
@@ -185,7 +187,7 @@ def _stop_and_resume(name: str, setup: Setup, block: dict, stops: list[int], num
     return _leave(seen)
 
 
-@every_case
+@without_megatron
 def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_path):
     """Mid-cooperative, at a phase's end, mid-competitive, at a round's end: equal to the last bit a round later."""
     block = _block(setup, tmp_path, strategy="classic", duty_cycle=0.4, genes={"lr": {"step_size": 0.3}})

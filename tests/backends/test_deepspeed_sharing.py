@@ -38,6 +38,10 @@ def _clan(rank, config, population_size, is_sharing):
 FP32 = 1e-6
 
 
+# A stage that all-reduces its buckets, and the one that does not.
+STAGES = [1, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sharing_equals_flat_data_parallelism(stage):
     config = ds_config(stage, accumulation=3, clip=0.5)
@@ -48,7 +52,7 @@ def test_sharing_equals_flat_data_parallelism(stage):
         assert losses == pytest.approx(flat_losses, abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_sharing_in_bf16_differs_by_roundings_alone(stage):
     # With SGD a rounding stays a rounding: bf16 has 8 bits, weights move by about 0.05 in 4 steps, and two
     # orders of summation may differ in the last bit of each gradient.
@@ -76,7 +80,7 @@ def test_sharing_with_bf16_weights_and_fp32_accumulation():
     assert (clan[0][0] - flat[0][0]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_competing_equals_independent_runs_to_the_last_bit(stage):
     config = ds_config(stage, accumulation=2, clip=0.5)
     clan = run_ranks(4, in_member_worlds, _clan, config, 2, False)
@@ -97,7 +101,7 @@ def _teams(rank, config, teams):
     return flat_weights(backend.engine)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_team_is_data_parallelism_over_its_members_alone(stage):
     config = ds_config(stage, accumulation=2, clip=0.5)
     teams = run_ranks(4, in_member_worlds, _teams, config, (0, 1, 1, 0))

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from clantune_scale.tracking import read_events
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 # Nats per byte of a guess that knows nothing: log 256.
