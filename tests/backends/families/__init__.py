@@ -29,6 +29,7 @@ class Setup:
         optimizer: ``"adamw"`` or ``"sgd"``.
         lr: learning rate.
         is_tied: whether two layers share a weight.
+        tolerance: of weights against the engine's own data parallelism, in place of the family's.
         is_slow: run with ``-m slow`` only.
         options: the family's own.
     """
@@ -43,6 +44,7 @@ class Setup:
     optimizer: str = "adamw"
     lr: float = 1e-2
     is_tied: bool = False
+    tolerance: float | None = None
     is_slow: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -39,7 +39,11 @@ CASES = {
     "dp-late-gather": Setup(dp=2, lr=LOW, accumulation=2, clip=0.5, is_tied=True, options=LATE, is_slow=True),
     "dp-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, is_tied=True, is_slow=True),
     "tp-bf16": Setup(tp=2, dtype="bf16", optimizer="sgd", is_tied=True, is_slow=True),
-    "dp-distributed-bf16": Setup(dp=2, dtype="bf16", clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True),
+    # Adam's: equal to 6e-8 for three steps, and then, on some processors, the order of sums turns the rounding of a
+    # weight to bf16, of which Adam makes 6e-4 in eight steps of 1e-2.
+    "dp-distributed-bf16": Setup(
+        dp=2, dtype="bf16", clip=0.5, is_tied=True, options=DISTRIBUTED, is_slow=True, tolerance=2e-3
+    ),
 }
 # Two summation orders in float32, also of bf16's gradients, and AdamW's division by small second moments.
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-6}
