@@ -16,30 +16,38 @@ def family_graph(lineage: Lineage) -> Any:
     """A networkx ``DiGraph``: a node ``r<round>m<member>`` per member and round, an edge from a state to its heir.
 
     Nodes hold round, member, steps, loss and each gene (``gene_<name>``); edges say whether they are clones, and
-    how large a share of the heir's weights they are (below 1 where members were averaged). Members of a restored
-    round have no heirs: those of the next descend from the round before.
+    how large a share of the heir's weights they are (below 1 where members were averaged). After a restored
+    round, members descend from the last one whose state was kept.
     """
     # networkx takes a third of a second to import; most commands do not need it.
     import networkx
 
     graph = networkx.DiGraph()
     carried: dict[int, dict[tuple[int, int], float]] = {}
+    kept = carried
     for record in lineage:
         for member in range(len(record.genomes)):
             name = f"r{record.index}m{member}"
             graph.add_node(name, **_attributes(record, member))
             for (index, parent), share in carried.get(member, {}).items():
                 graph.add_edge(f"r{index}m{parent}", name, clone=parent != member and share == 1.0, share=share)
-        carried = {member: _carried(record, member, carried) for member in range(len(record.genomes))}
+        carried = {member: _carried(record, member, kept) for member in range(len(record.genomes))}
+        kept = carried if record.kept else kept
     return graph
 
 
 def _carried(
-    record: RoundRecord, member: int, before: dict[int, dict[tuple[int, int], float]]
+    record: RoundRecord, member: int, kept: dict[int, dict[tuple[int, int], float]]
 ) -> dict[tuple[int, int], float]:
-    """What a member carries after a round: (round, member) of the states in it, and their shares."""
+    """What a member carries after a round: (round, member) of the states in it, and their shares.
+
+    Args:
+        record: of the round.
+        member: whose.
+        kept: likewise by member, after the last round whose state was kept.
+    """
     if record.restored:
-        return before.get(record.donors[member], {})
+        return kept.get(record.donors[member], {})
     if record.average is None:
         return {(record.index, record.donors[member]): 1.0}
     shares: dict[tuple[int, int], float] = {}

@@ -62,6 +62,20 @@ class RoundRecord:
         return self.start_step + sum(phase.num_steps for phase in self.phases)
 
 
+def undone(restored: Sequence[bool], kept: Sequence[bool]) -> list[bool]:
+    """By round, whether its training was given up: going back undoes every round since the last one that was kept.
+
+    Args:
+        restored: by round, as in :class:`RoundRecord`.
+        kept: likewise.
+    """
+    found, is_undone = [], False
+    for went_back, is_kept in zip(reversed(restored), reversed(kept), strict=True):
+        is_undone = went_back or (is_undone and not is_kept)
+        found.append(is_undone)
+    return found[::-1]
+
+
 class Lineage:
     """The rounds of a run, in order.
 
@@ -105,6 +119,11 @@ class Lineage:
         """The run goes on with these members (see ``resizes``)."""
         self.resizes[len(self)] = tuple(sources)
 
+    @property
+    def undone(self) -> list[bool]:
+        """By round, whether its training was given up."""
+        return undone([record.restored for record in self], [record.kept for record in self])
+
     def ancestry(self, member: int) -> tuple[int | None, ...]:
         """For each round, the member that trained in it what ``member`` carries now.
 
@@ -130,10 +149,7 @@ class Lineage:
         """
         held = self._before_resize(len(self), {member: 1.0})
         found: list[tuple[float, ...] | None] = []
-        is_undone = False
-        for record in reversed(self._records):
-            # Going back undoes every round since the one whose state was kept.
-            is_undone = record.restored or (is_undone and not record.kept)
+        for record, is_undone in zip(reversed(self._records), reversed(self.undone), strict=True):
             before = None if is_undone else _before(record, held)
             found.append(before)
             if before is not None:

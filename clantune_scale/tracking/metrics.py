@@ -10,7 +10,7 @@ from clantune_scale.tracking.background import Event
 
 Metrics = dict[str, float]
 
-_OF_A_MEMBER = ("gradient_norm", "drift", "alignment", "strikes")
+_OF_A_MEMBER = ("gradient_norm", "drift", "alignment", "strikes", "training_loss")
 
 
 def of_step(event: Event) -> Metrics:

@@ -47,14 +47,22 @@ def test_every_state_has_the_parent_that_its_donor_was(call, finished_run, run):
             assert graph.edges[parent, f"r{record.index}m{member}"]["clone"] == (before.donors[member] != member)
 
 
-def test_after_a_restored_round_the_next_descends_from_the_one_before():
-    def record(index, donors, restored=False):
+def test_after_a_restored_round_the_next_descends_from_the_last_one_that_was_kept():
+    def record(index, donors, *, restored=False, kept=True):
         genomes = (Genome({"lr": 1.0}), Genome({"lr": 2.0}))
-        return RoundRecord(index, 5 * index, (Phase(PhaseKind.COOPERATIVE, 5),), genomes, (1.0, None), donors, restored)
+        phases = (Phase(PhaseKind.COOPERATIVE, 5),)
+        return RoundRecord(index, 5 * index, phases, genomes, (1.0, None), donors, restored, kept and not restored)
 
-    graph = family_graph(Lineage((record(0, (1, 1)), record(1, (0, 1), restored=True), record(2, (0, 1)))))
-    assert list(graph.successors("r1m0")) == []
-    assert list(graph.predecessors("r2m0")) == ["r0m1"]
+    records = (
+        record(0, (1, 1)),
+        record(1, (0, 1), kept=False),
+        record(2, (0, 1), restored=True),
+        record(3, (0, 1)),
+    )
+    graph = family_graph(Lineage(records))
+    assert list(graph.successors("r2m0")) == []
+    assert list(graph.predecessors("r2m0")) == ["r1m0"]  # it did train on from there
+    assert list(graph.predecessors("r3m0")) == ["r0m1"]
     assert "loss" not in graph.nodes["r0m1"]  # GraphML knows no null
 
 

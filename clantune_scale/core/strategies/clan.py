@@ -20,7 +20,7 @@ from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.centre import moved
 from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
-from clantune_scale.core.strategies.memorizing import REACH, Yardstick, scale_of
+from clantune_scale.core.strategies.memorizing import MEMORIZES, REACH, Yardstick, scale_of
 from clantune_scale.core.strategies.parabola import Move, fit_moves
 from clantune_scale.core.strategies.race import FEWEST, outcome, races
 from clantune_scale.core.strategies.spread import spread
@@ -117,9 +117,10 @@ class Clan(Strategy):
         }
         memory = self._reined_in(memory, gives_in=is_lost)
         donor = fitness.ranking[0]
-        said = "; ".join(f"{name} {move.change:+.3f} ({move.why})" for name, move in moves.items())
+        said = [f"{name} {move.change:+.3f} ({move.why})" for name, move in moves.items()]
+        said += [MEMORIZES] if memory["memorizes"] else []
         reasons = [f"takes member {donor}'s state"] * fitness.num_members
-        reasons[donor] = f"fittest; {said}"
+        reasons[donor] = "; ".join(["fittest", *said])
         donors = (donor,) * fitness.num_members
         return Decision(self._population(memory, next_plan), donors, keeps=not is_lost, reasons=tuple(reasons))
 

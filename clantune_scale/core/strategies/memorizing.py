@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from clantune_scale.core.fitness import Fitness
 
+#: What the round's table says then.
+MEMORIZES = "validation does not follow training: rates are held"
 #: Share of training's progress that validation may miss. Problems that generalize stay below 0.08 from the second
 #: round on, those that memorize lie above 0.25 by the time of the race (the benchmark's log, 11).
 MISSED = 0.15

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.lineage import undone
 from clantune_scale.core.schedule import gene_from_plain
+from clantune_scale.core.strategies.memorizing import MEMORIZES
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.report.series import Run
@@ -51,6 +53,7 @@ class _Collected:
     rows: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     donors: list[np.ndarray] = field(default_factory=list)
     restored: list[bool] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
     explores: list[tuple[str, ...] | None] = field(default_factory=list)
     seconds: list[Mapping[str, float]] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
@@ -60,6 +63,7 @@ class _Collected:
     throughput: dict[str, np.ndarray] = field(default_factory=dict)
     counted: dict[str, int | None] = field(default_factory=lambda: {"samples": None, "tokens": None})
     stragglers: list[tuple[int, int, float]] = field(default_factory=list)
+    memorizing: list[int] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -92,11 +96,14 @@ class _Collected:
         self._row("rates", "", event.get("learning_rates") or [None] * len(members))
         self.donors.append(np.array([member["donor"] for member in members]))
         self.restored.append(event["restored"])
+        self.kept.append(event.get("kept", not event["restored"]))
         self.explores.append(tuple(event["explores"]) if "explores" in event else None)
         self.seconds.append(event["seconds"])
         self.factors.append(event.get("lr_factor", 1.0))
         self.scheduled.append(event.get("scheduled_rate"))
         self._take_phases(event)
+        if any(MEMORIZES in member["reason"] for member in members):
+            self.memorizing.append(event["step"])
         if event.get("straggler"):
             late = event["straggler"]
             self.stragglers.append((event["step"], late["member"], late["seconds"]))
@@ -136,6 +143,7 @@ class _Collected:
             consensus=tables["consensus"],
             donors=_stacked(self.donors),
             restored=np.array(self.restored, dtype=bool),
+            undone=np.array(undone(self.restored, self.kept), dtype=bool),
             explores=self.explores,
             rates=tables["rates"][""],
             lr_factor=np.array(self.factors),
@@ -147,6 +155,7 @@ class _Collected:
             samples=self.counted["samples"],
             tokens=self.counted["tokens"],
             stragglers=self.stragglers,
+            memorizing=self.memorizing,
             warnings=self.warnings,
         )
 

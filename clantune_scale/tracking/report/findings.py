@@ -36,8 +36,8 @@ def of_gene(run: Run, gene: Gene) -> list[str]:
 
 
 def health(run: Run) -> list[str]:
-    """Restores, strikes, stragglers, warnings, and what the clan cost."""
-    return [*_restores(run), *_strikes(run), *_stragglers(run), *_cost(run), *_warnings(run)]
+    """Restores, data learnt by heart, strikes, stragglers, warnings, and what the clan cost."""
+    return [*_restores(run), *_memorizing(run), *_strikes(run), *_stragglers(run), *_cost(run), *_warnings(run)]
 
 
 def next_run(run: Run) -> list[str]:
@@ -126,13 +126,24 @@ def _restores(run: Run) -> Iterator[str]:
     if not count:
         yield "The clan never had to go back to an earlier state."
         return
-    lost = int((run.end_steps - run.start_steps)[run.restored].sum())
+    lost = int((run.end_steps - run.start_steps)[run.undone].sum())
     steps = ", ".join(f"{step:,}" for step in run.end_steps[run.restored][:8])
     more = ", and later" if count > 8 else ""
     yield (
         f"The clan went back to its last good state {_count(count, 'time')} (at steps {steps}{more}); the training of "
         f"{lost:,} steps was given up."
     )
+
+
+def _memorizing(run: Run) -> Iterator[str]:
+    if run.memorizing:
+        steps = ", ".join(f"{step:,}" for step in run.memorizing[:4])
+        more = ", and later" if len(run.memorizing) > 4 else ""
+        yield (
+            f"In {_count(len(run.memorizing), 'round')} the validation loss did not follow the training loss (at steps "
+            f"{steps}{more}): the data were being learnt by heart, and learning rates were held. More data, dropout or "
+            f"a shorter run would serve better than another schedule."
+        )
 
 
 def _strikes(run: Run) -> Iterator[str]:

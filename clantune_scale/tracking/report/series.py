@@ -27,6 +27,7 @@ class Run:
         consensus: by gene, [R]; the clan's one value.
         donors: [R, M] whose state each member received at the round's end; itself where it kept its own.
         restored: [R] bool; the clan went back to its last good state.
+        undone: [R] bool; the round's training was given up by that.
         explores: by round, the genes in which members might differ; None where the events do not say.
         rates: [R, M] learning rate of the first parameter group at the round's end.
         lr_factor: [R] the final decay's share in its last step.
@@ -38,6 +39,7 @@ class Run:
         samples: trained by the clan so far; None where the events do not say.
         tokens: the same in tokens.
         stragglers: (step, member, seconds) where a round had one.
+        memorizing: steps at whose round's end the strategy said that the data are learnt by heart.
         warnings: (step, message).
     """
 
@@ -52,6 +54,7 @@ class Run:
     consensus: dict[str, np.ndarray]
     donors: np.ndarray
     restored: np.ndarray
+    undone: np.ndarray
     explores: list[tuple[str, ...] | None]
     rates: np.ndarray
     lr_factor: np.ndarray
@@ -63,6 +66,7 @@ class Run:
     samples: int | None
     tokens: int | None
     stragglers: list[tuple[int, int, float]]
+    memorizing: list[int]
     warnings: list[tuple[int, str]]
 
     @property

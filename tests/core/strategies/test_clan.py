@@ -243,7 +243,9 @@ def test_a_clan_that_memorizes_does_not_race():
 
 def test_a_clan_that_memorizes_goes_no_higher_than_four_times_the_configured_rates():
     clan = build("clan", FACTS, {"start_factor": 20.0})
-    assert math.exp(memorizing(clan).population.memory["centre"]["lr"]) == pytest.approx(4.0)
+    held = memorizing(clan)
+    assert math.exp(held.population.memory["centre"]["lr"]) == pytest.approx(4.0)
+    assert held.reasons[held.donors[0]].endswith("; validation does not follow training: rates are held")
     assert math.exp(memorizing(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
 
 

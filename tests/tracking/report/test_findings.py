@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.strategies.memorizing import MEMORIZES
 from clantune_scale.tracking.report import findings
 from clantune_scale.tracking.report.collect import read_run
 from clantune_scale.tracking.report.family import survivors
@@ -49,6 +50,26 @@ def test_two_members_cannot_tell():
     run = run_of(num_rounds=6, num_members=2)
     assert influence(run, LR).explained is None
     assert "cannot be told from 2 members" in " ".join(findings.of_gene(run, LR))
+
+
+def test_what_was_given_up_goes_back_to_the_last_state_that_was_kept():
+    events = list(simulated_run.events(num_rounds=5, num_members=4))
+    ends = [event for event in events if event["kind"] == "round_end"]
+    ends[2]["kept"] = False
+    ends[3] |= {"restored": True, "kept": False}
+    run = read_run(events, where=Path("events.jsonl"))
+    assert run.undone.tolist() == [False, False, True, True, False]
+    given_up = ends[3]["step"] - ends[2]["start_step"]
+    assert f"the training of {given_up:,} steps was given up" in " ".join(findings.health(run))
+
+
+def test_data_that_are_learnt_by_heart_are_said_to_be():
+    events = list(simulated_run.events(num_rounds=3, num_members=4))
+    assert "learnt by heart" not in " ".join(findings.health(read_run(events, where=Path("events.jsonl"))))
+    end = [event for event in events if event["kind"] == "round_end"][1]
+    end["members"][0]["reason"] = f"fittest; lr +0.100 (minimum); {MEMORIZES}"
+    said = " ".join(findings.health(read_run(events, where=Path("events.jsonl"))))
+    assert f"In 1 round the validation loss did not follow the training loss (at steps {end['step']:,})" in said
 
 
 def test_movement_is_counted_in_the_genes_scale():
