@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from clantune_scale.bench.schedules.methods import FIXED, Method
-from clantune_scale.bench.schedules.oracle import Oracle, fixed_runs, oracle_of
+from clantune_scale.bench.schedules.oracle import Oracle, oracle_of, oracle_runs
 from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
 from clantune_scale.bench.schedules.problem import Problem
 from clantune_scale.bench.schedules.scores import Yardstick
@@ -58,14 +58,14 @@ def run(
 
 
 def _yardstick(problem: Problem, oracle: Oracle, default: Trial, seeds: Sequence[int]) -> Yardstick:
-    (oracle_runs,) = fixed_runs(problem, [oracle.best], seeds)
+    runs = oracle_runs(problem, oracle, seeds)
     return Yardstick(
         problem=problem.name,
         starts=tuple(start.name for start in problem.starts),
         default_losses=tuple(default.losses),
-        oracle_loss=statistics.fmean(oracle_runs),
+        oracle_loss=statistics.fmean(runs),
         initial_loss=oracle.initial_loss,
         losses_by_share=oracle.losses_by_share,
         default_runs=tuple(tuple(run.loss for run in runs) for runs in default.runs),
-        oracle_runs=tuple(oracle_runs),
+        oracle_runs=tuple(runs),
     )

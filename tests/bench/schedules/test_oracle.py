@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 import torch
 
-from clantune_scale.bench.schedules.oracle import Choice, Oracle, cache_folder, fixed_losses, oracle_of, search
+from clantune_scale.bench.schedules.oracle import (
+    Choice,
+    Oracle,
+    cache_folder,
+    fixed_losses,
+    fixed_runs,
+    oracle_of,
+    oracle_runs,
+    search,
+)
 from clantune_scale.bench.schedules.problem import Start
 from clantune_scale.bench.schedules.problems.quadratic import Quadratic
 from clantune_scale.errors import ConfigError
@@ -38,6 +48,17 @@ def test_the_oracle_is_the_best_point_and_beats_every_other(cache):
     assert math.isinf(oracle.grid[-2][3]) or oracle.grid[-2][3] > oracle.initial_loss  # 3 is beyond the edge
     assert oracle.constant_losses == tuple(loss for _, schedule, _, loss in oracle.grid if schedule == "constant")
     assert oracle.losses_by_share[0.5] > oracle.loss
+
+
+def test_a_best_point_that_blows_up_on_other_seeds_gives_way_to_the_next(cache):
+    found = search(TINY)
+    seeds = (0, 1)
+    assert oracle_runs(TINY, found, seeds) == fixed_runs(TINY, [found.best], seeds)[0]
+    beyond = (3.0, "constant", 0.0, 0.9 * found.loss)
+    lucky = replace(found, best=Choice(*beyond[:3]), loss=beyond[3], grid=(*found.grid, beyond))
+    assert oracle_runs(TINY, lucky, seeds) == oracle_runs(TINY, found, seeds)
+    with pytest.raises(ConfigError, match="none of the 1 best points of 'tiny'"):
+        oracle_runs(TINY, replace(lucky, grid=(beyond,)), seeds)
 
 
 def test_it_is_computed_once_and_kept_with_its_grid(cache, monkeypatch):
