@@ -60,6 +60,7 @@ class Clan:
         aside: the state at the start of a phase that is not kept, while it runs.
         kept: the state that the guard goes back to.
         losses: what training says of itself.
+        expression: of the genome in this member's engine.
         samplers: this rank's, in the order in which they were made.
         rounds: what is written to disk, and what was read from it.
     """
@@ -92,7 +93,7 @@ class Clan:
         if config.faults.finite_vote and backend.loss_scale() is None:
             self.groups.vote = FiniteVote(world.member, config.population_size, self.groups.gradient)
         self.transfers = Transfers.of(world, self.groups, config.transfer, runs=Path(config.tracking.directory))
-        self._expression = Expression(self.genes, backend, setters or {})
+        self.expression = Expression(self.genes, backend, setters or {})
         self.aside: Snapshot | None = None
         self.kept: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
@@ -123,7 +124,7 @@ class Clan:
         backend = self.backend
         size = self.config.population_size
         backend.share_gradients(lambda: self.phases.team(self.member, size), self.groups, self._probe)
-        backend.around_update(lambda: self._expression.during_update(self.lr_factor))
+        backend.around_update(lambda: self.expression.during_update(self.lr_factor))
         backend.after_step(self._after_step)
         backend.watch(self._batches.on_batch, self._on_loss)
 
@@ -223,13 +224,13 @@ class Clan:
         phase = position.phase
         self._probe.is_active = position.ends_phase
         if is_resumed:
-            self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
+            self.expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
             return
         if position.starts_round and position.plan.averages and not self.phases.averaged_before:
             self.measurement.averages.restart()
         if not phase.keeps and self.aside is None:
             self.aside = Snapshot(self.state())
-        self._expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
+        self.expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
         if phase.kind is PhaseKind.COOPERATIVE:
             agree_on_loss_scale(self)
         self._batches.begin(phase)
@@ -259,7 +260,7 @@ class Clan:
 
     def accumulation(self, kind: PhaseKind) -> list[int]:
         """[members] micro-batches per step in such a phase, as far as it is decided today."""
-        return [self._expression.accumulation(values) for values in self.values(kind)]
+        return [self.expression.accumulation(values) for values in self.values(kind)]
 
     def _regroup(self, index: int, before: tuple[int, ...] | None) -> None:
         """From round ``index`` on, the teams are the population's; they were ``before``."""
@@ -290,12 +291,7 @@ class Clan:
 
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now, the user's schedule where it is now."""
-        return self._expression.learning_rate(self.strategy.lr_factor(step))
-
-    @property
-    def scheduled_rate(self) -> float:
-        """The first learning rate by the user's own schedule, where that is now."""
-        return self._expression.scheduled_rate
+        return self.expression.learning_rate(self.strategy.lr_factor(step))
 
     def finish(self, *, status: str = "FINISHED") -> Summary:
         """Ends the run: chooses the champion, writes what is to be kept, closes tracking, frees the engine.
@@ -348,4 +344,4 @@ class Clan:
     def detach(self) -> None:
         """Takes every hook off the engine and puts back what expression changed between steps."""
         self.backend.detach()
-        self._expression.restore()
+        self.expression.restore()

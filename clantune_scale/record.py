@@ -202,7 +202,7 @@ class Recorder:
             seconds=dict(seconds),
             lr_factor=clan.strategy.lr_factor(plan.end_step - 1),
             learning_rates=figures.learning_rate.tolist(),
-            scheduled_rate=clan.scheduled_rate,
+            scheduled_rate=clan.expression.scheduled_rate,
             straggler=figures.straggler,
             throughput=_throughput(clan, plan, seconds),
             samples=self.samples,

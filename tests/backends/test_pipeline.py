@@ -152,7 +152,7 @@ def _genes(rank: int, config: dict) -> dict[str, Any]:
         accumulated.add(engine.micro_batches)
         dropped |= {part.p for part in engine.module.modules() if isinstance(part, nn.Dropout)}
     clan = engine.clan
-    with clan._expression.during_update():
+    with clan.expression.during_update():
         rates = {group["name"]: group["lr"] for group in clan.backend.param_groups()}
     lineage = [(record.donors, record.losses) for record in clan.recorder.lineage]
     return {
