@@ -119,7 +119,7 @@ def _filler(clan: Any) -> Path:
 
 
 def _fill_disk(clan: Any) -> None:
-    """Until the file system of the runs has no byte left."""
+    """Until the file system of the runs has no byte left, nor the last block of the events file."""
     with open(_filler(clan), "ab", buffering=0) as file:
         for size in (1 << 16, 1):
             try:
@@ -128,6 +128,8 @@ def _fill_disk(clan: Any) -> None:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
+    block = "x" * os.statvfs(clan.recorder.run_dir).f_bsize
+    clan.recorder.tracking.emit("warning", clan.phases.position.step, message=f"the disk was filled on purpose {block}")
 
 
 def _free_disk(clan: Any) -> None:
