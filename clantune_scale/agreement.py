@@ -25,7 +25,7 @@ def decide(clan: Clan, plan: RoundPlan) -> Decision:
     if plan.evolves:
         decision = replace_lost(clan.strategy.evolve(clan.population, plan, clan.fitness), clan.fitness)
     else:
-        decision = Decision(clan.population, tuple(range(clan.config.population_size)), keeps=False)
+        decision = clan.strategy.idle(clan.population)
     digest = hashlib.blake2b(json.dumps(asdict(decision), sort_keys=True, default=dict).encode()).hexdigest()[:16]
     said = clan.world.column.gather_json(digest)
     if len(set(said)) > 1:

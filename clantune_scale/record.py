@@ -183,7 +183,7 @@ class Recorder:
     ) -> None:
         """A round is over: ``measured`` was the population until now, ``decision`` made the next."""
         self.samples += sum(_samples_of(clan, phase) for phase in plan.phases)
-        self.lineage.append(RoundRecord.of(plan, measured.genomes, clan.fitness, decision if plan.evolves else None))
+        self.lineage.append(RoundRecord.of(plan, measured.genomes, clan.fitness, decision))
         for complaint in complaints:
             self.tracking.emit("warning", plan.end_step, message=complaint)
         self.tracking.emit(

@@ -218,11 +218,11 @@ class ReferenceClan:
         if self._before_phase is not None:
             self._load(self._before_phase)
             self._before_phase = None
-        decision = replace_lost(self.strategy.evolve(self.population, plan, fitness), fitness) if plan.evolves else None
+        decision = self.strategy.idle(self.population)
+        if plan.evolves:
+            decision = replace_lost(self.strategy.evolve(self.population, plan, fitness), fitness)
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
-        self.decisions.append(decision)
-        if decision is None:
-            return
+        self.decisions.append(decision if plan.evolves else None)
         if decision.restore:
             self._load(self._last_good)
         for member, donor in enumerate(decision.donors):

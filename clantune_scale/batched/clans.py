@@ -49,16 +49,17 @@ class Clan:
     num_evaluated: int = 0
     failure: EvaluationError | None = None
 
-    def evolve(self, plan: RoundPlan, fitness: Fitness) -> Decision | None:
-        """What follows from a round, recorded; None where nothing does."""
-        decision = None
-        if plan.evolves and self.failure is None:
+    def evolve(self, plan: RoundPlan, fitness: Fitness) -> Decision:
+        """What follows from a round, recorded."""
+        decision = self.strategy.idle(self.population)
+        is_new = plan.evolves and self.failure is None
+        if is_new:
             try:
                 decision = replace_lost(self.strategy.evolve(self.population, plan, fitness), fitness)
             except EvaluationError as error:
-                self.failure = error
+                self.failure, is_new = error, False
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
-        self.decisions.append(decision)
+        self.decisions.append(decision if is_new else None)
         return decision
 
 
@@ -206,11 +207,7 @@ class BatchedClans:
         if self._before_phase is not None:
             self.state.load(self._before_phase, torch.ones(len(self.clans), dtype=torch.bool))
             self._before_phase = None
-        decisions = [clan.evolve(plan, own) for clan, own in zip(self.clans, fitness, strict=True)]
-        if plan.evolves:
-            unchanged = tuple(range(self.num_members))
-            pairs = zip(self.clans, decisions, strict=True)
-            self._apply(plan, [decision or Decision(clan.population, unchanged) for clan, decision in pairs])
+        self._apply(plan, [clan.evolve(plan, own) for clan, own in zip(self.clans, fitness, strict=True)])
 
     def _apply(self, plan: RoundPlan, decisions: Sequence[Decision]) -> None:
         """Carries out what the clans decided."""
@@ -228,7 +225,8 @@ class BatchedClans:
             self._last_good.load(self.state, keeps)
         for clan, decision in zip(self.clans, decisions, strict=True):
             clan.population = decision.population
-            clan.num_evaluated += len(self._model.validation[0]) * self.num_members
+            # A round that does not evolve is measured for the record alone.
+            clan.num_evaluated += plan.evolves * len(self._model.validation[0]) * self.num_members
             clan.clock.regroup(plan.index + 1, clan.population.teams)
 
 

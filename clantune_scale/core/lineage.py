@@ -45,16 +45,20 @@ class RoundRecord:
     average: tuple[float, ...] | None = None
 
     @classmethod
-    def of(
-        cls, plan: RoundPlan, genomes: tuple[Genome, ...], fitness: Fitness, decision: Decision | None = None
-    ) -> RoundRecord:
-        """The record of a round that ended with ``decision``, or with none."""
+    def of(cls, plan: RoundPlan, genomes: tuple[Genome, ...], fitness: Fitness, decision: Decision) -> RoundRecord:
+        """The record of a round that ended with ``decision``."""
         losses = tuple(float(loss) if math.isfinite(loss) else None for loss in fitness.mean)
-        donors = decision.donors if decision else tuple(range(len(genomes)))
-        restored = decision.restore if decision else False
-        kept = decision.keeps and not restored if decision else False
-        average = decision.average if decision else None
-        return cls(plan.index, plan.start_step, plan.phases, genomes, losses, donors, restored, kept, average)
+        return cls(
+            plan.index,
+            plan.start_step,
+            plan.phases,
+            genomes,
+            losses,
+            decision.donors,
+            restored=decision.restore,
+            kept=decision.keeps and not decision.restore,
+            average=decision.average,
+        )
 
     @property
     def end_step(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from clantune_scale.checkpoint.capture import pieces_of
 from clantune_scale.checkpoint.reshard import saved_places
+from clantune_scale.core.strategies.clan import Clan
 from clantune_scale.topology import Topology
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds
 from tests.checkpoint.runs import leave, named, resumed, seed
@@ -50,8 +53,15 @@ def _values(rank, config, num_steps, more):
     return found, losses[-1:]
 
 
+class Unkept(Clan):
+    """After the freeze nothing is a state to go back to."""
+
+    def idle(self, population):
+        return replace(super().idle(population), keeps=False)
+
+
 FEW = ((1, 2, 1, 20), (3, 1, 2, 40))
-# Genes freeze after 16 of 40 steps, and after 8 of 20: what is kept to go back to is then older than the state.
+# Genes freeze after 16 of 40 steps, and after 8 of 20: what ``Unkept`` goes back to is then older than the state.
 LENGTHS = {40: 10, 20: 13}
 CASES = [
     pytest.param(stage, *change, marks=[] if (stage, *change) in FEW else [pytest.mark.slow])
@@ -64,7 +74,9 @@ CASES = [
 def test_values_are_the_same_on_another_number_of_ranks(stage, before, after, total, tmp_path):
     # Asynchronously, a round that ends while the one before is still being written is left out.
     checkpoint = {"allow": ["topology"], "asynchronous": False}
-    config = clan_config(tmp_path, ds_config(stage), strategy="clan", total_steps=total, checkpoint=checkpoint)
+    config = clan_config(
+        tmp_path, ds_config(stage), strategy=f"{__name__}:Unkept", total_steps=total, checkpoint=checkpoint
+    )
     steps = LENGTHS[total]
     first = run_ranks(2 * before, in_member_worlds, _values, named(config, "first"), steps, 0)
     run_dir = tmp_path / "first"

@@ -81,8 +81,9 @@ def test_a_record_is_made_of_what_a_round_ends_with():
     fitness = Fitness.from_losses(np.array([[1.0, 2.0], [math.nan, 1.0]]))
     made = RoundRecord.of(plan, genomes, fitness, Decision(Population(genomes), (0, 0), average=(1.0, 0.0)))
     assert (made.losses, made.donors, made.end_step, made.average) == ((1.5, None), (0, 0), 10, (1.0, 0.0))
-    alone = RoundRecord.of(plan, genomes, fitness)
-    assert (alone.donors, alone.average) == ((0, 1), None)
+    assert made.kept and not made.restored
+    back = RoundRecord.of(plan, genomes, fitness, Decision(Population(genomes), (0, 1), restore=True))
+    assert back.restored and not back.kept
 
 
 def test_json_brings_everything_back_and_refuses_another_version():

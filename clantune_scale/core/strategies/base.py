@@ -122,6 +122,10 @@ class Strategy(ABC):
             EvaluationError: if no member has a finite fitness and the strategy cannot go back.
         """
 
+    def idle(self, population: Population) -> Decision:
+        """What follows from a round that does not evolve: everyone goes on, from a state that is one to go back to."""
+        return Decision(population, tuple(range(self.facts.population_size)))
+
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """The population of a run that goes on with another number of members.
 

@@ -10,6 +10,7 @@ show, how much higher a rate could go once its own noise is averaged, one short 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,14 @@ CLIMBING = 0.6
 #: blown up. Where that mends nothing, rates are not to blame (data that shift, a model that overfits), and going back
 #: for ever would stop the run.
 MAX_RESTORES = 2
-#: Standard errors by which the end of a run must be worse than the last good state for that to be taken.
-WORSE = 2.0
 
 
 class Clan(Strategy):
     """Line search by a clan.
 
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
-    ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_losses``
-    ([batches] of the state to go back to), ``rates`` (the centre's, before the guard lowered them), ``scale`` and
+    ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_loss``
+    (when a round last kept its state), ``rates`` (the centre's, before the guard lowered them), ``scale`` and
     ``memorizes`` (see :mod:`~clantune_scale.core.strategies.memorizing`).
     """
 
@@ -84,7 +83,7 @@ class Clan(Strategy):
             "best_loss": {},
             "moves": {},
             "restores": 0,
-            "kept_losses": start.losses[start.ranking[0]].tolist(),
+            "kept_loss": loss,
             "rates": {},
             "scale": None,
             "memorizes": False,
@@ -112,7 +111,7 @@ class Clan(Strategy):
             "centre": moved(memory["centre"], {name: move.change for name, move in moves.items()}, self.facts.genes),
             "best_loss": {**memory["best_loss"], kind: min(best, reference)},
             "restores": 0 if best < reference else memory["restores"],
-            "kept_losses": memory["kept_losses"] if is_lost else fitness.losses[fitness.ranking[0]].tolist(),
+            "kept_loss": memory["kept_loss"] if is_lost else best,
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
         memory = self._reined_in(memory, gives_in=is_lost)
@@ -124,25 +123,19 @@ class Clan(Strategy):
         donors = (donor,) * fitness.num_members
         return Decision(self._population(memory, next_plan), donors, keeps=not is_lost, reasons=tuple(reasons))
 
-    def _last_word(self, population: Population, next_plan: RoundPlan, fitness: Fitness) -> Decision:
-        """At the end of the run: back to the last good state where it is better by more than noise.
+    def idle(self, population: Population) -> Decision:
+        """As for all, but what a clan that memorizes does after the freeze is not to go back to."""
+        return replace(super().idle(population), keeps=not population.memory["memorizes"])
 
-        A clan that memorizes needs no such proof: that its end is worse is to be expected.
-        """
-        members, fittest = range(fitness.num_members), fitness.ranking[0]
-        kept, now = population.memory["kept_losses"], fitness.losses[fittest]
-        tolerated = 0.0 if population.memory["memorizes"] else WORSE
-        population = self._population(population.memory, next_plan)
-        # Another window cannot be compared batch by batch.
-        if len(kept) != len(now):
-            return Decision(population, tuple(members), keeps=False)
-        worse = Fitness.from_losses([now, kept]).compare(0, 1)
-        if fitness.is_finite[fittest] and worse.difference <= tolerated * worse.standard_error:
-            return Decision(population, tuple(members), keeps=False)
-        reason = (
-            f"restored: the last good state's loss, {np.mean(kept):.4g}, is better than {fitness.mean[fittest]:.4g}"
-        )
-        return Decision(population, tuple(members), restore=True, reasons=tuple(reason for _ in members))
+    def _last_word(self, population: Population, next_plan: RoundPlan, fitness: Fitness) -> Decision:
+        """At the end of the run: back to the last good state from what is not finite, or has been learnt by heart."""
+        memory, best = population.memory, float(fitness.mean.min())
+        idle = self.idle(self._population(memory, next_plan))
+        kept = memory["kept_loss"]
+        if np.isfinite(best) and not (memory["memorizes"] and kept < best):
+            return idle
+        reason = f"restored: the last good state's loss, {kept:.4g}, is better than {best:.4g}"
+        return replace(idle, restore=True, reasons=(reason,) * fitness.num_members)
 
     def _seen_of_memorizing(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
         """What the round adds to memory about it; nothing where members trained apart."""
