@@ -11,6 +11,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -54,6 +55,9 @@ class Ranks:
         world_size: number of ranks.
         build: makes a rank's trainer; a function of a module, because it is named to the processes.
         *args: for ``build``.
+
+    Attributes:
+        processes: one a rank.
     """
 
     def __init__(self, world_size: int, build: Callable[..., Trainer], *args: Any) -> None:
@@ -61,14 +65,14 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", build.__module__])
         port = _free_port()
-        self._processes, self._connections = [], []
+        self.processes, self._connections = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             place = Place(rank, world_size, port)
             process = context.Process(target=_serve, args=(theirs, place, build, args), daemon=True)
             process.start()
             theirs.close()
-            self._processes.append(process)
+            self.processes.append(process)
             self._connections.append(ours)
 
     def train(self, kind: str, num_steps: int) -> list[Any]:
@@ -78,12 +82,14 @@ class Ranks:
             ClanError: with the first rank's traceback that failed.
         """
         for connection in self._connections:
-            connection.send((kind, num_steps))
+            # A rank that failed before it was asked has said why, and that is read below.
+            with suppress(BrokenPipeError):
+                connection.send((kind, num_steps))
         return [self._answer(rank) for rank in range(len(self._connections))]
 
     def close(self) -> None:
         """Ends the ranks."""
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
             process.join()
 
@@ -93,7 +99,7 @@ class Ranks:
         except EOFError:
             succeeded, value = False, "it died without a word"
         if not succeeded:
-            raise ClanError(f"rank {rank} of {len(self._processes)} failed: {value}. Mend that, and measure again.")
+            raise ClanError(f"rank {rank} of {len(self.processes)} failed: {value}. Mend that, and measure again.")
         return value
 
 

@@ -58,9 +58,12 @@ def _fail(word):
     raise ValueError(word)
 
 
-def test_a_rank_that_fails_is_heard():
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_rank_that_fails_is_heard(has_ended):
     ranks = Ranks(2, _fail, "nothing works")
     try:
+        for process in ranks.processes if has_ended else ():
+            process.join()
         with pytest.raises(ClanError, match=r"(?s)rank 0 of 2 failed: .*ValueError: nothing works"):
             ranks.train("flat", 1)
     finally:
