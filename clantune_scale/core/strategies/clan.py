@@ -134,7 +134,9 @@ class Clan(Strategy):
         kept = memory["kept_loss"]
         if np.isfinite(best) and not (memory["memorizes"] and kept < best):
             return idle
-        reason = f"restored: the last good state's loss, {kept:.4g}, is better than {best:.4g}"
+        reason = "restored: no member's loss is finite at the end of the run"
+        if memory["memorizes"]:
+            reason = f"restored: the last good state's loss, {kept:.4g}, is better than {best:.4g}"
         return replace(idle, restore=True, reasons=(reason,) * fitness.num_members)
 
     def _seen_of_memorizing(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
