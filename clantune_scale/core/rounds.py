@@ -7,6 +7,26 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 
+#: Rounds of the user's length in a run, where nobody says how long it will be.
+USUAL_ROUNDS = 60
+
+
+def expected_steps(total_steps: int | None, round_length_steps: int) -> int:
+    """Optimizer steps of a run; of ``USUAL_ROUNDS`` rounds where ``total_steps`` is not known."""
+    return total_steps or USUAL_ROUNDS * round_length_steps
+
+
+def sees_samples_once(num_samples: float | None, *, batch_size: int, num_steps: int) -> bool:
+    """Whether a run is known to see no training sample twice.
+
+    Args:
+        num_samples: of the training data, infinite for a stream without end; None where nobody knows.
+        batch_size: samples of an optimizer step.
+        num_steps: optimizer steps of the run.
+    """
+    return num_samples is not None and batch_size * num_steps <= num_samples
+
+
 class PhaseKind(str, Enum):
     """Whether members share gradients and split the data, or keep theirs and see the same data."""
 

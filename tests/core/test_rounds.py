@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from clantune_scale.core.rounds import Phase, PhaseKind, RoundClock, RoundPlan
+from clantune_scale.core.rounds import Phase, PhaseKind, RoundClock, RoundPlan, expected_steps, sees_samples_once
 
 
 def plan(index: int, start_step: int) -> RoundPlan:
@@ -47,3 +49,13 @@ def test_one_team_of_all_cooperates():
     clock = RoundClock(plan)
     clock.regroup(0, (2, 2, 2))
     assert clock.round(0).phases[1] == Phase(PhaseKind.COOPERATIVE, 2, batch_factor=2)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "total_steps", "is_once"),
+    [(800, 100, True), (799, 100, False), (None, 100, False), (math.inf, 100, True)]
+    + [(8 * 600, None, True), (8 * 599, None, False)],  # a run of unknown length has 60 rounds
+)
+def test_samples_are_seen_once_where_there_are_as_many_as_the_run_takes(num_samples, total_steps, is_once):
+    steps = expected_steps(total_steps, round_length_steps=10)
+    assert sees_samples_once(num_samples, batch_size=8, num_steps=steps) is is_once

@@ -25,6 +25,7 @@ class RunFacts:
         round_length_steps: the user's round length, in optimizer steps.
         duty_cycle: the user's share of a round that is competitive, 0 to 1.
         total_steps: optimizer steps of the whole run, or None where nobody said.
+        sees_samples_once: whether the run is known to see no training sample twice: it can learn none by heart.
     """
 
     population_size: int
@@ -33,6 +34,7 @@ class RunFacts:
     round_length_steps: int
     duty_cycle: float
     total_steps: int | None = None
+    sees_samples_once: bool = False
 
     def gene(self, name: str) -> Gene:
         """The gene of that name."""

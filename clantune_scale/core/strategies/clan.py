@@ -21,7 +21,7 @@ from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.centre import moved
 from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
-from clantune_scale.core.strategies.memorizing import MEMORIZES, REACH, Yardstick, scale_of
+from clantune_scale.core.strategies.memorizing import MEMORIZES, REACH, Yardstick, regularized, scale_of
 from clantune_scale.core.strategies.parabola import Move, fit_moves
 from clantune_scale.core.strategies.race import FEWEST, outcome, races
 from clantune_scale.core.strategies.spread import spread
@@ -41,8 +41,8 @@ class Clan(Strategy):
 
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
     ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_loss``
-    (when a round last kept its state), ``rates`` (the centre's, before the guard lowered them), ``scale`` and
-    ``memorizes`` (see :mod:`~clantune_scale.core.strategies.memorizing`).
+    (when a round last kept its state), ``scale`` and ``memorizes`` (see
+    :mod:`~clantune_scale.core.strategies.memorizing`).
     """
 
     Options = ClanOptions
@@ -84,7 +84,6 @@ class Clan(Strategy):
             "moves": {},
             "restores": 0,
             "kept_loss": loss,
-            "rates": {},
             "scale": None,
             "memorizes": False,
         }
@@ -101,9 +100,11 @@ class Clan(Strategy):
             return self._last_word(population, next_plan, fitness)
         memory, best, kind = population.memory, float(fitness.mean.min()), self._round_kind(plan)
         is_lost = self._has_lost_ground(best, memory, kind)
-        if is_lost and (memory["restores"] < MAX_RESTORES or best > memory["initial_loss"]):
+        if is_lost and (memory["restores"] < self._most_restores(memory) or best > memory["initial_loss"]):
             return self._go_back(memory, plan, next_plan, best)
         moves = self._moves(population, plan, fitness)
+        if memory["memorizes"]:
+            moves = regularized(moves, self.facts.genes)
         reference = memory["best_loss"].get(kind, memory["initial_loss"])
         memory = {
             **memory,
@@ -114,7 +115,7 @@ class Clan(Strategy):
             "kept_loss": memory["kept_loss"] if is_lost else best,
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
-        memory = self._reined_in(memory, gives_in=is_lost)
+        memory = self._reined_in(memory)
         donor = fitness.ranking[0]
         said = [f"{name} {move.change:+.3f} ({move.why})" for name, move in moves.items()]
         said += [MEMORIZES] if memory["memorizes"] else []
@@ -140,25 +141,24 @@ class Clan(Strategy):
         return replace(idle, restore=True, reasons=(reason,) * fitness.num_members)
 
     def _seen_of_memorizing(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
-        """What the round adds to memory about it; nothing where members trained apart."""
-        if any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases):
+        """What the round adds to memory about it; nothing where members trained apart, or no sample is seen twice."""
+        if self.facts.sees_samples_once or any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases):
             return {}
         if memory["scale"] is None:
             return {"scale": scale_of(fitness)}
         return {"memorizes": Yardstick(memory["initial_loss"], memory["scale"]).memorizes(fitness)}
 
-    def _reined_in(self, memory: dict[str, Any], *, gives_in: bool) -> dict[str, Any]:
-        """Memory with the learning rates that a clan which memorizes may have: none far above the configured ones.
-
-        Where the guard gives in they go back to what they were before it lowered them: it was not their fault.
-        """
+    def _reined_in(self, memory: dict[str, Any]) -> dict[str, Any]:
+        """Memory with the learning rates that a clan which memorizes may have: none far above the configured ones."""
         centre = dict(memory["centre"])
-        if memory["memorizes"]:
-            if gives_in:
-                centre |= memory["rates"]
-            for gene in self._learning_rates:
-                centre[gene.name] = min(centre[gene.name], gene.encode(min(REACH * gene.initial, gene.bounds[1])))
-        return {**memory, "centre": centre, "rates": {}}
+        for gene in self._learning_rates if memory["memorizes"] else ():
+            centre[gene.name] = min(centre[gene.name], gene.encode(min(REACH * gene.initial, gene.bounds[1])))
+        return {**memory, "centre": centre}
+
+    @staticmethod
+    def _most_restores(memory: Mapping[str, Any]) -> int:
+        """How often the guard goes back in a row; never where validation turns away because data are learnt by heart."""
+        return 0 if memory["memorizes"] else MAX_RESTORES
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """Everyone around the centre, which is the clan's and no member's."""
@@ -223,7 +223,6 @@ class Clan(Strategy):
         memory = {
             **memory,
             "centre": centre,
-            "rates": memory["rates"] or {gene.name: memory["centre"][gene.name] for gene in self._learning_rates},
             "moves": moves,
             "restores": memory["restores"] + 1,
         }

@@ -8,9 +8,12 @@ mends what the weights know by heart then (the benchmark's log, 11).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.strategies.parabola import Move
 
 #: What the round's table says then.
 MEMORIZES = "validation does not follow training: rates are held"
@@ -57,3 +60,13 @@ def scale_of(fitness: Fitness) -> float | None:
         return None
     ratio = training / validation
     return 1.0 if 1 / SAME < ratio < SAME else ratio
+
+
+def regularized(moves: Mapping[str, Move], genes: Sequence[Gene]) -> dict[str, Move]:
+    """The moves of a clan that memorizes: a dropout rate rises by its largest change, whatever its round says.
+
+    What dropout is for shows long after the few steps of a round, in which it is only a hindrance. That validation
+    does not follow training is evidence of the same thing, and the better one.
+    """
+    raised = {gene.name: Move(gene.max_change, "learnt by heart") for gene in genes if gene.target == "dropout"}
+    return {name: raised.get(name, move) for name, move in moves.items()}

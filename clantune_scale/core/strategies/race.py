@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.rounds import Phase, PhaseKind
+from clantune_scale.core.rounds import Phase, PhaseKind, expected_steps
 from clantune_scale.core.strategies.base import RunFacts
 from clantune_scale.core.strategies.least_squares import least_squares
 from clantune_scale.core.strategies.parabola import Move
@@ -25,8 +25,6 @@ from clantune_scale.core.strategies.parabola import Move
 FEWEST, USUAL = 3, 4
 #: A race that is shorter ends before momentum has settled, and ranks by chance (the benchmark's log, 4).
 MIN_STEPS = 20
-#: Rounds of the user's length in a run, where nobody says how long it will be.
-USUAL_ROUNDS = 60
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,14 @@ def race_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
     """When the race is; None where there is no rate to find, or no time.
 
     The same for clans of all sizes, so that rounds stay where they were when a run goes on with another number of
-    members. A run of unknown length is taken for one of ``USUAL_ROUNDS`` rounds.
+    members. A run of unknown length is taken for one of usual length.
 
     Args:
         facts: of the run.
         at: share of the run after which it starts.
         cost: extra gradient evaluations of the usual number of contestants, as a share of the run's.
     """
-    total = facts.total_steps or USUAL_ROUNDS * facts.round_length_steps
+    total = expected_steps(facts.total_steps, facts.round_length_steps)
     if not cost or not any(map(races, facts.genes)):
         return None
     start_step, num_steps = max(1, round(at * total)), round(cost / (USUAL - 1) * total)

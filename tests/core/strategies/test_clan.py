@@ -248,18 +248,30 @@ def test_a_clan_that_memorizes_goes_no_higher_than_four_times_the_configured_rat
     assert math.exp(memorizing(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
 
 
-def test_where_it_memorizes_the_guard_gives_rates_back_when_it_gives_in():
+def test_the_guard_does_not_send_back_a_clan_that_memorizes_but_for_a_blow_up():
     clan = build("clan", FACTS, NO_RACE)
-    decision = memorizing(clan)
-    held = decision.population.memory["centre"]["lr"]
-    bad = fitness_of([3.0] * 4, training_loss=0.9)
-    for index in (2, 3):
-        decision = clan.evolve(decision.population, clan.plan(index, 20 * index), bad)
-        assert decision.restore
-    assert decision.population.memory["centre"]["lr"] == pytest.approx(held - 2 * math.log(3))
-    decision = clan.evolve(decision.population, clan.plan(4, 80), bad)
-    assert (decision.restore, decision.keeps) == (False, False)
-    assert decision.population.memory["centre"]["lr"] == pytest.approx(held)
+    held = memorizing(clan).population
+    lost = clan.evolve(held, clan.plan(2, 40), fitness_of([3.0] * 4, training_loss=0.9))
+    assert (lost.restore, lost.keeps) == (False, False)
+    assert lost.population.memory["centre"] == held.memory["centre"]
+    assert clan.evolve(held, clan.plan(2, 40), fitness_of([4.5] * 4, training_loss=0.9)).restore
+
+
+def test_a_clan_that_memorizes_raises_dropout_by_its_largest_change_whatever_a_round_says():
+    clan = build("clan", facts(genes=(LR, DROPOUT)), NO_RACE)
+    for training, change in ((1.0, 0.1), (2.0, None)):
+        population = memorizing(clan, training=training).population
+        same = fitness_of([1.95] * 4, training_loss=training)
+        population = clan.evolve(population, clan.plan(2, 40), same).population
+        plan = clan.plan(3, 60)
+        assert plan.explores == ("dropout",)
+        # Less dropout looks better in this round.
+        losses = [1.9 + genome.values["dropout"] for genome in population.genomes]
+        moves = clan.evolve(population, plan, fitness_of(losses, training_loss=training)).population.memory["moves"]
+        if change is None:
+            assert moves["dropout"]["change"] < 0
+        else:
+            assert moves["dropout"] == {"change": pytest.approx(DROPOUT.max_change), "why": "learnt by heart"}
 
 
 @pytest.mark.parametrize(

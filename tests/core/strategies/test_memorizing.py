@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from clantune_scale.core.strategies.memorizing import Yardstick, scale_of
-from tests.core.strategies.facts import fitness_of
+from clantune_scale.core.strategies.memorizing import Yardstick, regularized, scale_of
+from clantune_scale.core.strategies.parabola import Move
+from tests.core.strategies.facts import DROPOUT, LR, fitness_of
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,11 @@ def test_losses_in_other_units_say_the_same():
 )
 def test_the_scale_is_that_of_the_first_round_or_1_where_both_are_about_equal(training, scale):
     assert scale_of(fitness_of([3.0, 3.5], training_loss=training)) == scale
+
+
+def test_what_memorizes_is_regularized_where_its_round_is_about_that():
+    moves = {"lr": Move(0.2, "minimum")}
+    assert regularized(moves, (LR, DROPOUT)) == moves
+    assert regularized(moves | {"dropout": Move(-0.05, "slope")}, (LR, DROPOUT)) == moves | {
+        "dropout": Move(DROPOUT.max_change, "learnt by heart")
+    }
