@@ -22,7 +22,7 @@ from clantune_scale.checkpoint.durable import DurableRounds
 from clantune_scale.config import ClanConfig
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Genome
-from clantune_scale.core.rounds import PhaseKind, RoundClock, RoundPlan
+from clantune_scale.core.rounds import PhaseKind, RoundClock, RoundPlan, expected_steps, sees_samples_once
 from clantune_scale.core.strategies import build
 from clantune_scale.data import ClanBatchSampler, ClanDataLoader
 from clantune_scale.evaluation import Evaluate, ValidationWindow
@@ -52,6 +52,7 @@ class Clan:
         evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
         setters: by target, for genes that the user registers.
         total_steps: optimizer steps of the whole run, or None.
+        num_samples: of the training data, or None.
 
     Attributes:
         population: the genomes in effect and the strategy's memory.
@@ -76,6 +77,7 @@ class Clan:
         evaluate: Evaluate | None = None,
         setters: Mapping[str, Setter] | None = None,
         total_steps: int | None = None,
+        num_samples: int | None = None,
     ) -> None:
         self.world, self.backend, self.config, self.batch = world, backend, config, batch
         world.arrange(
@@ -84,8 +86,15 @@ class Clan:
         check_world(world, backend.device)
         check_parameters(world, backend)
         champion.check_forms(self)
-        self.genes = bind_genes(config.genes, backend, setters or {})
-        facts = config.facts(self.genes, total_steps=total_steps)
+        is_once = sees_samples_once(
+            num_samples,
+            # Of those that were launched: what the genes are must not change when members die.
+            batch_size=batch.member_batch * world.launched,
+            num_steps=expected_steps(total_steps, config.round_length),
+        )
+        genes = config.genes_when(sees_samples_once=is_once)
+        self.genes = bind_genes(genes, backend, setters or {}, are_asked_for="genes" in config.model_fields_set)
+        facts = config.facts(self.genes, total_steps=total_steps, sees_samples_once=is_once)
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)

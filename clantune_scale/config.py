@@ -218,7 +218,8 @@ class ClanConfig(Block):
     """How fitness becomes the next population; a bare name is short for `{"name": ...}`."""
 
     genes: dict[str, GeneConfig] = {"lr": GeneConfig()}
-    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults."""
+    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults. Where the key is left
+    out, `clan` takes `weight_decay` too if the run is known to see no training sample twice."""
 
     fitness: FitnessConfig = FitnessConfig()
     """How members are measured."""
@@ -262,12 +263,27 @@ class ClanConfig(Block):
             raise ValueError(f"a name is listed twice in {value}")
         return {name: {} for name in value}
 
-    def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None) -> RunFacts:
+    def genes_when(self, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
+        """The block's genes, or the default ones of a run that is, or is not, known to see no sample twice."""
+        if "genes" in self.model_fields_set:
+            return self.genes
+        names = default_genes(self.strategy.name, sees_samples_once=sees_samples_once)
+        return {name: GeneConfig() for name in names}
+
+    @property
+    def may_tune_weight_decay(self) -> bool:
+        """Whether it depends on the training data what the genes are."""
+        return "genes" not in self.model_fields_set and self.strategy.name == "clan"
+
+    def facts(
+        self, genes: tuple[Gene, ...], *, total_steps: int | None, sees_samples_once: bool = False
+    ) -> RunFacts:
         """What the strategy of a run with this block knows of it.
 
         Args:
             genes: that the block's were resolved to.
             total_steps: optimizer steps of the run, or None; the block's own count is not looked at.
+            sees_samples_once: whether the run is known to see no training sample twice.
         """
         # Strategies bring scipy along, half a second that reading a config does without.
         from clantune_scale.core.strategies import RunFacts
@@ -279,4 +295,19 @@ class ClanConfig(Block):
             round_length_steps=self.round_length,
             duty_cycle=self.duty_cycle,
             total_steps=total_steps,
+            sees_samples_once=sees_samples_once,
         )
+
+
+def default_genes(strategy: str, *, sees_samples_once: bool) -> tuple[str, ...]:
+    """The genes of a run whose user names none.
+
+    Where data come again and again weight decay is a regularizer, and what that is good for shows long after the
+    round that decides. Where every sample is new it is a part of the optimizer's dynamics: it should not grow with a
+    rate that is raised, and a vote for less of it can be believed (the schedule benchmark's log, 13).
+
+    Args:
+        strategy: its name; for others than ``clan`` this was not measured.
+        sees_samples_once: whether the run is known to see no training sample twice.
+    """
+    return ("lr", "weight_decay") if strategy == "clan" and sees_samples_once else ("lr",)

@@ -33,11 +33,13 @@ Setter = Callable[[float], None]
 _SHARES = {"lr": "lr_mult", "weight_decay": "wd_mult"}
 
 
-def bind_genes(configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]) -> tuple[Gene, ...]:
+def bind_genes(
+    configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter], *, are_asked_for: bool = True
+) -> tuple[Gene, ...]:
     """The genes of a config, each with its start read from the engine where it has no other.
 
-    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name; a setter
-    that no gene calls gets one too.
+    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name if the user asked for
+    it; a setter that no gene calls gets one too.
 
     Raises:
         ConfigError: if a gene cannot be built (see :func:`clantune_scale.genes.build_gene`).
@@ -51,8 +53,9 @@ def bind_genes(configs: Mapping[str, GeneConfig], backend: Backend, setters: Map
     genes = []
     for (name, config), seen in zip(configs.items(), _seen_by_member(configs, backend, setters), strict=True):
         if seen.reason:
-            text = f"gene {name!r} has no effect: {seen.reason}. It is left out."
-            warnings.warn(text, NoEffectWarning, stacklevel=2)
+            if are_asked_for:
+                text = f"gene {name!r} has no effect: {seen.reason}. It is left out."
+                warnings.warn(text, NoEffectWarning, stacklevel=2)
             continue
         if seen.missing:
             text = f"gene {name!r} has no effect on {', '.join(seen.missing)}: no parameter group is called so."

@@ -50,6 +50,7 @@ def main() -> None:
         micro_batch_size=batch.micro_batch,
         accumulation=batch.accumulation,
         gradient_clipping=settings.get("gradient_clipping", 0.0),
+        num_samples=len(corpus.train),
     )
     for step in clan.steps(clan.loader(corpus.train), until=arguments.steps):
         for windows in step:

@@ -69,6 +69,7 @@ def main() -> None:
         micro_batch_size=batch.micro_batch,
         num_microbatches=batch.accumulation,
         eval_data=corpus.validation,
+        num_samples=len(corpus.train),
     )
     batches = forever(clan.loader(corpus.train))
     while clan.num_steps < arguments.steps:

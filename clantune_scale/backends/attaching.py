@@ -52,6 +52,7 @@ def attach_to(
     setters: Mapping[str, Setter] | None = None,
     collate_fn: Callable[[list], Any] | None = None,
     total_steps: int | None = None,
+    num_samples: int | None = None,
 ) -> AnyClan:
     """Hooks a clan onto a member's engine, with a window on ``eval_data`` as the block's ``fitness`` says.
 
@@ -66,6 +67,7 @@ def attach_to(
         setters: by target, for genes that the user registers.
         collate_fn: joins validation samples to a batch; torch's default where None.
         total_steps: optimizer steps of the whole run, where the block does not say.
+        num_samples: of the training data, for the default genes; None where nobody knows.
 
     Raises:
         ConfigError: if the genes, the data or the engine cannot be used.
@@ -87,4 +89,5 @@ def attach_to(
         evaluate=evaluate,
         setters=setters,
         total_steps=block.total_steps or total_steps,
+        num_samples=num_samples,
     )

@@ -148,6 +148,7 @@ def _initialize_clan(
         setters=gene_setters,
         collate_fn=passed["collate_fn"],
         total_steps=_scheduled_steps(ds_config),
+        num_samples=None if training_data is None else len(training_data),
     )
     loader = None
     if training_data is not None:

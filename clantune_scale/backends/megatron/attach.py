@@ -50,6 +50,7 @@ def attach_megatron(
     gene_setters: Mapping[str, Setter] | None = None,
     collate_fn: Callable[[list], Any] | None = None,
     total_steps: int | None = None,
+    num_samples: int | None = None,
 ) -> MegatronClan:
     """Attaches a clan to a Megatron-core model; the training loop stays Megatron's.
 
@@ -89,6 +90,7 @@ def attach_megatron(
         gene_setters: by target name, a function that puts a gene's value into effect.
         collate_fn: joins validation samples to a batch; torch's default where None.
         total_steps: optimizer steps of the whole run, where the block does not say.
+        num_samples: of the training data: where no sample is seen twice, weight decay is a gene by default.
 
     Returns:
         The clan, hooked onto model and optimizer.
@@ -127,4 +129,5 @@ def attach_megatron(
         setters=gene_setters,
         collate_fn=collate_fn,
         total_steps=total_steps,
+        num_samples=num_samples,
     )

@@ -97,6 +97,7 @@ def attach(
     gene_setters: Mapping[str, Setter] | None = None,
     collate_fn: Callable[[list], Any] | None = None,
     total_steps: int | None = None,
+    num_samples: int | None = None,
 ) -> LoopClan:
     """Attaches a clan to a model that ``fully_shard`` or ``DistributedDataParallel`` was applied to.
 
@@ -130,6 +131,7 @@ def attach(
         gene_setters: by target name, a function that puts a gene's value into effect.
         collate_fn: joins validation samples to a batch; torch's default where None.
         total_steps: optimizer steps of the whole run, where the block does not say.
+        num_samples: of the training data: where no sample is seen twice, weight decay is a gene by default.
 
     Returns:
         The clan, hooked onto model and optimizer.
@@ -166,6 +168,7 @@ def attach(
         setters=gene_setters,
         collate_fn=collate_fn,
         total_steps=total_steps,
+        num_samples=num_samples,
     )
 
 
