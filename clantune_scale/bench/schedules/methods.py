@@ -34,7 +34,7 @@ class Method:
         round_length_steps: the user's round length; None for a sixtieth of the run.
         duty_cycle: the user's.
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
-        genes: in place of the problem's.
+        genes: in place of the default ones and the problem's.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Method:
 
     def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
         """The strategy of one run that is configured with ``settings``."""
-        names = problem.genes if self.genes is None else self.genes
+        names = problem.genes_of(self.strategy) if self.genes is None else self.genes
         genes = tuple(_started(CATALOGUE[name], settings) for name in names)
         facts = RunFacts(
             population_size=self.population_size,
@@ -57,6 +57,7 @@ class Method:
             round_length_steps=self.round_length_steps or max(1, problem.total_steps // ROUNDS_PER_RUN),
             duty_cycle=self.duty_cycle,
             total_steps=problem.total_steps if problem.knows_length else None,
+            sees_samples_once=problem.sees_samples_once,
         )
         return build(self.strategy, facts, self.options)
 

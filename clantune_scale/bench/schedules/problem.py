@@ -13,6 +13,8 @@ import torch
 
 from clantune_scale.batched import Settings
 from clantune_scale.batched.model import Knobs, Tensors
+from clantune_scale.config import default_genes
+from clantune_scale.core.rounds import sees_samples_once
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Problem(ABC):
         schedule: the user's own, a name in :data:`clantune_scale.bench.schedules.curves.CURVES`.
         grid: the oracle's.
         starts: of its runs.
-        genes: of the clans that run on it, by name in the catalogue of genes.
+        extra_genes: of the clans that run on it, besides the default ones, by name in the catalogue of genes.
+        num_samples: different training samples that there are; infinite where every one is new.
         validation: the common window, tensors [examples, ...]; selection sees nothing else, and in a short run not all
             of it (``trial.window``).
         test: likewise, for the report alone.
@@ -82,7 +85,8 @@ class Problem(ABC):
     schedule: str = "constant"
     grid: Grid = Grid(quarter_decades(-4.0))
     starts: Sequence[Start] = STARTS
-    genes: tuple[str, ...] = ("lr",)
+    extra_genes: tuple[str, ...] = ()
+    num_samples: float = math.inf
     validation: Tensors
     test: Tensors
     knows_length: bool = True
@@ -107,6 +111,16 @@ class Problem(ABC):
                 raise AttributeError(f"problem {self.name!r} has no attribute {attribute!r} to vary")
             setattr(changed, attribute, value)
         return changed
+
+    @property
+    def sees_samples_once(self) -> bool:
+        """Whether a run sees no training sample twice."""
+        return sees_samples_once(self.num_samples, batch_size=self.batch_size, num_steps=self.total_steps)
+
+    def genes_of(self, strategy: str) -> tuple[str, ...]:
+        """The genes of a clan with this strategy: the default ones, then the problem's own."""
+        genes = default_genes(strategy, sees_samples_once=self.sees_samples_once)
+        return (*genes, *(name for name in self.extra_genes if name not in genes))
 
     def fingerprint(self) -> str:
         """Equal for problems with one oracle: same numbers at the start, same length, same grid.

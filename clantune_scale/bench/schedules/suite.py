@@ -39,6 +39,8 @@ KINDS: dict[str, Callable[[], Problem]] = {
     "wrong-beta1": lambda: kinds.wrong_momentum(_DIGITS()),
     "wrong-momentum": lambda: kinds.wrong_momentum(STUDY["regression-sgd"]()),
     "wrong-clip": lambda: kinds.wrong_clip(STUDY["bytes-mlp-sgd"]()),
+    "small-accumulation": lambda: kinds.accumulated(STUDY["bytes-mlp-sgd"](), 1 / 4),
+    "large-accumulation": lambda: kinds.accumulated(_DIGITS(), 4),
     "dropout": lambda: kinds.Dropout("adamw"),
     "label-noise": lambda: kinds.NoisyLabels("sgd"),
     "shift": lambda: kinds.Shift("adamw"),

@@ -59,6 +59,17 @@ def test_a_strategy_starts_its_absolute_genes_at_what_the_run_is_configured_with
     assert method.build(unknown, TINY.settings, 0).facts.total_steps is None
 
 
+def test_a_problem_adds_its_genes_to_the_default_ones_of_its_data():
+    once, twice = TINY.variant("once", num_samples=320), TINY.variant("twice", num_samples=319)
+    assert (once.genes_of("clan"), twice.genes_of("clan")) == (("lr", "weight_decay"), ("lr",))
+    assert once.genes_of("hdet") == ("lr",)
+    own = once.variant("own", extra_genes=("clip", "weight_decay"))
+    assert own.genes_of("clan") == ("lr", "weight_decay", "clip")
+    assert own.genes_of("pbt") == ("lr", "clip", "weight_decay")
+    genes = Method("m", "clan").build(own, TINY.settings, 0).facts.genes
+    assert [gene.name for gene in genes] == ["lr", "weight_decay", "clip"]
+
+
 def test_the_rates_of_a_run_are_those_under_the_decay():
     clan = Method("clan", "clan", population_size=1, genes=())
     # 40 steps, frozen after 16: a rate that falls by itself, to zero in the same step, falls no faster.

@@ -18,7 +18,7 @@ def test_what_only_starts_wrong_has_the_oracle_of_what_starts_right():
     for wrong in (kinds.wrong_clip, kinds.wrong_momentum, kinds.wrong_weight_decay):
         assert wrong(TINY).fingerprint() == TINY.fingerprint()
         assert all(start.changes for start in wrong(TINY).starts)
-        assert len(wrong(TINY).genes) == 2
+        assert len(wrong(TINY).extra_genes) == 1
     assert kinds.scheduled(TINY, "wsd").fingerprint() == TINY.fingerprint()
     assert kinds.endless(TINY).fingerprint() == TINY.fingerprint()
     assert kinds.longer(TINY, 3).fingerprint() != TINY.fingerprint()
@@ -33,8 +33,9 @@ def test_all_kinds_have_their_oracle_in_the_package():
     """By name: other data (another Python's library, for bytes) has another fingerprint, and is computed anew."""
     folder = resources.files("clantune_scale.bench.schedules") / "oracles"
     bundled = {Oracle.from_json(json.loads(file.read_text())).problem for file in folder.iterdir()}
-    others = ("dropout", "label-noise", "shift", "longer-3", "longer-10", "far-too-small")  # the rest are the study's
-    assert bundled == {ALL[key]().name for key in (*STUDY, *others)}
+    others = {"dropout", "label-noise", "shift", "longer-3", "longer-10", "far-too-small"}  # the rest are the study's
+    others |= {"small-accumulation", "large-accumulation"}
+    assert bundled == {ALL[key]().name for key in {*STUDY, *others}}
 
 
 def test_three_labels_in_ten_are_noise():

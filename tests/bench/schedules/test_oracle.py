@@ -83,7 +83,7 @@ def test_the_package_brings_oracles_so_that_others_need_not_compute_them(cache):
 
 
 def test_problems_share_an_oracle_if_only_their_starts_differ():
-    other_starts = TINY.variant("wrong", starts=(Start("5x", 5.0),), genes=("lr", "weight_decay"))
+    other_starts = TINY.variant("wrong", starts=(Start("5x", 5.0),), extra_genes=("weight_decay",))
     assert other_starts.fingerprint() == TINY.fingerprint()
     assert TINY.variant("longer", total_steps=60).fingerprint() != TINY.fingerprint()
     assert TINY.variant("other data", test=[torch.ones(4, 8)]).fingerprint() != TINY.fingerprint()

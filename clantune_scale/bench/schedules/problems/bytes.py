@@ -51,6 +51,7 @@ class Bytes(Problem):
         self._context, self._offsets = context, torch.arange(context + 1)
         train = int(0.8 * len(sources()))
         self._train, held_out = sources()[:train], sources()[train:]
+        self.num_samples = train - context
         half = len(held_out) // 2
         self.validation = self._windows(held_out[:half], num_validation, torch.Generator().manual_seed(9))
         self.test = self._windows(held_out[half:], num_test, torch.Generator().manual_seed(10))

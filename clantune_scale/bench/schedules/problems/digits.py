@@ -52,6 +52,7 @@ class Digits(Problem):
         decay = 0.05 if is_adam else 1e-3
         self.settings = Settings(optimizer, weight_decay=decay)
         self._pixels, self._labels = (column[:TRAIN] for column in digits())
+        self.num_samples = TRAIN
         held_out = [column[TRAIN:] for column in digits()]
         self.validation = self._noisy([column[:VALIDATION] for column in held_out], 3)
         self.test = self._noisy([torch.cat([column[VALIDATION:]] * 4) for column in held_out], 4)

@@ -29,6 +29,16 @@ def endless(problem: Problem) -> Problem:
     return problem.variant(f"{problem.name}, unknown length", knows_length=False, starts=_FEW)
 
 
+def accumulated(problem: Problem, times: float) -> Problem:
+    """Accumulation that is too small, or too large: a batch of ``times`` the task's, with the rates that belong to it.
+
+    The run keeps it. At equal steps more is never worse and costs what it is, so that there is nothing to find but
+    those rates (the benchmark's log, 13).
+    """
+    batch_size = round(times * problem.batch_size)
+    return problem.variant(f"{problem.name}, batch {batch_size}", batch_size=batch_size, starts=_FEW)
+
+
 def far_too_small(problem: Problem, total_steps: int) -> Problem:
     """A longer run from rates so small that the clan has to climb for long, and may climb too far."""
     starts = (Start("0.1x", 0.1), Start("0.03x", 0.03))
@@ -41,7 +51,7 @@ def wrong_weight_decay(problem: Problem) -> Problem:
         Start(f"{rate:g}x, wd {times:g}x", rate, {"weight_decay": times * decay})
         for rate, times in ((0.32, 0.0), (1.0, 30.0), (0.32, 30.0))
     )
-    return problem.variant(f"{problem.name}, wrong weight decay", starts=starts, genes=("lr", "weight_decay"))
+    return problem.variant(f"{problem.name}, wrong weight decay", starts=starts, extra_genes=("weight_decay",))
 
 
 def wrong_momentum(problem: Problem) -> Problem:
@@ -51,13 +61,13 @@ def wrong_momentum(problem: Problem) -> Problem:
         Start(f"{rate:g}x, {gene} {value:g}", rate, {"hyper": {**problem.settings.hyper, gene: value}})
         for rate, value in ((0.32, 0.5), (1.0, 0.5), (1.0, 0.98))
     )
-    return problem.variant(f"{problem.name}, wrong {gene}", starts=starts, genes=("lr", gene))
+    return problem.variant(f"{problem.name}, wrong {gene}", starts=starts, extra_genes=(gene,))
 
 
 def wrong_clip(problem: Problem) -> Problem:
     """Gradients clipped so short that every step has the same length, from which the rate alone follows."""
     starts = tuple(Start(f"{rate:g}x, clip 0.1", rate, {"clip": 0.1}) for rate in (0.32, 1.0, 3.2))
-    return problem.variant(f"{problem.name}, wrong clip", starts=starts, genes=("lr", "clip"))
+    return problem.variant(f"{problem.name}, wrong clip", starts=starts, extra_genes=("clip",))
 
 
 class NoisyLabels(DigitsPerceptron):
@@ -99,7 +109,7 @@ class Dropout(DigitsPerceptron):
 
     def __init__(self, optimizer: str) -> None:
         super().__init__(optimizer)
-        self.name, self.genes = f"{self.name}, dropout", ("lr", "dropout")
+        self.name, self.extra_genes, self.num_samples = f"{self.name}, dropout", ("dropout",), self.TRAIN
         self._pixels, self._labels = self._pixels[: self.TRAIN], self._labels[: self.TRAIN]
         self.settings = replace(self.settings, knobs={"dropout": self.RIGHT})
         self.starts = tuple(
