@@ -30,6 +30,9 @@ from clantune_scale.errors import EvaluationError
 #: A rise of a learning rate, in log units, at which the line search needs no race: it comes as fast by itself, and
 #: more gently. The minimum along the line is at most log 2 away where curvature is next to nothing.
 CLIMBING = 0.6
+#: Rounds in a row that lose ground before the clan goes back, while its loss is below the initial one. A single round
+#: may have lost it by chance, the more so the smaller the batch, and going back lowers rates for the rest of the run.
+LOST_IN_A_ROW = 2
 #: Times that the clan goes back before it makes progress again, while its loss is below the initial one: it has not
 #: blown up. Where that mends nothing, rates are not to blame (data that shift, a model that overfits), and going back
 #: for ever would stop the run.
@@ -40,7 +43,7 @@ class Clan(Strategy):
     """Line search by a clan.
 
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
-    ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_loss``
+    ``lost_rounds`` in a row, ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_loss``
     (when a round last kept its state), ``scale`` and ``memorizes`` (see
     :mod:`~clantune_scale.core.strategies.memorizing`).
     """
@@ -82,6 +85,7 @@ class Clan(Strategy):
             "initial_loss": loss,
             "best_loss": {},
             "moves": {},
+            "lost_rounds": 0,
             "restores": 0,
             "kept_loss": loss,
             "scale": None,
@@ -100,7 +104,8 @@ class Clan(Strategy):
             return self._last_word(population, next_plan, fitness)
         memory, best, kind = population.memory, float(fitness.mean.min()), self._round_kind(plan)
         is_lost = self._has_lost_ground(best, memory, kind)
-        if is_lost and (memory["restores"] < self._most_restores(memory) or best > memory["initial_loss"]):
+        memory = {**memory, "lost_rounds": memory["lost_rounds"] + 1 if is_lost else 0}
+        if is_lost and self._is_undone(memory, best):
             return self._go_back(memory, plan, next_plan, best)
         moves = self._moves(population, plan, fitness)
         if memory["memorizes"]:
@@ -156,9 +161,13 @@ class Clan(Strategy):
         return {**memory, "centre": centre}
 
     @staticmethod
-    def _most_restores(memory: Mapping[str, Any]) -> int:
-        """How often the guard goes back in a row; never where validation turns away because data are learnt by heart."""
-        return 0 if memory["memorizes"] else MAX_RESTORES
+    def _is_undone(memory: Mapping[str, Any], best: float) -> bool:
+        """Whether a round that lost ground is gone back from; not where data are learnt by heart, but for a blow-up."""
+        if best > memory["initial_loss"]:
+            return True
+        if memory["memorizes"]:
+            return False
+        return memory["lost_rounds"] >= LOST_IN_A_ROW and memory["restores"] < MAX_RESTORES
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """Everyone around the centre, which is the clan's and no member's."""
