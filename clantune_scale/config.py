@@ -275,9 +275,7 @@ class ClanConfig(Block):
         """Whether it depends on the training data what the genes are."""
         return "genes" not in self.model_fields_set and self.strategy.name == "clan"
 
-    def facts(
-        self, genes: tuple[Gene, ...], *, total_steps: int | None, sees_samples_once: bool = False
-    ) -> RunFacts:
+    def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None, sees_samples_once: bool = False) -> RunFacts:
         """What the strategy of a run with this block knows of it.
 
         Args:

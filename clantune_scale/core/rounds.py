@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-
 #: Rounds of the user's length in a run, where nobody says how long it will be.
 USUAL_ROUNDS = 60
 

@@ -53,8 +53,14 @@ def test_one_team_of_all_cooperates():
 
 @pytest.mark.parametrize(
     ("num_samples", "total_steps", "is_once"),
-    [(800, 100, True), (799, 100, False), (None, 100, False), (math.inf, 100, True)]
-    + [(8 * 600, None, True), (8 * 599, None, False)],  # a run of unknown length has 60 rounds
+    [
+        (800, 100, True),
+        (799, 100, False),
+        (None, 100, False),
+        (math.inf, 100, True),
+        (8 * 600, None, True),  # a run of unknown length has 60 rounds
+        (8 * 599, None, False),
+    ],
 )
 def test_samples_are_seen_once_where_there_are_as_many_as_the_run_takes(num_samples, total_steps, is_once):
     steps = expected_steps(total_steps, round_length_steps=10)

@@ -39,9 +39,8 @@ def run(
     yardsticks, by_problem = [], []
     for problem in problems:
         oracle = oracle_of(problem)
-        rates = [oracle.trained_rate(start.rate, problem.grid.rates) for start in problem.starts]
-        default = run_trial(FIXED, problem, rates=rates, seeds=seeds)
-        yardstick = _yardstick(problem, oracle, default, seeds)
+        rates = start_rates(problem, oracle)
+        yardstick, default = yardstick_of(problem, seeds)
         yardsticks.append(yardstick)
         trials = []
         for method in methods:
@@ -57,9 +56,17 @@ def run(
     return Result(tuple(seeds), is_report, tuple(yardsticks), by_method)
 
 
-def _yardstick(problem: Problem, oracle: Oracle, default: Trial, seeds: Sequence[int]) -> Yardstick:
+def start_rates(problem: Problem, oracle: Oracle) -> list[float]:
+    """[starts]: the learning rate that each is configured with."""
+    return [oracle.trained_rate(start.rate, problem.grid.rates) for start in problem.starts]
+
+
+def yardstick_of(problem: Problem, seeds: Sequence[int]) -> tuple[Yardstick, Trial]:
+    """What runs with these seeds are measured against, and the starts' own runs."""
+    oracle = oracle_of(problem)
+    default = run_trial(FIXED, problem, rates=start_rates(problem, oracle), seeds=seeds)
     runs = oracle_runs(problem, oracle, seeds)
-    return Yardstick(
+    yardstick = Yardstick(
         problem=problem.name,
         starts=tuple(start.name for start in problem.starts),
         default_losses=tuple(default.losses),
@@ -69,3 +76,4 @@ def _yardstick(problem: Problem, oracle: Oracle, default: Trial, seeds: Sequence
         default_runs=tuple(tuple(run.loss for run in runs) for runs in default.runs),
         oracle_runs=tuple(runs),
     )
+    return yardstick, default

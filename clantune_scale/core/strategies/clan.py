@@ -43,8 +43,8 @@ class Clan(Strategy):
     """Line search by a clan.
 
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
-    ``lost_rounds`` in a row, ``restores`` since the last progress, ``moves`` (the last change of each explored gene, and why), ``kept_loss``
-    (when a round last kept its state), ``scale`` and ``memorizes`` (see
+    ``lost_rounds`` in a row, ``restores`` since the last progress, ``moves`` (the last change of each explored gene,
+    and why), ``kept_loss`` (when a round last kept its state), ``scale`` and ``memorizes`` (see
     :mod:`~clantune_scale.core.strategies.memorizing`).
     """
 
