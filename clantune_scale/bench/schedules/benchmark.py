@@ -13,8 +13,8 @@ from clantune_scale.bench.schedules.scores import Yardstick
 from clantune_scale.bench.schedules.table import Result
 from clantune_scale.bench.schedules.trial import Trial, run_trial
 
-#: Sets of seeds to tune on; what wins on one must win on the other.
-TUNING_SEEDS = {"a": (0, 1, 2), "b": (10, 11, 12)}
+#: Sets of seeds to tune on; what wins on one must win on the others.
+TUNING_SEEDS = {"a": (0, 1, 2), "b": (10, 11, 12), "c": (20, 21, 22), "d": (30, 31, 32)}
 #: Seeds that nothing is ever tuned on.
 REPORTING_SEEDS = (100, 101, 102)
 
