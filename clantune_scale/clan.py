@@ -93,7 +93,7 @@ class Clan:
             num_steps=expected_steps(total_steps, config.round_length),
         )
         genes = config.genes_when(sees_samples_once=is_once)
-        self.genes = bind_genes(genes, backend, setters or {}, are_asked_for="genes" in config.model_fields_set)
+        self.genes = bind_genes(genes, backend, setters or {}, quiet=genes.keys() - config.genes.keys())
         facts = config.facts(self.genes, total_steps=total_steps, sees_samples_once=is_once)
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +34,16 @@ _SHARES = {"lr": "lr_mult", "weight_decay": "wd_mult"}
 
 
 def bind_genes(
-    configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter], *, are_asked_for: bool = True
+    configs: Mapping[str, GeneConfig],
+    backend: Backend,
+    setters: Mapping[str, Setter],
+    *,
+    quiet: Collection[str] = (),
 ) -> tuple[Gene, ...]:
     """The genes of a config, each with its start read from the engine where it has no other.
 
-    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name if the user asked for
-    it; a setter that no gene calls gets one too.
+    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name but for those in
+    ``quiet``, which nobody asked for; a setter that no gene calls gets one too.
 
     Raises:
         ConfigError: if a gene cannot be built (see :func:`clantune_scale.genes.build_gene`).
@@ -53,7 +57,7 @@ def bind_genes(
     genes = []
     for (name, config), seen in zip(configs.items(), _seen_by_member(configs, backend, setters), strict=True):
         if seen.reason:
-            if are_asked_for:
+            if name not in quiet:
                 text = f"gene {name!r} has no effect: {seen.reason}. It is left out."
                 warnings.warn(text, NoEffectWarning, stacklevel=2)
             continue

@@ -326,7 +326,7 @@ def test_a_gene_that_sets_nothing_warns_by_name_and_is_left_out(backend, genes, 
 def test_a_gene_that_nobody_asked_for_is_left_out_without_a_word(recwarn):
     configs = ClanConfig(population_size=2, genes={"lr": {}, "weight_decay": {}}).genes
     backend = backend_with(weight_decay=0.0)
-    assert [gene.name for gene in bind_genes(configs, backend, {}, are_asked_for=False)] == ["lr"]
+    assert [gene.name for gene in bind_genes(configs, backend, {}, quiet={"weight_decay"})] == ["lr"]
     assert not recwarn.list
 
 

@@ -65,6 +65,13 @@ def test_members_differed_and_the_best_was_cloned(finished):
     assert {member["donor"] for member in first} == {best}
 
 
+def test_weight_decay_is_tuned_because_no_window_is_seen_twice(finished):
+    start, *events = read_events(finished[1] / "events.jsonl")
+    assert [gene["name"] for gene in start["genes"]] == ["lr", "weight_decay"]
+    values = [event["members"][0]["genome"]["values"] for event in events if event["kind"] == "round_end"]
+    assert all(own["weight_decay"] < 1.0 < own["lr"] for own in values[3:])  # it moves against the rate
+
+
 def test_champion_is_a_model(finished):
     with safe_open(finished[1] / "champion.safetensors", framework="pt") as file:
         assert file.get_tensor("token.weight").shape == (256, 64)
