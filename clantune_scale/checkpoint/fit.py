@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # What can change from launch to launch without any effect on what is computed.
 _WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")
+# What a launch with another batch, or data, may have changed without a word in its config.
+_GENES_FOLLOW = " Genes that the config does not name follow from data and batch: name the run's in clantune.genes."
 # Names that `clantune.checkpoint.allow` takes beside the block's own keys.
 PARAMETERS = "parameters"
 
@@ -46,6 +48,7 @@ def check_settings(saved: Mapping[str, Any], live: Mapping[str, Any], allow: Seq
         raise CheckpointError(
             f"the round that was saved does not fit this launch:{''.join(lines)}\nLaunch with the settings that it "
             f"was saved under, or allow what is meant: clantune.checkpoint.allow: {sorted(names)}."
+            f"{_GENES_FOLLOW if 'genes' in names else ''}"
         )
 
 

@@ -80,7 +80,8 @@ def test_a_run_is_refused_under_other_settings(tmp_path):
     for said in run_ranks(2, in_member_worlds, _refusals, config(ds_config(0)), others):
         optimizer, genes, state = said
         assert "optimizer: 'AdamW' was saved, this launch has 'SGD'" in optimizer
-        assert "genes: " in genes and "'beta1'" in genes
+        assert "genes: " in genes and "'beta1'" in genes and genes.endswith("name the run's in clantune.genes.")
+        assert "clantune.genes" not in optimizer
         assert "state does not fit" in state and "optimizer.0.exp_avg" in state
 
 
@@ -100,6 +101,7 @@ def test_another_number_of_members_goes_on(before, after, strategy, tmp_path):
     def config(size):
         block = {
             "strategy": strategy,
+            "genes": ["lr"],  # by default four members, whose batch sees samples twice, have others than two
             "total_steps": 60,
             "population_size": size,
             "checkpoint": {"allow": ["population_size"], "asynchronous": False},
