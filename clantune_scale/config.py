@@ -273,7 +273,7 @@ class ClanConfig(Block):
     @property
     def may_tune_weight_decay(self) -> bool:
         """Whether it depends on the training data what the genes are."""
-        return "genes" not in self.model_fields_set and self.strategy.name == "clan"
+        return self.genes_when(sees_samples_once=True).keys() != self.genes.keys()
 
     def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None, sees_samples_once: bool = False) -> RunFacts:
         """What the strategy of a run with this block knows of it.

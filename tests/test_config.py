@@ -33,6 +33,7 @@ def test_weight_decay_is_a_gene_by_default_where_no_sample_is_seen_twice(block, 
     config = parse_block({"population_size": 4, **block})
     found = config.genes_when(sees_samples_once=is_once)
     assert list(found) == genes
+    assert config.may_tune_weight_decay is (block == {})
     smaller = config.model_copy(update={"population_size": 3})  # as where members have died
     assert smaller.genes_when(sees_samples_once=is_once) == found
 

@@ -43,10 +43,16 @@ class Ceiling:
 
 
 def ceilings(problem: Problem, seeds: Sequence[int]) -> list[Ceiling]:
-    """[starts] of ``problem``."""
+    """[starts]: what the best single rate reaches from each.
+
+    Args:
+        problem: whose starts they are.
+        seeds: of weights and data; the rate is chosen by the test loss on these, and scored on them.
+    """
     oracle = oracle_of(problem)
     yardstick, _ = yardstick_of(problem, seeds)
-    kinds = list({repr(start.changes): start for start in problem.starts}.values())  # starts that differ in their rate
+    # Starts that differ in nothing but their rate, which is replaced here, are one and the same.
+    kinds = list({repr(start.changes): start for start in problem.starts}.values())
     found: dict[str, list[tuple[float, float, str]]] = {repr(start.changes): [] for start in kinds}
     for schedule in dict.fromkeys((problem.schedule, "warmup-linear")):
         varied = problem.variant(problem.name, schedule=schedule, starts=kinds)
