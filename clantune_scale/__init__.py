@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import (
     ClanError,
     ConfigError,
@@ -38,11 +38,11 @@ __all__ = [
 # Imported when first used: DeepSpeed alone takes seconds, and who validates a config need not wait for it.
 _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
-    "ClanScheduleLR": "clantune_scale.replay",
+    "ClanScheduleLR": "clantune_scale.results.replay",
     "attach": "clantune_scale.backends.torch.attach",
     "attach_megatron": "clantune_scale.backends.megatron.attach",
-    "initialize": "clantune_scale.backends.deepspeed.initialize",
-    "join": "clantune_scale.joining",
+    "initialize": "clantune_scale.backends.deepspeed.attach",
+    "join": "clantune_scale.distributed.join",
 }
 
 

@@ -22,8 +22,8 @@ from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
-from clantune_scale.core.strategies.lost import replace_lost
-from clantune_scale.data import StepPlan
+from clantune_scale.core.strategies.lost_members import replace_lost
+from clantune_scale.data.sampler import StepPlan
 
 
 @dataclass(frozen=True)

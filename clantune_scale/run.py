@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
-from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.errors import ConfigError
 
 HOLDOUT = 0.05
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     _, block = extract(load_ds_config(_config_path(options.arguments)))
     if block is not None and block.enabled:
-        from clantune_scale.joining import join
+        from clantune_scale.distributed.join import join
 
         join(block)
     # The launcher's --local_rank comes before the script's own arguments.
@@ -87,7 +87,7 @@ def _config_path(arguments: Sequence[str]) -> str:
 
 def _replacement(eval_data: str | None, engines: list[Any]) -> Callable[..., Any]:
     """``clantune_scale.initialize`` with a validation set found for it; keeps the engines that it makes."""
-    from clantune_scale.backends.deepspeed.initialize import initialize
+    from clantune_scale.backends.deepspeed.attach import initialize
 
     @wraps(initialize)
     def initialize_with_validation(*args: Any, training_data: Dataset | None = None, **kwargs: Any) -> Any:

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import add_arguments, build_gpt, load_corpus
 
 import clantune_scale
-from clantune_scale.batch import split_batch
-from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.config.batch import split_batch
+from clantune_scale.config.deepspeed_file import extract, load_ds_config
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -32,8 +32,8 @@ from torch import Tensor
 from training import add_arguments, forever, load_corpus
 
 import clantune_scale
-from clantune_scale.batch import split_batch
-from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.config.batch import split_batch
+from clantune_scale.config.deepspeed_file import extract, load_ds_config
 
 
 def parse_arguments() -> argparse.Namespace:

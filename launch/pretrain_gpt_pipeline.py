@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from training import load_corpus
 
 import clantune_scale
-from clantune_scale.ds_config import extract, load_ds_config
+from clantune_scale.config.deepspeed_file import extract, load_ds_config
 
 
 class Token(nn.Embedding):

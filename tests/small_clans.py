@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import clantune_scale
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests.backends.small_runs import MICRO, Net, ds_config, flat_weights, plain_engine
 
 NUM_TRAIN, NUM_VALID = 640, 64

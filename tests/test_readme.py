@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clantune_scale.config_reference import gene_table, reference_table
-from clantune_scale.ds_config import extract
+from clantune_scale.config.deepspeed_file import extract
+from clantune_scale.config.reference_table import gene_table, reference_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("table", [reference_table(), gene_table()], ids=["keys", "genes"])
 def test_tables_are_those_of_the_models(table):
-    assert table in README, "print the tables with `python -m clantune_scale.config_reference` and paste them"
+    assert table in README, "print the tables with `python -m clantune_scale.config.reference_table` and paste them"
 
 
 def test_the_block_that_is_shown_is_valid():

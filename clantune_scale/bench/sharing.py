@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from clantune_scale.bench.ranks import Ranks, timed
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 
 KINDS = ("flat", "cooperative", "competitive")
 MICRO_BATCH = 8

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.config import TrackingConfig
+from clantune_scale.config.schema import TrackingConfig
 from clantune_scale.tracking import Tracking
 
 KINDS = ("none", "file", "mlflow")

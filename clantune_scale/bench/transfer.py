@@ -19,7 +19,7 @@ from statistics import median, quantiles
 import torch
 
 from clantune_scale.bench.ranks import Ranks
-from clantune_scale.config import TransferConfig
+from clantune_scale.config.schema import TransferConfig
 
 TRANSPORTS = ("peer", "dcp_peer", "dcp_files")
 _MEBIBYTE = 1 << 20
@@ -51,9 +51,9 @@ class Rank:
     """
 
     def __init__(self, setting: Setting, directory: str) -> None:
-        from clantune_scale import world
+        from clantune_scale.distributed import world
+        from clantune_scale.distributed.world import ClanGroups
         from clantune_scale.transfer import MemberState, Transfers
-        from clantune_scale.world import ClanGroups
 
         joined = world.join(setting.ranks)
         groups = ClanGroups(joined, "cpu")

@@ -26,12 +26,12 @@ from torch.distributed import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore  # it registers the backend "fake", too
 
-from clantune_scale import world
-from clantune_scale.bootstrap import Launched, open_store
+from clantune_scale.distributed import world
+from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.rendezvous import Launched, open_store
+from clantune_scale.distributed.topology import Topology
+from clantune_scale.distributed.world import ClanGroups, ClanWorld
 from clantune_scale.errors import ClanError
-from clantune_scale.groups import Column
-from clantune_scale.topology import Topology
-from clantune_scale.world import ClanGroups, ClanWorld
 
 
 @dataclass(frozen=True)

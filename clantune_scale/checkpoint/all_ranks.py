@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from clantune_scale.groups import Column
-from clantune_scale.world import ClanGroups, ClanWorld
+from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.world import ClanGroups, ClanWorld
 
 
 class Everyone:

@@ -16,13 +16,13 @@ from clantune_scale.checkpoint.files import write_new
 from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.strategies import Population
-from clantune_scale.selfcheck import parameter_layout
-from clantune_scale.topology import Coordinates
+from clantune_scale.distributed.self_check import parameter_layout
+from clantune_scale.distributed.topology import Coordinates
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.plain import plain
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 RANKS = "ranks"
 ASIDE, KEPT = "aside/", "kept/"

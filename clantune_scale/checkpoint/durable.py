@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from clantune_scale.checkpoint import fit, manifest
+from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.checkpoint.capture import Capture
-from clantune_scale.checkpoint.everyone import Everyone
 from clantune_scale.checkpoint.lock import RunLock
 from clantune_scale.checkpoint.opening import open_run, put_aside
 from clantune_scale.checkpoint.preemption import Preemption
@@ -23,11 +23,11 @@ from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.checkpoint.writer import RoundWriter
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies import Decision
-from clantune_scale.data import ClanBatchSampler
+from clantune_scale.data.sampler import ClanBatchSampler
 from clantune_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 
 class DurableRounds:

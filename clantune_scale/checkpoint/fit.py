@@ -10,7 +10,7 @@ from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking.events import to_plain
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 # What can change from launch to launch without any effect on what is computed.
 _WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")

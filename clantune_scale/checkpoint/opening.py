@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clantune_scale.checkpoint import manifest
-from clantune_scale.checkpoint.everyone import Everyone
-from clantune_scale.config import ClanConfig
+from clantune_scale.checkpoint.all_ranks import Everyone
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import FINISHED, create_run_dir
 

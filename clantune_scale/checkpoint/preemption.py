@@ -15,9 +15,9 @@ import time
 from types import FrameType
 from typing import Any
 
-from clantune_scale import world
-from clantune_scale.checkpoint.everyone import Everyone
-from clantune_scale.config import CheckpointConfig
+from clantune_scale.checkpoint.all_ranks import Everyone
+from clantune_scale.config.schema import CheckpointConfig
+from clantune_scale.distributed import world
 
 #: What a shell reports of a process that SIGTERM ended.
 STATUS = 128 + signal.SIGTERM

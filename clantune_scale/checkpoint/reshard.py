@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from clantune_scale.checkpoint import shards
+from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import CheckpointError
-from clantune_scale.topology import Coordinates, Topology
 from clantune_scale.transfer.state import Piece
 
 Pieces = Mapping[str, Sequence[Piece]]

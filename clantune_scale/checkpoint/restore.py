@@ -25,14 +25,14 @@ from clantune_scale.checkpoint.fit import PARAMETERS, layout_difference
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage
 from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.distributed.self_check import parameter_layout
+from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import CheckpointError
-from clantune_scale.selfcheck import parameter_layout
-from clantune_scale.topology import Coordinates, Topology
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.plain import merged
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 
 def _is_laid_out(content: Mapping[str, Any], topology: Topology) -> bool:

@@ -18,8 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from clantune_scale.distributed.topology import Coordinates
 from clantune_scale.errors import CheckpointError
-from clantune_scale.topology import Coordinates
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clantune_scale.backends.base import Backend
+from clantune_scale.runtime.engine_protocol import Backend
 
 _ENGINE = "engine."
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from clantune_scale.checkpoint import manifest, shards
+from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.checkpoint.capture import RANKS, Capture
-from clantune_scale.checkpoint.everyone import Everyone
 from clantune_scale.checkpoint.files import FileEntry, sync_folder, write_new
-from clantune_scale.topology import Coordinates
+from clantune_scale.distributed.topology import Coordinates
 
 # Beside the tensors: headers, numbers, the manifest; and what a file system keeps for itself.
 _OVERHEAD = 1.05

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clantune_scale import weight_files
 from clantune_scale.cli.command import Answer, Command
 from clantune_scale.cli.opened_run import OpenedRun, add_run_argument, open_run
 from clantune_scale.errors import ClanError
+from clantune_scale.results import weight_files
+from clantune_scale.results.weight_files import WeightFiles
 from clantune_scale.tracking.history import end_of
-from clantune_scale.weight_files import WeightFiles
 
 STEM = "champion"
 

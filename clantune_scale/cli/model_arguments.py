@@ -6,11 +6,11 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from clantune_scale.ds_config import load_ds_config
+from clantune_scale.config.deepspeed_file import load_ds_config
 from clantune_scale.errors import ClanError
 
 if TYPE_CHECKING:
-    from clantune_scale.model_spec import LoadedModel
+    from clantune_scale.planning.model_spec import LoadedModel
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def read_model(arguments: argparse.Namespace) -> LoadedModel | None:
     if arguments.model is None:
         return None
     # torch takes a second to import, and a config can be checked without it.
-    from clantune_scale.model_spec import load_model
+    from clantune_scale.planning.model_spec import load_model
 
     return load_model(arguments.model, arguments.model_args)
 

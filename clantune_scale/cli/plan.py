@@ -16,6 +16,7 @@ from clantune_scale.planning.budget import Forecast, Size, fitting, forecast
 from clantune_scale.planning.hardware import PRESETS, read_hardware
 from clantune_scale.planning.measured import measure
 from clantune_scale.planning.memory import rank_memory, state_bytes
+from clantune_scale.planning.preflight import Preflight, preflight
 from clantune_scale.planning.traffic import (
     Collective,
     clone_traffic,
@@ -25,7 +26,6 @@ from clantune_scale.planning.traffic import (
     inside_bytes,
     step_traffic,
 )
-from clantune_scale.preflight import Preflight, preflight
 
 _DEFAULT_STEPS = 10_000
 

@@ -10,7 +10,7 @@ from clantune_scale.cli.command import Answer, Command
 from clantune_scale.cli.opened_run import OpenedRun, add_run_argument, open_run
 from clantune_scale.core.stretch import rate_factor, stretched
 from clantune_scale.errors import ClanError
-from clantune_scale.schedule_formats import Fragment, to_csv, to_deepspeed
+from clantune_scale.results.schedule_formats import Fragment, to_csv, to_deepspeed
 from clantune_scale.tracking.history import rounds_of
 
 

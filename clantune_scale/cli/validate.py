@@ -8,12 +8,12 @@ from typing import Any
 
 from clantune_scale.cli.command import Answer, Command
 from clantune_scale.cli.model_arguments import add_config_arguments, read_config, read_model
+from clantune_scale.config.deepspeed_limits import dtype_of, zero_stage
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import RoundClock
-from clantune_scale.ds_rules import dtype_of, zero_stage
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ClanError
-from clantune_scale.preflight import Preflight, preflight
-from clantune_scale.topology import Topology
+from clantune_scale.planning.preflight import Preflight, preflight
 
 _SHOWN_MEMBERS = 4
 

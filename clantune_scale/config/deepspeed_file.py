@@ -11,10 +11,10 @@ from typing import Any
 import hjson
 from pydantic import ValidationError
 
-from clantune_scale.config import ClanConfig
-from clantune_scale.config_errors import explain
+from clantune_scale.config.messages import explain
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.spelling import nearest
 from clantune_scale.errors import ConfigError
-from clantune_scale.spelling import nearest
 
 BLOCK = "clantune"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What DeepSpeed 0.19 raises on; `tests/test_ds_rules.py` compares them with the installed version's.
+# What DeepSpeed 0.19 raises on; `tests/config/test_deepspeed_limits.py` compares them with the installed version's.
 REMOVED_KEYS = frozenset(
     (
         "nebula",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from clantune_scale.config import GeneConfig
+from clantune_scale.config.schema import GeneConfig
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.spelling import did_you_mean
 from clantune_scale.errors import ConfigError
-from clantune_scale.spelling import did_you_mean
 
 # Relative genes multiply the user's own schedule and start at 1; the others start at the value that the engine has.
 # Steps and changes are in scale units (natural logarithms, log-odds, or the value itself).

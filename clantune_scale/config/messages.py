@@ -7,8 +7,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from clantune_scale.config import ClanConfig
-from clantune_scale.spelling import nearest
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.spelling import nearest
 
 Location = tuple[int | str, ...]
 

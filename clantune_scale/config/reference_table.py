@@ -1,4 +1,4 @@
-"""The block's keys and the known genes as tables: ``python -m clantune_scale.config_reference`` prints them."""
+"""The block's keys and the known genes as tables: ``python -m clantune_scale.config.reference_table`` prints them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from clantune_scale.config import ClanConfig, GeneConfig
-from clantune_scale.genes import CATALOGUE
+from clantune_scale.config.gene_catalogue import CATALOGUE
+from clantune_scale.config.schema import ClanConfig, GeneConfig
 
 
 def reference_table() -> str:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from clantune_scale.backends.base import Backend
-from clantune_scale.config import FitnessConfig
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.config.schema import FitnessConfig
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
-from clantune_scale.evaluation import ValidationWindow
+from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.validation_window import ValidationWindow
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 
 def step_plan(clan: Clan, step: int) -> StepPlan:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clantune_scale.core.rounds import Phase, PhaseKind
-from clantune_scale.groups import Column
+from clantune_scale.distributed.groups import Column
 from clantune_scale.transfer.state import bytes_digest
 
 

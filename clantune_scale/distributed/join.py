@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from clantune_scale import world
-from clantune_scale.config import ClanConfig
-from clantune_scale.ds_config import BLOCK, extract, load_ds_config, parse_block
+from clantune_scale.config.deepspeed_file import BLOCK, extract, load_ds_config, parse_block
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.distributed import world
 from clantune_scale.errors import ConfigError
 
 
@@ -53,7 +53,7 @@ def join(
 
     Raises:
         ConfigError: if the config has no block that can be used.
-        TopologyError: as :func:`clantune_scale.world.join` does.
+        TopologyError: as :func:`clantune_scale.distributed.world.join` does.
     """
     block = ClanConfig(population_size=config) if isinstance(config, int) else read_block(config)
     if "deepspeed" in sys.modules:

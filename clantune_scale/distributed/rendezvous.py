@@ -12,10 +12,10 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from clantune_scale.distributed.groups import Column, stand_alone_group
+from clantune_scale.distributed.store import serve
+from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import DivergenceError, TopologyError
-from clantune_scale.groups import Column, stand_alone_group
-from clantune_scale.listening import serve
-from clantune_scale.topology import Coordinates, Topology
 
 #: What a launcher sets for every rank, and a member's world rewrites.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

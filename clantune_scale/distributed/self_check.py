@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from clantune_scale.backends.base import Backend
+from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import DivergenceError
-from clantune_scale.world import ClanWorld
+from clantune_scale.runtime.engine_protocol import Backend
 
 
 def check_world(world: ClanWorld, device: torch.device) -> None:

@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
-from clantune_scale.batch import BatchPlan
-from clantune_scale.bootstrap import Launched, enter_member, open_column
-from clantune_scale.elastic.entry import Loss, enter
-from clantune_scale.elastic.epoch import Epoch
-from clantune_scale.elastic.guard import Guard
+from clantune_scale.config.batch import BatchPlan
+from clantune_scale.distributed.elastic.entry import Loss, enter
+from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.supervisor import Guard
+from clantune_scale.distributed.groups import Column, stand_alone_group
+from clantune_scale.distributed.rendezvous import Launched, enter_member, open_column
+from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import TopologyError
-from clantune_scale.groups import Column, stand_alone_group
-from clantune_scale.topology import Coordinates, Topology
-from clantune_scale.vote import FiniteVote
+from clantune_scale.gradients.nonfinite_mask import FiniteVote
 
 if TYPE_CHECKING:
-    from clantune_scale.config import ClanConfig, FaultsConfig
+    from clantune_scale.config.schema import ClanConfig, FaultsConfig
 
 
 @dataclass

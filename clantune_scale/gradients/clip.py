@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from clantune_scale.backends.torch.state import local
+from clantune_scale.transfer.state import local
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 def replace_method(target: Any, name: str, method: Callable) -> Callable[[], None]:

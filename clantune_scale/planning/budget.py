@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clantune_scale.batch import split_batch
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.batch import split_batch
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import build
 from clantune_scale.errors import ConfigError
@@ -16,8 +16,8 @@ from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job, describe_job
 from clantune_scale.planning.measured import Measured
 from clantune_scale.planning.memory import RankMemory, rank_memory
+from clantune_scale.planning.preflight import run_facts
 from clantune_scale.planning.walk import Walk, walk_through
-from clantune_scale.preflight import run_facts
 
 _DUTIES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 

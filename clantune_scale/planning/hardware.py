@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from clantune_scale.core.spelling import did_you_mean
 from clantune_scale.errors import ConfigError
-from clantune_scale.spelling import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clantune_scale.batch import BatchPlan
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.batch import BatchPlan
+from clantune_scale.config.deepspeed_limits import dtype_of, zero_stage
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.core.strategies import Strategy
-from clantune_scale.ds_rules import dtype_of, zero_stage
 
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Below this many elements ZeRO 3 keeps a parameter whole on every rank (DeepSpeed's default).

@@ -7,18 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clantune_scale.batch import ACCUMULATION, BatchPlan, split_batch
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.batch import ACCUMULATION, BatchPlan, split_batch
+from clantune_scale.config.deepspeed_file import BLOCK, extract, parse_block
+from clantune_scale.config.deepspeed_limits import (
+    EngineFacts,
+    config_refusals,
+    degrees_from_config,
+    refusals,
+    zero_stage,
+)
+from clantune_scale.config.gene_catalogue import CATALOGUE, build_gene, target_of
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import RunFacts, Strategy, build
-from clantune_scale.ds_config import BLOCK, extract, parse_block
-from clantune_scale.ds_rules import EngineFacts, config_refusals, degrees_from_config, refusals, zero_stage
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ClanError, NoEffectWarning
-from clantune_scale.genes import CATALOGUE, build_gene, target_of
-from clantune_scale.topology import Topology
 
 if TYPE_CHECKING:
-    from clantune_scale.model_spec import LoadedModel
+    from clantune_scale.planning.model_spec import LoadedModel
 
 _IN_PAIR = {"beta1": 0, "beta2": 1}
 # torch's defaults, where the optimizer's block does not say.
@@ -131,8 +137,8 @@ def _check_genes(found: Preflight, block: ClanConfig, model: LoadedModel | None)
 
 def _bound(found: Preflight, block: ClanConfig, model: LoadedModel) -> tuple[Gene, ...] | None:
     """The genes as the engine would bind them; those without effect become warnings."""
-    from clantune_scale.expression import bind_genes
-    from clantune_scale.model_spec import ConfigBackend
+    from clantune_scale.planning.model_spec import ConfigBackend
+    from clantune_scale.runtime.genome_application import bind_genes
 
     accumulation = found.batch.accumulation if found.batch else int(found.ds_config.get(ACCUMULATION) or 1)
     backend = _attempt(found, lambda: ConfigBackend(model, found.ds_config, accumulation))

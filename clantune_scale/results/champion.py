@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clantune_scale.champion_forms import check_forms, keep
 from clantune_scale.core.schedule import ClanSchedule
 from clantune_scale.errors import ClanError
-from clantune_scale.record import Summary
+from clantune_scale.results.champion_formats import check_forms, keep
+from clantune_scale.runtime.recorder import Summary
 from clantune_scale.tracking import read_events
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 __all__ = ["check_forms", "choose", "save", "write"]
 

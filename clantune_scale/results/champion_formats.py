@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from clantune_scale import weight_files
-from clantune_scale.checkpoint.everyone import Everyone
-from clantune_scale.elastic.patience import patient
+from clantune_scale.checkpoint.all_ranks import Everyone
+from clantune_scale.distributed.elastic.waiting import patient
+from clantune_scale.distributed.groups import Column
 from clantune_scale.errors import ClanError, ConfigError
-from clantune_scale.groups import Column
+from clantune_scale.results import weight_files
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 STEM = "champion"
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from clantune_scale.backends.base import Backend
 from clantune_scale.core import decay
 from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.core.schedule import ClanSchedule
-from clantune_scale.expression import Expression, Setter, chosen_groups, replaces_schedule
+from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.genome_application import Expression, Setter, chosen_groups, replaces_schedule
 
 
 class ClanScheduleLR(LRScheduler):

@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
-from clantune_scale.backends.base import Backend
-from clantune_scale.batch import BatchPlan
-from clantune_scale.clan import Clan
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.batch import BatchPlan
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.data.loaders import make_window
+from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
-from clantune_scale.evaluation import Evaluate
-from clantune_scale.expression import Setter
-from clantune_scale.feed import make_window
-from clantune_scale.world import ClanWorld
+from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.genome_application import Setter
+from clantune_scale.runtime.validation_window import Evaluate
 
 AnyClan = TypeVar("AnyClan", bound=Clan)
 

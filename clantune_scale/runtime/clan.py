@@ -14,30 +14,30 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from clantune_scale import champion
-from clantune_scale.agreement import agree_on_loss_scale, decide
-from clantune_scale.backends.base import Backend
-from clantune_scale.batch import BatchPlan
 from clantune_scale.checkpoint.durable import DurableRounds
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.batch import BatchPlan
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import PhaseKind, RoundClock, RoundPlan, expected_steps, sees_samples_once
 from clantune_scale.core.strategies import build
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader
-from clantune_scale.evaluation import Evaluate, ValidationWindow
-from clantune_scale.expression import Expression, Setter, bind_genes
-from clantune_scale.feed import make_loader, make_sampler, make_window
-from clantune_scale.figures import gather_figures
-from clantune_scale.measurement import Measurement
-from clantune_scale.phases import PhaseManager
-from clantune_scale.probe import GradientProbe
-from clantune_scale.record import Recorder, Summary
-from clantune_scale.selfcheck import check_parameters, check_world
+from clantune_scale.data.loaders import make_loader, make_sampler, make_window
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader
+from clantune_scale.data.watch import BatchWatch, LossMeter, Stopwatch
+from clantune_scale.distributed.self_check import check_parameters, check_world
+from clantune_scale.distributed.world import ClanGroups, ClanWorld
+from clantune_scale.gradients.nonfinite_mask import FiniteVote
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.results import champion
+from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
+from clantune_scale.runtime.diagnostics import gather_figures
+from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.genome_application import Expression, Setter, bind_genes
+from clantune_scale.runtime.measurement import Measurement
+from clantune_scale.runtime.phases import PhaseManager
+from clantune_scale.runtime.recorder import Recorder, Summary
+from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.transfer import MemberState, Snapshot, Transfers
-from clantune_scale.vote import FiniteVote
-from clantune_scale.watch import BatchWatch, LossMeter, Stopwatch
-from clantune_scale.world import ClanGroups, ClanWorld
 
 
 class Clan:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies import Decision
-from clantune_scale.core.strategies.lost import replace_lost
+from clantune_scale.core.strategies.lost_members import replace_lost
 from clantune_scale.errors import DivergenceError
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 
 def decide(clan: Clan, plan: RoundPlan) -> Decision:

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
 from clantune_scale.core.rounds import RoundPlan
-from clantune_scale.groups import Column
-from clantune_scale.probe import GradientProbe
+from clantune_scale.distributed.groups import Column
+from clantune_scale.gradients.probe import GradientProbe
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 _BUCKET_ELEMENTS = 1 << 23
 # A host is called a straggler from here on: below, it is noise.

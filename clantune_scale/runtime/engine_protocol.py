@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.transfer import MemberState
 
 

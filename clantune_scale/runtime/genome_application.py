@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.backends.base import Backend
-from clantune_scale.config import GeneConfig
+from clantune_scale.config.gene_catalogue import build_gene, target_of
+from clantune_scale.config.schema import GeneConfig
 from clantune_scale.core import decay
 from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.errors import ClanError, NoEffectWarning
-from clantune_scale.genes import build_gene, target_of
+from clantune_scale.runtime.engine_protocol import Backend
 
 #: Where a parameter group keeps its scheduled learning rate of the last step before the final decay. Torch's
 #: schedulers keep ``initial_lr`` there too: a group's settings are saved with the optimizer and with a round.
@@ -46,7 +46,7 @@ def bind_genes(
     ``quiet``, which nobody asked for; a setter that no gene calls gets one too.
 
     Raises:
-        ConfigError: if a gene cannot be built (see :func:`clantune_scale.genes.build_gene`).
+        ConfigError: if a gene cannot be built (see :func:`clantune_scale.config.gene_catalogue.build_gene`).
     """
     for target in setters.keys() - {target_of(name, config) for name, config in configs.items()}:
         warnings.warn(

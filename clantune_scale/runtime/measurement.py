@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from clantune_scale.averaging import AveragedWeights
 from clantune_scale.core.fitness import Fitness
-from clantune_scale.evaluation import Evaluate, ValidationWindow
+from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
+from clantune_scale.runtime.weight_averages import AveragedWeights
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 
 class Measurement:

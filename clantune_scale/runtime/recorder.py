@@ -22,14 +22,14 @@ from clantune_scale.core.consensus import consensus
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
-from clantune_scale.figures import Figures
+from clantune_scale.data.watch import LossMeter
+from clantune_scale.runtime.diagnostics import Figures
 from clantune_scale.tracking import KILLED, Tracking
 from clantune_scale.tracking.events import SCHEMA, cut_events, to_plain
 from clantune_scale.tracking.uri import redact_command
-from clantune_scale.watch import LossMeter
 
 if TYPE_CHECKING:
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
 _VERSIONS = ("clantune-scale", "torch", "deepspeed", "mlflow", "numpy", "scipy")
 

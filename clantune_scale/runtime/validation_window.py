@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, default_collate
 
-from clantune_scale.backends.base import Backend
+from clantune_scale.data.watch import tensors_in
 from clantune_scale.errors import ConfigError, EvaluationError
-from clantune_scale.watch import tensors_in
+from clantune_scale.runtime.engine_protocol import Backend
 
 Evaluate = Callable[[Any, Any], Any]
 

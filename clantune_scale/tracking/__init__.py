@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clantune_scale.config import TrackingConfig
+from clantune_scale.config.schema import TrackingConfig
 from clantune_scale.tracking import uri as uris
 from clantune_scale.tracking.background import Background, Event, Recorder
 from clantune_scale.tracking.events import EventLog, read_events

@@ -6,7 +6,7 @@ import itertools
 import time
 from pathlib import Path
 
-from clantune_scale.config import TrackingConfig
+from clantune_scale.config.schema import TrackingConfig
 
 
 def create_run_dir(config: TrackingConfig) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from clantune_scale.batch import BatchPlan
+from clantune_scale.config.batch import BatchPlan
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.live import Progress, Screen, screen
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.groups import Column
+from clantune_scale.distributed.groups import Column
 from clantune_scale.transfer.state import MemberState
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clantune_scale.distributed.groups import Column
 from clantune_scale.errors import DivergenceError
-from clantune_scale.groups import Column
 from clantune_scale.transfer.state import MemberState
 
 

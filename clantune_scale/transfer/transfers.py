@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clantune_scale.config import TransferConfig
+from clantune_scale.config.schema import TransferConfig
+from clantune_scale.distributed.groups import Column
 from clantune_scale.errors import TransferError
-from clantune_scale.groups import Column
 from clantune_scale.transfer.mixing import average_members, averaged
 from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport, messages
 from clantune_scale.transfer.route import Route, agree, donors_of_retry
@@ -25,7 +25,7 @@ from clantune_scale.transfer.state import MemberState, bytes_digest
 from clantune_scale.transfer.transport import Transport, build
 
 if TYPE_CHECKING:
-    from clantune_scale.world import ClanGroups, ClanWorld
+    from clantune_scale.distributed.world import ClanGroups, ClanWorld
 
 
 @dataclass(frozen=True)

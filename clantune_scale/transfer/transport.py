@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from clantune_scale.config import TransferConfig
+from clantune_scale.config.schema import TransferConfig
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 

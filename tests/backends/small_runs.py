@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from clantune_scale import world
 from clantune_scale.backends.deepspeed import DeepSpeedBackend
+from clantune_scale.distributed import world
 
 MICRO = 4
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 
 import clantune_scale
-from clantune_scale import world
+from clantune_scale.distributed import world
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import Net, ds_config, in_member_worlds

@@ -31,7 +31,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import bwc, groups
 
 import clantune_scale
-from clantune_scale.backends.deepspeed import DeepSpeedBackend, shards
+from clantune_scale.backends.deepspeed import DeepSpeedBackend
+from clantune_scale.backends.deepspeed import state as training_state
 from clantune_scale.backends.deepspeed.pipeline import _KEPT
 from clantune_scale.errors import ConfigError, TopologyError
 from tests.backends.small_runs import SGD, batch, ds_config, in_member_worlds, plain_engine
@@ -104,8 +105,8 @@ def test_initialize_takes_what_deepspeeds_takes_in_its_order():
 
 def test_a_loss_scale_has_the_fields_that_members_agree_on():
     scaler = DynamicLossScaler(2.0, 2.0, 1000, 1.0, 2, False)
-    assert set(shards._LOSS_SCALE_FIELDS) <= vars(scaler).keys()
-    assert set(shards._LOSS_SCALE_FIELDS) - {"cur_hysteresis"} <= LossScaleConfig.__dataclass_fields__.keys()
+    assert set(training_state._LOSS_SCALE_FIELDS) <= vars(scaler).keys()
+    assert set(training_state._LOSS_SCALE_FIELDS) - {"cur_hysteresis"} <= LossScaleConfig.__dataclass_fields__.keys()
 
 
 def test_the_optimizer_of_fused_updates_keeps_flat_groups():
@@ -169,11 +170,13 @@ def _look_at(rank):
         engine.step()
         partitioned = next(engine.module.parameters())
         found[kind] = {
-            "kind": shards.optimizer_kind(engine),
+            "kind": training_state.optimizer_kind(engine),
             "engine": [name for name in ON_ENGINE if hasattr(engine, name)],
             "optimizer": [name for name in ON_OPTIMIZER[kind] if hasattr(engine.optimizer, name)],
             "groups are one": engine.optimizer.param_groups is engine.basic_optimizer.param_groups,
-            "masters are keys": all(master in engine.basic_optimizer.state for master in shards.masters(engine)),
+            "masters are keys": all(
+                master in engine.basic_optimizer.state for master in training_state.masters(engine)
+            ),
             "calls": calls,
             "clip": (engine._config.gradient_clipping, getattr(engine.optimizer, "clip_grad", None)),
             "partition": [name for name in ON_PARTITION if hasattr(partitioned, name)],

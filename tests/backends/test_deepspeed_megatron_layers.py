@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import clantune_scale
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests.backends.families.deepspeed_tp import TensorParallel
 from tests.backends.small_runs import MICRO, ds_config
 from tests.backends.tensor_layers import DIMENSIONS, Whole

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from clantune_scale.world import ClanGroups
+from clantune_scale.distributed.world import ClanGroups
 from tests.backends.small_runs import batch, ds_config, in_member_worlds, member_engine
 from tests.ranks import run_ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clantune_scale.world import ClanGroups
+from clantune_scale.distributed.world import ClanGroups
 from tests.backends.small_runs import (
     SGD,
     ds_config,

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from clantune_scale import world
-from clantune_scale.probe import GradientProbe
-from clantune_scale.world import ClanGroups
+from clantune_scale.distributed import world
+from clantune_scale.distributed.world import ClanGroups
+from clantune_scale.gradients.probe import GradientProbe
 from tests.backends.families import Setup
 from tests.backends.families import megatron as family
 from tests.backends.megatron_models import build, initialize

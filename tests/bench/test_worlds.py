@@ -1,8 +1,8 @@
 import pytest
 
 from clantune_scale.bench import worlds
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ClanError
-from clantune_scale.topology import Topology
 
 
 @pytest.mark.parametrize("degrees", [{"dp": 1, "pp": 8, "tp": 8}, {"dp": 4, "pp": 8, "tp": 8}, {"dp": 3, "pp": 2}])

@@ -11,8 +11,8 @@ import pytest
 
 from clantune_scale.checkpoint import manifest
 from clantune_scale.checkpoint.restore import fault_of
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import CheckpointError
-from clantune_scale.topology import Topology
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.checkpoint.runs import launch, named, resumed

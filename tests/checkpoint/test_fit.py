@@ -9,8 +9,8 @@ import pytest
 
 from clantune_scale.checkpoint import fit, manifest
 from clantune_scale.checkpoint.fit import check_settings, layout_difference
-from clantune_scale.config import ClanConfig, Difference
-from clantune_scale.ds_config import extract
+from clantune_scale.config.deepspeed_file import extract
+from clantune_scale.config.schema import ClanConfig, Difference
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import read_events
 from clantune_scale.tracking.history import lineage_from_events, schedule_from_events

@@ -14,7 +14,7 @@ import pytest
 
 import clantune_scale
 from clantune_scale.checkpoint.preemption import STATUS, Preemption
-from clantune_scale.config import CheckpointConfig
+from clantune_scale.config.schema import CheckpointConfig
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.checkpoint.runs import launch, named, resumed, seed
@@ -77,7 +77,7 @@ def test_ranks_meet_about_once_a_second_however_fast_they_step(before):
 GIVES_UP = """
 import signal, sys, time
 from clantune_scale.checkpoint.preemption import Preemption
-from clantune_scale.config import CheckpointConfig
+from clantune_scale.config.schema import CheckpointConfig
 signal.signal(signal.SIGTERM, lambda *_: (print("as before", flush=True), sys.exit(7)))
 preemption = Preemption(None, CheckpointConfig(grace_s=0.3))
 preemption.start(0)

@@ -9,8 +9,8 @@ import torch
 
 from clantune_scale.checkpoint.capture import pieces_of
 from clantune_scale.checkpoint.reshard import saved_places
-from clantune_scale.core.strategies.clan import Clan
-from clantune_scale.topology import Topology
+from clantune_scale.core.strategies.clan.strategy import Clan
+from clantune_scale.distributed.topology import Topology
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds
 from tests.checkpoint.runs import leave, named, resumed, seed
 from tests.ranks import run_ranks

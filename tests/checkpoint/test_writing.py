@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from clantune_scale.checkpoint import files, manifest, shards, writer
 from clantune_scale.checkpoint.opening import look_for_run
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, in_member_worlds
@@ -203,7 +203,7 @@ def test_a_path_is_a_run_or_one_of_its_rounds_and_the_environment_goes_before(tm
 
 
 def test_tensors_go_through_dcp_by_the_ranks_place(tmp_path):
-    from clantune_scale.topology import Coordinates
+    from clantune_scale.distributed.topology import Coordinates
 
     at = Coordinates(0, 0, 0, pp=0, dp=0, tp=0)
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0), "c": torch.tensor([1, 2], dtype=torch.int64)}

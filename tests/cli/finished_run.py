@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clantune_scale.core.lineage import Lineage
-from clantune_scale.evaluation import ValidationWindow
+from clantune_scale.runtime.validation_window import ValidationWindow
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.ranks import run_ranks
 from tests.small_clans import clan_config, start, train

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clantune_scale.core.schedule import ClanSchedule, Segment
-from clantune_scale.schedule_formats import deepspeed_rate, to_deepspeed
+from clantune_scale.results.schedule_formats import deepspeed_rate, to_deepspeed
 
 LR = {"name": "lr", "target": "lr", "bounds": [0.1, 100], "relative": True}
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from clantune_scale.batch import split_batch
+from clantune_scale.config.batch import split_batch
 from clantune_scale.errors import ConfigError
 
 FULL = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clantune_scale.ds_rules import (
+from clantune_scale.config.deepspeed_limits import (
     REMOVED_KEYS,
     REMOVED_ZERO_KEYS,
     EngineFacts,

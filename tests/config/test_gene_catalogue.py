@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from clantune_scale.config import GeneConfig
+from clantune_scale.config.gene_catalogue import CATALOGUE, build_gene
+from clantune_scale.config.schema import GeneConfig
 from clantune_scale.errors import ConfigError
-from clantune_scale.genes import CATALOGUE, build_gene
 
 
 def test_relative_gene_starts_at_one_whatever_the_engine_has():

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from clantune_scale.config import ClanConfig
-from clantune_scale.ds_config import extract, load_ds_config, parse_block
+from clantune_scale.config.deepspeed_file import extract, load_ds_config, parse_block
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from clantune_scale.core.rounds import Phase, PhaseKind
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
 
 N, POPULATION, DP, MICRO = 61, 2, 2, 3

@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 
-from clantune_scale import world
 from clantune_scale.core.rounds import Phase, PhaseKind
-from clantune_scale.watch import BatchWatch, LossMeter
+from clantune_scale.data.watch import BatchWatch, LossMeter
+from clantune_scale.distributed import world
 from tests.ranks import run_ranks
 
 COOPERATE, COMPETE = PhaseKind.COOPERATIVE, PhaseKind.COMPETITIVE

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from clantune_scale import world
-from clantune_scale.groups import stand_alone_group
+from clantune_scale.distributed import world
+from clantune_scale.distributed.groups import stand_alone_group
 from tests.ranks import run_ranks
 
 

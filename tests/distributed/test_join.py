@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import clantune_scale
-from clantune_scale import world
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.distributed import world
 from clantune_scale.errors import ConfigError
 from tests.ranks import run_ranks
 

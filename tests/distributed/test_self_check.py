@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clantune_scale import world
+from clantune_scale.distributed import world
+from clantune_scale.distributed.self_check import check_parameters, check_world, parameter_layout
 from clantune_scale.errors import DivergenceError
-from clantune_scale.selfcheck import check_parameters, check_world, parameter_layout
 from tests.backends.small_runs import Net, ds_config, in_member_worlds, member_engine
 from tests.ranks import RankError, free_port, run_ranks
 

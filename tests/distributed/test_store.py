@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from clantune_scale import world
+from clantune_scale.distributed import world
+from clantune_scale.distributed.store import serve
 from clantune_scale.errors import TopologyError
-from clantune_scale.listening import serve
 from tests.ranks import run_ranks
 
 # Of the kernel's tables of sockets: local address in hexadecimal, state; 0A is listening.
@@ -45,7 +45,7 @@ def test_torchs_own_would_listen_everywhere():
 
 def test_an_address_of_another_host_is_warned_of(monkeypatch):
     # 192.0.2.0/24 is for documentation: no host has it. What torch does after that is not looked at.
-    monkeypatch.setattr("clantune_scale.listening.TCPStore", lambda *args, **options: options)
+    monkeypatch.setattr("clantune_scale.distributed.store.TCPStore", lambda *args, **options: options)
     with pytest.warns(UserWarning, match=r"MASTER_ADDR 192\.0\.2\.1 .* is no address of rank 0's host"):
         assert "master_listen_fd" not in serve("192.0.2.1", 0, timeout_s=5)
 
@@ -53,7 +53,7 @@ def test_an_address_of_another_host_is_warned_of(monkeypatch):
 def test_a_name_that_only_this_host_takes_for_itself_is_not_bound_to(monkeypatch):
     place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [place])
-    monkeypatch.setattr("clantune_scale.listening.TCPStore", lambda *args, **options: options)
+    monkeypatch.setattr("clantune_scale.distributed.store.TCPStore", lambda *args, **options: options)
     assert "master_listen_fd" not in serve("node7", 0, timeout_s=5)
 
 

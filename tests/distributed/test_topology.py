@@ -3,8 +3,8 @@ import time
 
 import pytest
 
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import TopologyError
-from clantune_scale.topology import Topology
 
 
 def test_members_are_contiguous_and_columns_cross_them():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clantune_scale import world
+from clantune_scale.distributed import world
 from clantune_scale.errors import TopologyError
 from tests.ranks import RankError, free_port, run_ranks
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clantune_scale import world
-from clantune_scale.vote import FiniteVote
-from clantune_scale.world import ClanGroups
+from clantune_scale.distributed import world
+from clantune_scale.distributed.world import ClanGroups
+from clantune_scale.gradients.nonfinite_mask import FiniteVote
 from tests.ranks import run_ranks
 
 

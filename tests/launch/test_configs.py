@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from clantune_scale.batch import split_batch
+from clantune_scale.config.batch import split_batch
+from clantune_scale.config.deepspeed_file import extract, load_ds_config
+from clantune_scale.config.gene_catalogue import build_gene
 from clantune_scale.core.strategies import RunFacts, build
-from clantune_scale.ds_config import extract, load_ds_config
-from clantune_scale.genes import build_gene
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 

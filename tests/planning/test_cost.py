@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.schedule import gene_from_plain
 from clantune_scale.errors import ClanError

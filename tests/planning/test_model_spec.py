@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clantune_scale.model_spec import load_model
+from clantune_scale.planning.model_spec import load_model
 
 
 def test_a_model_takes_no_memory(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clantune_scale.model_spec import LoadedModel
-from clantune_scale.preflight import preflight
+from clantune_scale.planning.model_spec import LoadedModel
+from clantune_scale.planning.preflight import preflight
 
 DS = {
     "train_batch_size": 32,

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.planning.budget import Size, forecast
 from clantune_scale.planning.memory import rank_memory, state_bytes

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.strategies import build
 from clantune_scale.planning.budget import Size, forecast
-from clantune_scale.preflight import run_facts
+from clantune_scale.planning.preflight import run_facts
 from tests.small_references import DROPOUT, LR, SAMPLES, clan_of, network, squared_error
 
 NUM_STEPS = 100

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from clantune_scale import weight_files
 from clantune_scale.errors import ClanError
+from clantune_scale.results import weight_files
 from tests.backends.families import pipeline
 from tests.backends.small_runs import Net, ds_config, flat_weights, in_member_worlds, plain_engine, train_step
 from tests.ranks import RankError, run_ranks

@@ -12,14 +12,14 @@ from torch import nn
 
 from clantune_scale.core.schedule import ClanSchedule, Segment
 from clantune_scale.core.stretch import stretched
-from clantune_scale.expression import Expression
-from clantune_scale.replay import BetweenSteps, ClanScheduleLR
+from clantune_scale.results.replay import BetweenSteps, ClanScheduleLR
+from clantune_scale.runtime.genome_application import Expression
 from clantune_scale.tracking import read_events
 from clantune_scale.tracking.history import champion_of, schedule_from_events
 from tests.backends.small_runs import Net, ds_config, flat_weights, in_member_worlds
 from tests.ranks import run_ranks
+from tests.runtime.test_genome_application import backend_with
 from tests.small_clans import clan_config, flat_run, start, train
-from tests.test_expression import backend_with
 
 NUM_STEPS = 30
 LR = {"name": "lr", "bounds": [0.1, 10], "relative": True}

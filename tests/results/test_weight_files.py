@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clantune_scale import weight_files
 from clantune_scale.errors import ClanError
+from clantune_scale.results import weight_files
 
 
 class Meeting:

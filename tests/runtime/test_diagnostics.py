@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clantune_scale.figures import Figures
+from clantune_scale.runtime.diagnostics import Figures
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.ranks import run_ranks

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.errors import ClanError, ConfigError, NoEffectWarning
-from clantune_scale.expression import REFERENCE_KEY, Expression, bind_genes
+from clantune_scale.runtime.genome_application import REFERENCE_KEY, Expression, bind_genes
 
 
 @dataclass

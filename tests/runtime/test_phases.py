@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from clantune_scale.core.rounds import Phase, PhaseKind, RoundClock, RoundPlan
-from clantune_scale.phases import PhaseManager
+from clantune_scale.runtime.phases import PhaseManager
 
 COOPERATE, COMPETE = Phase(PhaseKind.COOPERATIVE, 2), Phase(PhaseKind.COMPETITIVE, 1)
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
 from clantune_scale.errors import ConfigError, EvaluationError
-from clantune_scale.evaluation import ValidationWindow, loss_of
+from clantune_scale.runtime.validation_window import ValidationWindow, loss_of
 from tests.backends.small_runs import Net, ds_config, in_member_worlds, member_engine
 from tests.ranks import run_ranks
 from tests.small_clans import datasets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clantune_scale.averaging import AveragedWeights
+from clantune_scale.runtime.weight_averages import AveragedWeights
 from tests.backends.small_runs import batch, ds_config, flat_weights, in_member_worlds, member_engine, train_step
 from tests.ranks import run_ranks
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from clantune_scale.batch import split_batch
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.batch import split_batch
+from clantune_scale.config.gene_catalogue import build_gene
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import Phase, PhaseKind
-from clantune_scale.genes import build_gene
 
 ROUND_STEPS = 10
 MEMBERS = 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.tracking.events import to_plain
 from clantune_scale.tracking.live import Lines, Live, Progress, screen
 from clantune_scale.tracking.terminal import Terminal

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.events import EventLog, read_events
 from clantune_scale.tracking.mlflow import MlflowRecorder, upload

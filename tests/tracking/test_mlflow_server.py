@@ -6,7 +6,7 @@ import base64
 
 import pytest
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.tracking import Tracking, create_run_dir, read_events
 from tests.tracking import sample_run
 from tests.tracking.mlflow_server import gate, mlflow_server

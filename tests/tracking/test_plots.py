@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking import plots
 from clantune_scale.tracking.events import to_plain

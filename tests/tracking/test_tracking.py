@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clantune_scale.config import ClanConfig, TrackingConfig
+from clantune_scale.config.schema import ClanConfig, TrackingConfig
 from clantune_scale.tracking import Tracking, create_run_dir, read_events
 from clantune_scale.tracking.mlflow import upload
 from tests.tracking import sample_run
@@ -113,7 +113,7 @@ def test_the_status_is_right_on_every_way_out(tmp_path, end, status):
     body = f"""
         import os, signal, sys
         from pathlib import Path
-        from clantune_scale.config import TrackingConfig
+        from clantune_scale.config.schema import TrackingConfig
         from clantune_scale.tracking import Tracking
         kill = lambda: os.kill(os.getpid(), signal.SIGTERM)
         tracking = Tracking.open(TrackingConfig(mlflow=False), run_dir=Path({str(tmp_path)!r}), is_writer=True)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from clantune_scale import world
-from clantune_scale.config import TransferConfig
+from clantune_scale.config.schema import TransferConfig
+from clantune_scale.distributed import world
+from clantune_scale.distributed.world import ClanGroups
 from clantune_scale.errors import TransferError
 from clantune_scale.transfer import MemberState, Transfers
 from clantune_scale.transfer.route import chain_of, donors_of_retry
-from clantune_scale.world import ClanGroups
 from tests.ranks import run_ranks
 
 DONORS = [2, 2, 2, 3]

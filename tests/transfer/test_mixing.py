@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clantune_scale import world
+from clantune_scale.distributed import world
+from clantune_scale.distributed.world import ClanGroups
 from clantune_scale.errors import TransferError
 from clantune_scale.transfer import MemberState, Transfers, average_members
-from clantune_scale.world import ClanGroups
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds, member_engine, train_step
 from tests.ranks import run_ranks
 

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from clantune_scale import world
-from clantune_scale.averaging import AveragedWeights
+from clantune_scale.distributed import world
+from clantune_scale.distributed.world import ClanGroups
+from clantune_scale.runtime.weight_averages import AveragedWeights
 from clantune_scale.transfer import MemberState, Snapshot, transfer
 from clantune_scale.transfer.state import bytes_digest, state_digest
-from clantune_scale.world import ClanGroups
 from tests.backends.small_runs import batch, ds_config, flat_weights, in_member_worlds, member_engine
 from tests.ranks import RankError, run_ranks
 

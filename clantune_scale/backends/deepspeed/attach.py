@@ -10,22 +10,22 @@ import deepspeed
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.utils.data import Dataset
 
-from clantune_scale import world
-from clantune_scale.backends.attaching import attach_to, require_examples
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
 from clantune_scale.backends.deepspeed.quiet import quieten
-from clantune_scale.batch import split_batch
-from clantune_scale.clan import Clan
-from clantune_scale.config import ClanConfig
-from clantune_scale.data import require_samples
-from clantune_scale.ds_config import extract, load_ds_config
-from clantune_scale.ds_rules import EngineFacts, refusals, zero_stage
+from clantune_scale.config.batch import split_batch
+from clantune_scale.config.deepspeed_file import extract, load_ds_config
+from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.data.sampler import require_samples
+from clantune_scale.distributed import world
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ConfigError, TopologyError
-from clantune_scale.evaluation import Evaluate
-from clantune_scale.expression import Setter
-from clantune_scale.topology import Topology
+from clantune_scale.runtime.attach import attach_to, require_examples
+from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.genome_application import Setter
+from clantune_scale.runtime.validation_window import Evaluate
 
 # Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
 _initialize_engine = deepspeed.initialize

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.deepspeed import shards, sharing, weights
+from clantune_scale.backends.deepspeed import sharing, weights
+from clantune_scale.backends.deepspeed import state as training_state
 from clantune_scale.backends.deepspeed.place import Place, place_of
-from clantune_scale.backends.hooks import Sharing, replace_method
-from clantune_scale.ds_rules import EngineFacts, refusals
+from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
+from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
-from clantune_scale.evaluation import loss_of
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.hooks import Sharing, replace_method
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import GradientGroups
+from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
-from clantune_scale.watch import to_device
 
 
 class DeepSpeedBackend:
@@ -113,13 +114,13 @@ class DeepSpeedBackend:
         return self.engine.basic_optimizer.param_groups
 
     def masters(self) -> list[torch.Tensor]:
-        return shards.masters(self.engine)
+        return training_state.masters(self.engine)
 
     def refresh(self) -> None:
-        shards.refresh(self.engine)
+        training_state.refresh(self.engine)
 
     def state(self) -> MemberState:
-        return shards.member_state(self.engine)
+        return training_state.member_state(self.engine)
 
     def share_gradients(
         self,
@@ -136,11 +137,11 @@ class DeepSpeedBackend:
         """The norm of the step that is looked at, before clipping."""
         engine = self.engine
         take_step = engine._take_model_step
-        is_plain = shards.optimizer_kind(engine) == "plain"
+        is_plain = training_state.optimizer_kind(engine) == "plain"
 
         def take_step_and_show(*args: Any, **kwargs: Any) -> Any:
             if probe.is_active and is_plain:
-                probe.norm = shards.gradient_norm(engine)
+                probe.norm = training_state.gradient_norm(engine)
             result = take_step(*args, **kwargs)
             if probe.is_active and not is_plain:
                 norm = engine.get_global_grad_norm()
@@ -200,7 +201,7 @@ class DeepSpeedBackend:
         modes = [(part, part.training) for part in self.module.modules()]
         self.engine.eval()
         try:
-            with shards.without_trace(self.engine), torch.no_grad():
+            with training_state.without_trace(self.engine), torch.no_grad():
                 yield
         finally:
             for part, was_training in modes:
@@ -216,19 +217,19 @@ class DeepSpeedBackend:
         return loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
 
     def loss_scale(self) -> Mapping[str, Any] | None:
-        return shards.loss_scale(self.engine)
+        return training_state.loss_scale(self.engine)
 
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
-        shards.set_loss_scale(self.engine, state)
+        training_state.set_loss_scale(self.engine, state)
 
     def optimizer_name(self) -> str:
         return type(self.engine.basic_optimizer).__name__
 
     def counters(self) -> dict[str, int]:
-        return shards.counters(self.engine)
+        return training_state.counters(self.engine)
 
     def load_counters(self, counters: Mapping[str, int]) -> None:
-        shards.load_counters(self.engine, counters)
+        training_state.load_counters(self.engine, counters)
 
     def random_streams(self) -> dict[str, torch.Tensor]:
         return {}
@@ -251,7 +252,7 @@ class DeepSpeedBackend:
 
 def _refuse_unsupported(engine: Any) -> None:
     """Settings under which state or gradients lie where this backend does not look."""
-    shards.optimizer_kind(engine)
+    training_state.optimizer_kind(engine)
     facts = EngineFacts(
         zero_stage=engine.zero_optimization_stage(),
         fp16=engine.fp16_enabled(),

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
-from clantune_scale.backends.hooks import replace_method
-from clantune_scale.data import ClanDataLoader
-from clantune_scale.evaluation import loss_of
+from clantune_scale.data.sampler import ClanDataLoader
+from clantune_scale.gradients.hooks import replace_method
+from clantune_scale.runtime.validation_window import loss_of
 
 # What an evaluation changes and training goes on from: where data comes from, what was agreed on the shapes of
 # messages between stages, running totals. Some are set by the first batch only.

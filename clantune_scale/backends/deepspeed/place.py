@@ -17,7 +17,7 @@ from deepspeed.utils.bwc import (
     bwc_tensor_model_parallel_world_size,
 )
 
-from clantune_scale.ds_rules import degrees_from_config
+from clantune_scale.config.deepspeed_limits import degrees_from_config
 from clantune_scale.errors import ConfigError
 
 

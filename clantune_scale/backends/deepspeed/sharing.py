@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from clantune_scale.backends.hooks import Sharing, replace_method
+from clantune_scale.gradients.hooks import Sharing, replace_method
 
 
 def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from clantune_scale import world
-from clantune_scale.backends.attaching import attach_to, require_examples
 from clantune_scale.backends.megatron.engine import MegatronBackend
-from clantune_scale.clan import Clan
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.distributed import world
+from clantune_scale.distributed.join import read_block
 from clantune_scale.errors import TopologyError
-from clantune_scale.evaluation import Evaluate
-from clantune_scale.expression import Setter
-from clantune_scale.joining import read_block
+from clantune_scale.runtime.attach import attach_to, require_examples
+from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.genome_application import Setter
+from clantune_scale.runtime.validation_window import Evaluate
 
 
 class MegatronClan(Clan):

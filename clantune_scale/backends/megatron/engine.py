@@ -11,14 +11,14 @@ import torch.distributed as dist
 from megatron.core import num_microbatches_calculator
 from megatron.core.utils import get_model_config, unwrap_model
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.hooks import Sharing, evaluation_mode, replace_method
 from clantune_scale.backends.megatron import sharing, state, weights
 from clantune_scale.backends.megatron.evaluation import ScheduledLoss
 from clantune_scale.backends.megatron.rules import only_chunk, refuse_unsupported
 from clantune_scale.backends.megatron.training_loss import TrainingLoss
 from clantune_scale.errors import ClanError
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.hooks import Sharing, evaluation_mode, replace_method
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.transfer import MemberState
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.hooks import Sharing, replace_method
+from clantune_scale.gradients.hooks import Sharing, replace_method
+from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 def share(model: Any, config: Any, sharing: Sharing) -> list[Callable[[], None]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.backends.hooks import replace_method
+from clantune_scale.gradients.hooks import replace_method
 
 
 class TrainingLoss:

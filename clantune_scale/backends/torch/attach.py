@@ -12,16 +12,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from clantune_scale.backends.attaching import attach_to, require_examples
 from clantune_scale.backends.torch.ddp import DDPBackend
+from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp import FSDPBackend
-from clantune_scale.backends.torch.loop import LoopBackend
-from clantune_scale.clan import Clan
-from clantune_scale.config import ClanConfig
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.distributed.join import join, read_block
 from clantune_scale.errors import ClanError, ConfigError
-from clantune_scale.evaluation import Evaluate
-from clantune_scale.expression import Setter
-from clantune_scale.joining import join, read_block
+from clantune_scale.runtime.attach import attach_to, require_examples
+from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.genome_application import Setter
+from clantune_scale.runtime.validation_window import Evaluate
 
 
 class LoopClan(Clan):

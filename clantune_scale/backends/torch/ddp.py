@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.torch.loop import LoopBackend
-from clantune_scale.backends.torch.order import PostingOrder
+from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.errors import ConfigError
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.posting_order import PostingOrder
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 class DDPBackend(LoopBackend):

@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from clantune_scale.backends.base import GradientGroups
-from clantune_scale.backends.hooks import evaluation_mode, replace_method
 from clantune_scale.backends.torch import state
-from clantune_scale.backends.torch.clip import clip_grad_norm_, total_norm
-from clantune_scale.backends.torch.order import PostingOrder
 from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
+from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError, EvaluationError
-from clantune_scale.evaluation import loss_of
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
+from clantune_scale.gradients.hooks import evaluation_mode, replace_method
+from clantune_scale.gradients.posting_order import PostingOrder
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import GradientGroups
+from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
-from clantune_scale.watch import to_device
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from clantune_scale.backends.base import GradientGroups
+from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp_sharing import ShardSharing
-from clantune_scale.backends.torch.loop import LoopBackend
 from clantune_scale.errors import ConfigError
-from clantune_scale.probe import GradientProbe
+from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 class FSDPBackend(LoopBackend):

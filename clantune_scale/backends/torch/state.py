@@ -6,21 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.plain import merged, plain
-from clantune_scale.transfer.state import Piece, grow_optimizer
+from clantune_scale.transfer.state import Piece, grow_optimizer, local
 
 Named = Sequence[tuple[str, torch.Tensor]]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, sharing its memory; the tensor itself where it is whole."""
-    with torch.no_grad():
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return part.detach()
 
 
 def member_state(

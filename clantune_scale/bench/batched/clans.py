@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from clantune_scale.batched.expression import Expressed, Values
-from clantune_scale.batched.feed import Feed, Reading
-from clantune_scale.batched.model import BatchedModel, Settings, Tensors
-from clantune_scale.batched.optimizers import OPTIMIZERS
-from clantune_scale.batched.sharing import Sharing, clip
-from clantune_scale.batched.state import Layout, State
+from clantune_scale.bench.batched.expression import Expressed, Values
+from clantune_scale.bench.batched.feed import Feed, Reading
+from clantune_scale.bench.batched.model import BatchedModel, Settings, Tensors
+from clantune_scale.bench.batched.optimizers import OPTIMIZERS
+from clantune_scale.bench.batched.sharing import Sharing, clip
+from clantune_scale.bench.batched.state import Layout, State
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
-from clantune_scale.core.strategies.lost import replace_lost
+from clantune_scale.core.strategies.lost_members import replace_lost
 from clantune_scale.errors import ConfigError, EvaluationError
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from clantune_scale.batched.model import Settings
-from clantune_scale.batched.optimizers import OPTIMIZERS
+from clantune_scale.bench.batched.model import Settings
+from clantune_scale.bench.batched.optimizers import OPTIMIZERS
 from clantune_scale.core import decay
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Gene, Genome

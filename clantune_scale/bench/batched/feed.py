@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from clantune_scale.batched.model import BatchedModel, Tensors
+from clantune_scale.bench.batched.model import BatchedModel, Tensors
 from clantune_scale.core.rounds import Phase
-from clantune_scale.data import StepPlan
+from clantune_scale.data.sampler import StepPlan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from clantune_scale.batched.optimizers import OPTIMIZERS
+from clantune_scale.bench.batched.optimizers import OPTIMIZERS
 from clantune_scale.errors import ConfigError
 
 Tensors = Sequence[torch.Tensor]

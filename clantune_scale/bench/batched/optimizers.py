@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from clantune_scale.batched.state import State, widened
+from clantune_scale.bench.batched.state import State, widened
 
 Hyper = Mapping[str, torch.Tensor]
 

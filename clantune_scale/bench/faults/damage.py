@@ -16,8 +16,8 @@ from clantune_scale.bench.faults.results import Result
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 from clantune_scale.checkpoint import manifest
 from clantune_scale.checkpoint.restore import fault_of
+from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import CheckpointError
-from clantune_scale.topology import Topology
 
 NUM_FLIPS = 1000
 _NEWEST, _BEFORE = "round-000002", "round-000001"

@@ -15,28 +15,28 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from clantune_scale.bench.faults.actions import ACTIONS
-from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.distributed.elastic.generation import Epoch
 from clantune_scale.errors import ConfigError
 
 VARIABLE = "CLANTUNE_FAULTS"
 
 #: Name to the module and the function in it, in the order in which a round comes to them.
 POINTS: dict[str, tuple[str, str]] = {
-    "join": ("clantune_scale.world", "open_column"),
-    "start": ("clantune_scale.clan", "Clan._start"),
-    "forward": ("clantune_scale.watch", "BatchWatch.on_batch"),
-    "step": ("clantune_scale.clan", "Clan._after_step"),
-    "evaluation": ("clantune_scale.evaluation", "ValidationWindow.losses"),
-    "figures": ("clantune_scale.clan", "gather_figures"),
-    "decision": ("clantune_scale.clan", "decide"),
+    "join": ("clantune_scale.distributed.world", "open_column"),
+    "start": ("clantune_scale.runtime.clan", "Clan._start"),
+    "forward": ("clantune_scale.data.watch", "BatchWatch.on_batch"),
+    "step": ("clantune_scale.runtime.clan", "Clan._after_step"),
+    "evaluation": ("clantune_scale.runtime.validation_window", "ValidationWindow.losses"),
+    "figures": ("clantune_scale.runtime.clan", "gather_figures"),
+    "decision": ("clantune_scale.runtime.clan", "decide"),
     "transfer": ("clantune_scale.transfer.transfers", "Transfers.run"),
-    "record": ("clantune_scale.record", "Recorder.round_end"),
+    "record": ("clantune_scale.runtime.recorder", "Recorder.round_end"),
     "commit": ("clantune_scale.checkpoint.durable", "DurableRounds.round_ended"),
     "manifest": ("clantune_scale.checkpoint.manifest", "write"),
     "latest": ("clantune_scale.checkpoint.manifest", "point_latest"),
-    "phase": ("clantune_scale.clan", "Clan._begin_phase"),
-    "finish": ("clantune_scale.clan", "Clan.finish"),
-    "champion": ("clantune_scale.champion", "write"),
+    "phase": ("clantune_scale.runtime.clan", "Clan._begin_phase"),
+    "finish": ("clantune_scale.runtime.clan", "Clan.finish"),
+    "champion": ("clantune_scale.results.champion", "write"),
 }
 
 
@@ -85,7 +85,7 @@ def install(environ: Mapping[str, str] = os.environ) -> list[Fault]:
 
 def _clans() -> list[Any]:
     """The list that the clan of this process will be in: it knows the step."""
-    from clantune_scale.clan import Clan
+    from clantune_scale.runtime.clan import Clan
 
     clans: list[Any] = []
     make = Clan.__init__

@@ -142,7 +142,7 @@ def _live(environ: dict[str, str], place: str, function: Callable[..., Any], arg
     os.dup2(text, 2)
     import torch
 
-    from clantune_scale.elastic import guard
+    from clantune_scale.distributed.elastic import supervisor
 
     torch.set_num_threads(1)
 
@@ -151,7 +151,7 @@ def _live(environ: dict[str, str], place: str, function: Callable[..., Any], arg
         sys.stderr.flush()
         os._exit(_AGAIN)
 
-    guard.start_again = hand_over
+    supervisor.start_again = hand_over
     code = 0
     try:
         install()

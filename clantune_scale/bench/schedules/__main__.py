@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, run
-from clantune_scale.bench.schedules.figures import draw_rates
 from clantune_scale.bench.schedules.methods import named, read_variants
 from clantune_scale.bench.schedules.oracle import Oracle
+from clantune_scale.bench.schedules.pictures import draw_rates
 from clantune_scale.bench.schedules.problem import Problem
 from clantune_scale.bench.schedules.suite import load
 from clantune_scale.bench.schedules.trial import Trial

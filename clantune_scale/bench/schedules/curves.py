@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from clantune_scale.batched.model import constant
+from clantune_scale.bench.batched.model import constant
 
 #: (share of the run that is done, 0 to 1) -> factor
 Curve = Callable[[float], float]

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from clantune_scale.batched import Settings
+from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.schedules.peers.extra import imported
 from clantune_scale.bench.schedules.peers.optimizers import OPTIMIZER_PEERS, OptimizerPeer
 from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.config.gene_catalogue import CATALOGUE
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.spelling import did_you_mean
 from clantune_scale.core.strategies import STRATEGIES, build
 from clantune_scale.core.strategies.base import RunFacts, Strategy
 from clantune_scale.errors import ConfigError
-from clantune_scale.genes import CATALOGUE
-from clantune_scale.spelling import did_you_mean
 
 #: Rounds of the user's length in a run.
 ROUNDS_PER_RUN = 60

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from clantune_scale.batched import BatchedClans, Settings
+from clantune_scale.bench.batched import BatchedClans, Settings
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.methods import FIXED
 from clantune_scale.bench.schedules.problem import Problem

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from clantune_scale.batched import Settings
-from clantune_scale.batched.model import Knobs, Tensors
-from clantune_scale.config import default_genes
+from clantune_scale.bench.batched import Settings
+from clantune_scale.bench.batched.model import Knobs, Tensors
+from clantune_scale.config.schema import default_genes
 from clantune_scale.core.rounds import sees_samples_once
 
 
@@ -24,7 +24,7 @@ class Start:
     Attributes:
         name: a column of the table.
         rate: times the best constant learning rate.
-        changes: fields of :class:`~clantune_scale.batched.Settings` besides ``lr``, in place of the problem's.
+        changes: fields of :class:`~clantune_scale.bench.batched.Settings` besides ``lr``, in place of the problem's.
     """
 
     name: str
@@ -57,7 +57,7 @@ def quarter_decades(lowest: float, count: int = 13) -> tuple[float, ...]:
 
 
 class Problem(ABC):
-    """A task to schedule; a :class:`~clantune_scale.batched.BatchedModel` with what a benchmark asks besides.
+    """A task to schedule; a :class:`~clantune_scale.bench.batched.BatchedModel` with what a benchmark asks besides.
 
     Derive from it, set what differs, and name an instance, or a list of them, with ``--problems module:NAME``.
     Everything is a pure function of its arguments.
@@ -97,11 +97,11 @@ class Problem(ABC):
 
     @abstractmethod
     def batch(self, seed: int, step: int, part: int) -> Tensors:
-        """Training samples; see :class:`~clantune_scale.batched.BatchedModel`."""
+        """Training samples; see :class:`~clantune_scale.bench.batched.BatchedModel`."""
 
     @abstractmethod
     def losses(self, parameters: Tensors, batch: Tensors, knobs: Knobs) -> torch.Tensor:
-        """[models, samples]; see :class:`~clantune_scale.batched.BatchedModel`."""
+        """[models, samples]; see :class:`~clantune_scale.bench.batched.BatchedModel`."""
 
     def variant(self, name: str, **changes: object) -> Problem:
         """A copy called ``name`` with other attributes; the oracle is the same one if only starts differ."""

@@ -12,8 +12,8 @@ from clantune_scale.bench.schedules.problems.bytes import BytesPerceptron, Bytes
 from clantune_scale.bench.schedules.problems.digits import DigitsConvolution, DigitsPerceptron
 from clantune_scale.bench.schedules.problems.quadratic import Quadratic
 from clantune_scale.bench.schedules.problems.regression import Regression
+from clantune_scale.core.spelling import did_you_mean
 from clantune_scale.errors import ConfigError
-from clantune_scale.spelling import did_you_mean
 
 #: The study's nine tasks, the last two never tuned on.
 STUDY: dict[str, Callable[[], Problem]] = {

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clantune_scale.batched import BatchedClans, Clan, Settings
-from clantune_scale.batched.expression import rate_factor
+from clantune_scale.bench.batched import BatchedClans, Clan, Settings
+from clantune_scale.bench.batched.expression import rate_factor
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.methods import Method
 from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer

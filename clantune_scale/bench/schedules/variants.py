@@ -15,11 +15,11 @@ import numpy as np
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts
-from clantune_scale.core.strategies.clan import Clan
-from clantune_scale.core.strategies.clan_plan import ClanOptions
-from clantune_scale.core.strategies.least_squares import least_squares
-from clantune_scale.core.strategies.parabola import Move, minimum_along_the_line
-from clantune_scale.core.strategies.spread import regressors
+from clantune_scale.core.strategies.clan.least_squares import least_squares
+from clantune_scale.core.strategies.clan.parabola import Move, minimum_along_the_line
+from clantune_scale.core.strategies.clan.perturbations import regressors
+from clantune_scale.core.strategies.clan.plan import ClanOptions
+from clantune_scale.core.strategies.clan.strategy import Clan
 
 #: Trust region: radius times this after a move on in the same direction, and after a change of sign.
 GROW, SHRINK = 1.3, 0.5

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
-from clantune_scale.core.strategies.clan import Clan
+from clantune_scale.core.strategies.clan.strategy import Clan
 from clantune_scale.core.strategies.classic import Classic
 from clantune_scale.core.strategies.control import Control
 from clantune_scale.core.strategies.halving import Halving

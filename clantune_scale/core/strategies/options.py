@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from clantune_scale.core.spelling import nearest
 from clantune_scale.errors import ConfigError
-from clantune_scale.spelling import nearest
 
 Options = TypeVar("Options")
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import Store
 
-from clantune_scale.bootstrap import Launched, open_store
-from clantune_scale.elastic.epoch import Epoch
-from clantune_scale.elastic.guard import Guard
-from clantune_scale.elastic.meeting import Meeting, Roster
-from clantune_scale.topology import Coordinates, Topology
+from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.quorum import Meeting, Roster
+from clantune_scale.distributed.elastic.supervisor import Guard
+from clantune_scale.distributed.rendezvous import Launched, open_store
+from clantune_scale.distributed.topology import Coordinates, Topology
 
 if TYPE_CHECKING:
-    from clantune_scale.config import FaultsConfig
+    from clantune_scale.config.schema import FaultsConfig
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def enter(
         epoch: that begins.
         launched, topology: this process's place among all that were launched, and their grid.
         faults: the block's part of that name.
-        timeout_s, port: as for :func:`clantune_scale.world.join`.
+        timeout_s, port: as for :func:`clantune_scale.distributed.world.join`.
         environ: of this process.
 
     Raises:
@@ -118,6 +118,6 @@ def _loss(epoch: Epoch, roster: Roster) -> Loss:
 
 
 def _no_faults() -> FaultsConfig:
-    from clantune_scale.config import FaultsConfig
+    from clantune_scale.config.schema import FaultsConfig
 
     return FaultsConfig()

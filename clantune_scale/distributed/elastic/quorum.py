@@ -21,10 +21,10 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from clantune_scale.bootstrap import Address, unset
-from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.rendezvous import Address, unset
+from clantune_scale.distributed.store import serve
 from clantune_scale.errors import MembersLostError
-from clantune_scale.listening import serve
 
 #: Seconds that one question to an address may take: a frozen process accepts connections and does not answer.
 _ANSWER_S = 5.0

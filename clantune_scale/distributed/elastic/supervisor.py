@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import Store
 
-from clantune_scale.bootstrap import Address
 from clantune_scale.checkpoint import manifest
-from clantune_scale.elastic.epoch import Epoch
-from clantune_scale.elastic.failures import in_short, peer_failure
-from clantune_scale.elastic.meeting import resume_remedy, within
-from clantune_scale.elastic.pulse import Pulse
-from clantune_scale.elastic.restart import start_again
+from clantune_scale.distributed.elastic.failures import in_short, peer_failure
+from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.heartbeat import Pulse
+from clantune_scale.distributed.elastic.quorum import resume_remedy, within
+from clantune_scale.distributed.elastic.restart import start_again
+from clantune_scale.distributed.rendezvous import Address
 
 if TYPE_CHECKING:
-    from clantune_scale.config import FaultsConfig
+    from clantune_scale.config.schema import FaultsConfig
 
 RESUME = "CLANTUNE_RESUME"
 #: Epochs in a row that lost nobody and came to no further round: what fails then would fail again.

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from clantune_scale.elastic.meeting import resume_remedy
-from clantune_scale.elastic.pulse import Pulse
+from clantune_scale.distributed.elastic.heartbeat import Pulse
+from clantune_scale.distributed.elastic.quorum import resume_remedy
 from clantune_scale.errors import ClanError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from clantune_scale.world import ClanWorld
+    from clantune_scale.distributed.world import ClanWorld
 
 _LOOK_S = 0.1
 

@@ -13,7 +13,7 @@ import numpy as np
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.lineage import undone
 from clantune_scale.core.schedule import gene_from_plain
-from clantune_scale.core.strategies.memorizing import MEMORIZES
+from clantune_scale.core.strategies.clan.overfitting import MEMORIZES
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.report.series import Run

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import clantune_scale
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests.backends.families import Setup
 from tests.backends.small_runs import MICRO, ds_config
 from tests.small_clans import datasets, train

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import clantune_scale
-from clantune_scale.backends.torch.clip import clip_grad_norm_
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.gradients.clip import clip_grad_norm_
 from tests.backends.families import Setup
 
 MICRO = 4

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import clantune_scale
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests import megatron_shim
 from tests.backends.families import Setup
 from tests.backends.megatron_models import build, initialize, master_weights, scheduler_of

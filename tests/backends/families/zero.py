@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.data import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests.backends.families import Setup
 from tests.backends.small_runs import MICRO, SGD, Net, ds_config, plain_engine
 from tests.small_clans import datasets, train

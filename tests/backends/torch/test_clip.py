@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from clantune_scale.backends.torch.clip import clip_grad_norm_
+from clantune_scale.gradients.clip import clip_grad_norm_
 from tests.backends.families import Setup
 from tests.backends.families.fsdp import datasets, sharded
 from tests.backends.families.loops import MICRO, TiedNet

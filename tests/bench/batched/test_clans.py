@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clantune_scale.batched import BatchedClans, Settings
-from clantune_scale.batched.expression import rate_factor
+from clantune_scale.bench.batched import BatchedClans, Settings
+from clantune_scale.bench.batched.expression import rate_factor
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import STRATEGIES, RunFacts, build
 from clantune_scale.errors import ConfigError
 from clantune_scale.reference import ReferenceClan
-from tests.batched.small_model import BATCH, NUM_EVAL_BATCHES, AsModule, Regression
+from tests.bench.batched.small_model import BATCH, NUM_EVAL_BATCHES, AsModule, Regression
 
 P = 4
 LR = Gene("lr", relative=True)

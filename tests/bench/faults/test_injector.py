@@ -9,7 +9,7 @@ import pytest
 from clantune_scale.bench.faults import injector
 from clantune_scale.bench.faults.actions import InjectedError
 from clantune_scale.bench.faults.injector import POINTS, Fault, install, to_environ
-from clantune_scale.elastic.epoch import Epoch
+from clantune_scale.distributed.elastic.generation import Epoch
 from clantune_scale.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_points_are_functions_of_the_package(point):
 @pytest.fixture
 def gathering(monkeypatch):
     """A point's function, put back afterwards."""
-    module = importlib.import_module("clantune_scale.clan")
+    module = importlib.import_module("clantune_scale.runtime.clan")
     calls = []
     monkeypatch.setattr(module, "gather_figures", lambda: calls.append(1))
     monkeypatch.setattr(module.Clan, "__init__", module.Clan.__init__)

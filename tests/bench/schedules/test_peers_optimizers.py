@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clantune_scale.batched import Settings
+from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.schedules.methods import FIXED
 from clantune_scale.bench.schedules.peers.optimizers import OPTIMIZER_PEERS, OptimizerPeer
 from clantune_scale.bench.schedules.peers.single import run_single

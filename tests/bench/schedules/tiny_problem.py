@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clantune_scale.batched import Settings
+from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.schedules.problem import Grid, Problem, Start, stream
 
 CURVATURE = torch.logspace(0, -1.5, 8)

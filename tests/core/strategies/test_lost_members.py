@@ -6,7 +6,7 @@ import pytest
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.strategies.base import Decision, Population
-from clantune_scale.core.strategies.lost import lost_members, replace_lost
+from clantune_scale.core.strategies.lost_members import lost_members, replace_lost
 
 
 def fitness(*means: float) -> Fitness:

@@ -9,7 +9,7 @@ import torch
 
 from clantune_scale.tracking import read_events
 
-PRELOAD = ("torch", "tests.elastic.preload")
+PRELOAD = ("torch", "tests.distributed.elastic.preload")
 STEPS = 13
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from clantune_scale.elastic.failures import in_short, peer_failure
+from clantune_scale.distributed.elastic.failures import in_short, peer_failure
 from clantune_scale.errors import TopologyError, TransferError
 
 # As gloo of torch 2.13 says it; in this order: a peer was killed, stopped, used after that, absent at the start.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clantune_scale.ds_config import parse_block
+from clantune_scale.config.deepspeed_file import parse_block
 from clantune_scale.errors import ConfigError
 
 

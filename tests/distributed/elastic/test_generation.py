@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clantune_scale.elastic.epoch import VARIABLE, Epoch
+from clantune_scale.distributed.elastic.generation import VARIABLE, Epoch
 
 LAUNCH = {"RANK": "3", "WORLD_SIZE": "6", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
-from clantune_scale.elastic.pulse import Pulse
+from clantune_scale.distributed.elastic.heartbeat import Pulse
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from clantune_scale.elastic import meeting
-from clantune_scale.elastic.epoch import Epoch
-from clantune_scale.elastic.meeting import Meeting, Roster
+from clantune_scale.distributed.elastic import quorum
+from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.quorum import Meeting, Roster
 from clantune_scale.errors import MembersLostError
 from tests.ranks import free_port
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(meeting, "_STAGGER_S", 0.5)
-    monkeypatch.setattr(meeting, "_PAUSE_S", 0.02)
-    monkeypatch.setattr(meeting, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(quorum, "_STAGGER_S", 0.5)
+    monkeypatch.setattr(quorum, "_PAUSE_S", 0.02)
+    monkeypatch.setattr(quorum, "_ANSWER_S", 2.0)
 
 
 def epoch(size, *, number=1, run_dir=None):
@@ -122,12 +122,12 @@ def test_a_server_of_another_epoch_is_not_taken():
     )
     served.start()
     served.join()
-    assert meeting.look(began.addresses[0], 7) is not None
-    assert meeting.look(began.addresses[0], 8) is None
-    assert meeting.look(("127.0.0.1", free_port()), 7) is None
+    assert quorum.look(began.addresses[0], 7) is not None
+    assert quorum.look(began.addresses[0], 8) is None
+    assert quorum.look(("127.0.0.1", free_port()), 7) is None
 
 
 def test_nobody_serves(monkeypatch):
-    monkeypatch.setattr(meeting, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(quorum, "_PATIENCE_S", 0.5)
     (found,) = attend([(0, 1, 0)], epoch(1), member_size=2, rejoin_s=0.2)
     assert found.startswith("nobody serves the store of epoch 1: members [0] were asked at ['127.0.0.1:")

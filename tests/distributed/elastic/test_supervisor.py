@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from clantune_scale.checkpoint import manifest
-from clantune_scale.config import FaultsConfig
-from clantune_scale.elastic import guard
-from clantune_scale.elastic.epoch import VARIABLE, Epoch
-from clantune_scale.elastic.guard import Guard
+from clantune_scale.config.schema import FaultsConfig
+from clantune_scale.distributed.elastic import supervisor
+from clantune_scale.distributed.elastic.generation import VARIABLE, Epoch
+from clantune_scale.distributed.elastic.supervisor import Guard
 
 GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 
@@ -24,7 +24,7 @@ def again(monkeypatch):
     def start(environ):
         raise Again
 
-    monkeypatch.setattr(guard, "start_again", start)
+    monkeypatch.setattr(supervisor, "start_again", start)
     ended = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: ended.append(error))
     return ended
@@ -140,7 +140,7 @@ def test_epochs_that_come_no_further_are_the_last(tmp_path, again, monkeypatch, 
     def leave(code):
         raise Exit(code)
 
-    monkeypatch.setattr(guard.os, "_exit", leave)
+    monkeypatch.setattr(supervisor.os, "_exit", leave)
     commit(tmp_path, "round-000003")
     epoch = Epoch(launch={"RANK": "5"})
     for number in range(1, 5):

@@ -10,7 +10,7 @@ import torch
 
 from clantune_scale.bench.faults import lives
 from clantune_scale.bench.faults.injector import Fault
-from tests.elastic import jobs
+from tests.distributed.elastic import jobs
 
 
 def resumed(folder: Path, round_name: str, population_size: int) -> Path:

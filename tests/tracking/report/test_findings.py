@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.strategies.memorizing import MEMORIZES
+from clantune_scale.core.strategies.clan.overfitting import MEMORIZES
 from clantune_scale.tracking.report import findings
 from clantune_scale.tracking.report.collect import read_run
 from clantune_scale.tracking.report.family import survivors

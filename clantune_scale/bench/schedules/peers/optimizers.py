@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clantune_scale.batched import OPTIMIZERS, Settings
+from clantune_scale.bench.batched import OPTIMIZERS, Settings
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.peers.extra import imported
 from clantune_scale.bench.schedules.problem import Problem

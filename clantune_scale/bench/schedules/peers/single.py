@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clantune_scale.batched import Settings
+from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
 from clantune_scale.bench.schedules.problem import Problem
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from clantune_scale.batched import Settings
-from clantune_scale.batched.model import Knobs, Tensors
+from clantune_scale.bench.batched import Settings
+from clantune_scale.bench.batched.model import Knobs, Tensors
 from clantune_scale.bench.schedules.problem import Grid, Problem, quarter_decades, stream
 from clantune_scale.bench.schedules.problems.layers import affine, cross_entropy, embed, normal_parameters
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from clantune_scale.batched.model import Knobs, Tensors
+from clantune_scale.bench.batched.model import Knobs, Tensors
 from clantune_scale.bench.schedules.problem import STARTS, Problem, Start, stream
 from clantune_scale.bench.schedules.problems.digits import PIXELS, WIDTH, DigitsPerceptron
 from clantune_scale.bench.schedules.problems.layers import affine, cross_entropy

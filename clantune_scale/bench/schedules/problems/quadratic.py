@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from clantune_scale.batched import Settings
-from clantune_scale.batched.model import Knobs, Tensors
+from clantune_scale.bench.batched import Settings
+from clantune_scale.bench.batched.model import Knobs, Tensors
 from clantune_scale.bench.schedules.problem import Grid, Problem, quarter_decades, stream
 
 WIDTH = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.strategies.race import races
+from clantune_scale.core.strategies.clan.lr_trial import races
 
 
 def moved(centre: Mapping[str, float], changes: Mapping[str, float], genes: Sequence[Gene]) -> dict[str, float]:

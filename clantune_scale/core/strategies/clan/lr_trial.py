@@ -18,8 +18,8 @@ import numpy as np
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import Phase, PhaseKind, expected_steps
 from clantune_scale.core.strategies.base import RunFacts
-from clantune_scale.core.strategies.least_squares import least_squares
-from clantune_scale.core.strategies.parabola import Move
+from clantune_scale.core.strategies.clan.least_squares import least_squares
+from clantune_scale.core.strategies.clan.parabola import Move
 
 #: Contestants that a parabola takes, and as many as a race has where the clan can be shared out among them.
 FEWEST, USUAL = 3, 4

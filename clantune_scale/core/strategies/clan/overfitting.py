@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.strategies.parabola import Move
+from clantune_scale.core.strategies.clan.parabola import Move
 
 #: What the round's table says then.
 MEMORIZES = "validation does not follow training: rates are held"

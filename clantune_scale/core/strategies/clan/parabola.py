@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from clantune_scale.core.strategies.least_squares import least_squares
-from clantune_scale.core.strategies.spread import regressors
+from clantune_scale.core.strategies.clan.least_squares import least_squares
+from clantune_scale.core.strategies.clan.perturbations import regressors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from clantune_scale.core import mutation
-from clantune_scale.core.strategies.least_squares import independence
+from clantune_scale.core.strategies.clan.least_squares import independence
 
 #: Seeded arrangements that are compared where several genes vary at once.
 NUM_CANDIDATES = 16

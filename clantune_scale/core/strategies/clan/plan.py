@@ -10,9 +10,9 @@ from typing import Literal
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import RunFacts
+from clantune_scale.core.strategies.clan.lr_trial import Race, plan_race, race_steps, races
 from clantune_scale.core.strategies.lengths import competitive_steps, phases, round_end
 from clantune_scale.core.strategies.options import require
-from clantune_scale.core.strategies.race import Race, plan_race, race_steps, races
 
 
 @dataclass(frozen=True)

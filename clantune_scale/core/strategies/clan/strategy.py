@@ -19,12 +19,12 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
-from clantune_scale.core.strategies.centre import moved
-from clantune_scale.core.strategies.clan_plan import ClanOptions, ClanPlanner
-from clantune_scale.core.strategies.memorizing import MEMORIZES, REACH, Yardstick, regularized, scale_of
-from clantune_scale.core.strategies.parabola import Move, fit_moves
-from clantune_scale.core.strategies.race import FEWEST, outcome, races
-from clantune_scale.core.strategies.spread import spread
+from clantune_scale.core.strategies.clan.centre import moved
+from clantune_scale.core.strategies.clan.lr_trial import FEWEST, outcome, races
+from clantune_scale.core.strategies.clan.overfitting import MEMORIZES, REACH, Yardstick, regularized, scale_of
+from clantune_scale.core.strategies.clan.parabola import Move, fit_moves
+from clantune_scale.core.strategies.clan.perturbations import spread
+from clantune_scale.core.strategies.clan.plan import ClanOptions, ClanPlanner
 from clantune_scale.errors import EvaluationError
 
 #: A rise of a learning rate, in log units, at which the line search needs no race: it comes as fast by itself, and
@@ -45,7 +45,7 @@ class Clan(Strategy):
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
     ``lost_rounds`` in a row, ``restores`` since the last progress, ``moves`` (the last change of each explored gene,
     and why), ``kept_loss`` (when a round last kept its state), ``scale`` and ``memorizes`` (see
-    :mod:`~clantune_scale.core.strategies.memorizing`).
+    :mod:`~clantune_scale.core.strategies.clan.overfitting`).
     """
 
     Options = ClanOptions

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.strategies.centre import moved
+from clantune_scale.core.strategies.clan.centre import moved
 from tests.core.strategies.facts import LR, WEIGHT_DECAY
 
 STILL = {"lr": 0.0, "weight_decay": 0.0}

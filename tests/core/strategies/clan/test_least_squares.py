@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clantune_scale.core.strategies.least_squares import independence, least_squares
+from clantune_scale.core.strategies.clan.least_squares import independence, least_squares
 
 
 def test_it_agrees_with_lapack():

@@ -7,9 +7,9 @@ import pytest
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.core.strategies import build
-from clantune_scale.core.strategies.race import outcome, plan_race, race_steps
+from clantune_scale.core.strategies.clan.lr_trial import outcome, plan_race, race_steps
+from tests.core.strategies.clan.test_plan import plans
 from tests.core.strategies.facts import facts
-from tests.core.strategies.test_clan_plan import plans
 
 OFFSETS = (0.0, 1.0, 2.0, 3.0)
 

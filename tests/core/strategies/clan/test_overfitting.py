@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from clantune_scale.core.strategies.memorizing import Yardstick, regularized, scale_of
-from clantune_scale.core.strategies.parabola import Move
+from clantune_scale.core.strategies.clan.overfitting import Yardstick, regularized, scale_of
+from clantune_scale.core.strategies.clan.parabola import Move
 from tests.core.strategies.facts import DROPOUT, LR, fitness_of
 
 

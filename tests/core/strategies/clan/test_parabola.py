@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from clantune_scale.core.strategies.parabola import fit_moves
-from clantune_scale.core.strategies.spread import spread
+from clantune_scale.core.strategies.clan.parabola import fit_moves
+from clantune_scale.core.strategies.clan.perturbations import spread
 
 X = np.array([[-0.15], [-0.05], [0.05], [0.15]])
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clantune_scale.core.strategies.least_squares import MIN_INDEPENDENCE, independence
-from clantune_scale.core.strategies.spread import levels, regressors, spread
+from clantune_scale.core.strategies.clan.least_squares import MIN_INDEPENDENCE, independence
+from clantune_scale.core.strategies.clan.perturbations import levels, regressors, spread
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 16])

@@ -1,0 +1,1 @@
+"""``clan``, the default strategy: a line search by members around one centre."""

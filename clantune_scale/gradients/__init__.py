@@ -1,0 +1,1 @@
+"""What happens to a gradient between backward and update."""

@@ -1,0 +1,1 @@
+"""One rank while it trains: the clan and its phases, decisions, genes, validation, and the record of a run."""
