@@ -155,9 +155,9 @@ class ReferenceClan:
         for index, member in enumerate(self.members):
             self._update(index, member)
         self.num_steps += 1
-        if position.plan.averages:
+        if position.plan.uses_ema:
             for member in self.members:
-                member.update_average(self.num_steps, position.plan.averaging_window_steps)
+                member.update_average(self.num_steps, position.plan.ema_window_steps)
         if position.ends_round:
             self._end_round(position.plan)
 
@@ -167,7 +167,7 @@ class ReferenceClan:
 
     def _begin_phase(self, position: Position) -> None:
         phase, plan = position.phase, position.plan
-        if position.starts_round and plan.averages and plan.index and not self.clock.round(plan.index - 1).averages:
+        if position.starts_round and plan.uses_ema and plan.index and not self.clock.round(plan.index - 1).uses_ema:
             for member in self.members:  # an average that stood still for a round begins anew
                 member.average = [p.detach().clone() for p in member.parameters]
         if not phase.keeps and self._before_phase is None:
@@ -214,7 +214,7 @@ class ReferenceClan:
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
-        fitness = replace(self.evaluate(averaged=plan.averages), training_loss=self._read_training_loss())
+        fitness = replace(self.evaluate(averaged=plan.uses_ema), training_loss=self._read_training_loss())
         if self._before_phase is not None:
             self._load(self._before_phase)
             self._before_phase = None
@@ -223,14 +223,14 @@ class ReferenceClan:
             decision = replace_lost(self.strategy.evolve(self.population, plan, fitness), fitness)
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
         self.decisions.append(decision if plan.evolves else None)
-        if decision.restore:
+        if decision.rolls_back:
             self._load(self._last_good)
         for member, donor in enumerate(decision.donors):
             if donor != member:
                 self.members[member].load(self.members[donor].save())
-        if decision.average is not None:
-            self._average(decision.average)
-        if decision.keeps and not decision.restore:
+        if decision.mixing_weights is not None:
+            self._average(decision.mixing_weights)
+        if decision.takes_snapshot and not decision.rolls_back:
             self._last_good = self._save()
         self.population = decision.population
         self.clock.regroup(plan.index + 1, self.population.teams)

@@ -95,7 +95,7 @@ CASES = {
         "genes": {"lr": {"step_size": 0.3}, "beta1": {}},
         "population_size": 4,
         "total_steps": 40,
-        "strategy": {"name": "clan", "options": {"race_cost": 0.9, "race_at": 0.2}},
+        "strategy": {"name": "clan", "options": {"trial_cost": 0.9, "trial_at": 0.2}},
     },
     "clan, rolled back competition": {
         "genes": {"lr": {"step_size": 0.3}, "accumulation": {"bounds": [1, 3]}},

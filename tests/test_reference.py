@@ -105,7 +105,7 @@ def test_fitness_is_measured_on_an_average_that_follows_the_weights():
 def test_an_average_that_stood_still_for_a_round_begins_anew():
     class EverySecond(Control):
         def plan(self, index: int, start_step: int) -> RoundPlan:
-            return replace(super().plan(index, start_step), averages=index == 1, averaging_window_steps=1000)
+            return replace(super().plan(index, start_step), uses_ema=index == 1, ema_window_steps=1000)
 
     clan = clan_of(EverySecond(strategy_of("control", LR).facts))
     clan.run(6)
@@ -184,7 +184,7 @@ def test_the_guard_restores_the_last_good_state_after_a_blow_up_and_training_rec
     start = weights(clan.members[0])
     initial = clan.evaluate().mean[0]
     clan.run(6)
-    assert clan.decisions[0].restore
+    assert clan.decisions[0].rolls_back
     assert all(torch.equal(weights(member), start) for member in clan.members)
     assert clan.population.memory["centre"]["lr"] == pytest.approx(math.log(0.7 / 3))
     clan.run(114)

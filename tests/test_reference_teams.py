@@ -74,7 +74,7 @@ def test_members_regroup_when_a_decision_says_so_and_the_lineage_remembers():
 
 def test_an_average_is_taken_by_all_weights_and_averaged_weights_alike_and_by_no_moments():
     class Averaging(Control):
-        averages = True
+        uses_ema = True
 
         def plan(self, index: int, start_step: int) -> RoundPlan:
             return RoundPlan(index, start_step, (Phase(PhaseKind.COMPETITIVE, 3),), (), True, 3)
@@ -83,7 +83,7 @@ def test_an_average_is_taken_by_all_weights_and_averaged_weights_alike_and_by_no
             return Population(tuple(Genome({"lr": 1.0 + m}, {}) for m in range(4)))
 
         def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
-            return Decision(population, (0, 1, 2, 3), average=(0.5, 0.25, 0.25, 0.0))
+            return Decision(population, (0, 1, 2, 3), mixing_weights=(0.5, 0.25, 0.25, 0.0))
 
     clan = clan_of(Averaging(strategy_of("control", LR).facts))
     clan.run(2)

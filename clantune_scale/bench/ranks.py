@@ -27,7 +27,7 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankAddress:
     """A rank's place among those that meet on one port."""
 
     rank: int
@@ -68,7 +68,7 @@ class Ranks:
         self.processes, self._connections = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            place = Place(rank, world_size, port)
+            place = RankAddress(rank, world_size, port)
             process = context.Process(target=_serve, args=(theirs, place, build, args), daemon=True)
             process.start()
             theirs.close()
@@ -111,7 +111,7 @@ def timed(step: Callable[[], Any], num_steps: int) -> float:
     return (time.perf_counter() - start) / num_steps
 
 
-def _serve(connection: Connection, place: Place, build: Callable[..., Trainer], args: tuple) -> None:
+def _serve(connection: Connection, place: RankAddress, build: Callable[..., Trainer], args: tuple) -> None:
     os.environ.update(place.environ())
     import torch
 

@@ -53,7 +53,7 @@ class Blocks(nn.Module):
 
 
 @dataclass(frozen=True)
-class Setting:
+class SharingSetting:
     """What is measured.
 
     Attributes:
@@ -70,7 +70,7 @@ class Setting:
     steps: int = 4
 
 
-class Rank:
+class SharingRank:
     """One rank's engine, plain or with a clan, and the steps it takes.
 
     Args:
@@ -79,7 +79,7 @@ class Rank:
         directory: where the clan leaves its traces; None for plain data parallelism.
     """
 
-    def __init__(self, setting: Setting, stage: int, directory: str | None) -> None:
+    def __init__(self, setting: SharingSetting, stage: int, directory: str | None) -> None:
         import clantune_scale
 
         torch.manual_seed(0)
@@ -114,7 +114,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class PairedStepTimes:
     """One ZeRO stage.
 
     Attributes:
@@ -134,14 +134,14 @@ class Measurement:
         return low, median(ratios), high
 
 
-def measure(setting: Setting, stage: int, *, num_pairs: int) -> Measurement:
+def measure(setting: SharingSetting, stage: int, *, num_pairs: int) -> PairedStepTimes:
     """Starts both sets of ranks and times them in turns.
 
     Raises:
         ClanError: if a rank fails.
     """
     with tempfile.TemporaryDirectory() as directory:
-        flat, clan = (Ranks(setting.ranks, Rank, setting, stage, place) for place in (None, directory))
+        flat, clan = (Ranks(setting.ranks, SharingRank, setting, stage, place) for place in (None, directory))
         try:
             return _in_turns({"flat": flat, "cooperative": clan, "competitive": clan}, setting, stage, num_pairs)
         finally:
@@ -149,7 +149,7 @@ def measure(setting: Setting, stage: int, *, num_pairs: int) -> Measurement:
             clan.close()
 
 
-def _in_turns(sets: dict[str, Ranks], setting: Setting, stage: int, num_pairs: int) -> Measurement:
+def _in_turns(sets: dict[str, Ranks], setting: SharingSetting, stage: int, num_pairs: int) -> PairedStepTimes:
     for kind in KINDS:
         # ZeRO 3 records the order of its parameters before it prefetches, and begins anew after an evaluation.
         sets[kind].train(kind, 4)
@@ -158,10 +158,10 @@ def _in_turns(sets: dict[str, Ranks], setting: Setting, stage: int, num_pairs: i
     for pair in range(num_pairs):
         for kind in KINDS if pair % 2 == 0 else reversed(KINDS):
             seconds[kind].append(max(sets[kind].train(kind, setting.steps)))
-    return Measurement(stage, seconds, collectives)
+    return PairedStepTimes(stage, seconds, collectives)
 
 
-def table(measurements: Sequence[Measurement]) -> str:
+def table(measurements: Sequence[PairedStepTimes]) -> str:
     """The measurements as a Markdown table, a row for each stage."""
     rows = [
         "| ZeRO | flat, ms a step | cooperative / flat | competitive / flat | collectives (flat, coop., comp.) |",
@@ -180,7 +180,7 @@ def table(measurements: Sequence[Measurement]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    defaults = Setting()
+    defaults = SharingSetting()
     parser = argparse.ArgumentParser(
         prog="python -m clantune_scale.bench.sharing", description="Times clan steps against plain data parallelism."
     )
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=12, help="measurements of each kind")
     given = vars(parser.parse_args(arguments))
     stages, num_pairs = given.pop("stages"), given.pop("pairs")
-    setting = Setting(**given)
+    setting = SharingSetting(**given)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in Blocks(setting.width, setting.depth).parameters())
     print(
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _ds_config(setting: Setting, stage: int, directory: str | None) -> dict[str, Any]:
+def _ds_config(setting: SharingSetting, stage: int, directory: str | None) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": 1.0,

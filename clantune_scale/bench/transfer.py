@@ -26,7 +26,7 @@ _MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Setting:
+class TransferSetting:
     """What is measured.
 
     Attributes:
@@ -42,7 +42,7 @@ class Setting:
     bucket_mebibytes: int = 32
 
 
-class Rank:
+class TransferRank:
     """One rank's state and the ways of moving it.
 
     Args:
@@ -50,7 +50,7 @@ class Rank:
         directory: that ``dcp_files`` uses.
     """
 
-    def __init__(self, setting: Setting, directory: str) -> None:
+    def __init__(self, setting: TransferSetting, directory: str) -> None:
         from clantune_scale.distributed import world
         from clantune_scale.distributed.world import ClanGroups
         from clantune_scale.transfer import MemberState, Transfers
@@ -85,13 +85,13 @@ class Rank:
         return spent / max(num_steps, 1)
 
 
-def measure(setting: Setting, directory: Path, *, num_pairs: int) -> dict[str, list[float]]:
+def measure(setting: TransferSetting, directory: Path, *, num_pairs: int) -> dict[str, list[float]]:
     """Seconds of the slowest rank by transport, one number for each pair.
 
     Raises:
         ClanError: if a rank fails.
     """
-    ranks = Ranks(setting.ranks, Rank, setting, str(directory))
+    ranks = Ranks(setting.ranks, TransferRank, setting, str(directory))
     try:
         return in_turns(ranks, num_pairs)
     finally:
@@ -126,7 +126,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    defaults = Setting()
+    defaults = TransferSetting()
     parser = argparse.ArgumentParser(
         prog="python -m clantune_scale.bench.transfer", description="Times the transports of a member's state."
     )
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, help="for dcp_files (default: a temporary one)")
     given = vars(parser.parse_args(arguments))
     num_pairs, directory = given.pop("pairs"), given.pop("directory")
-    setting = Setting(**given)
+    setting = TransferSetting(**given)
     print(
         f"{setting.ranks} ranks over gloo, {setting.mebibytes} MiB in {setting.tensors} tensors on each, one donor; "
         f"{num_pairs} pairs"

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore  # it registers the backend "fake", too
 
 from clantune_scale.distributed import world
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.distributed.rendezvous import Launched, open_store
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.distributed.world import ClanGroups, ClanWorld
@@ -80,13 +80,13 @@ def _build(topology: Topology, rank: int) -> dict[str, object]:
         mesh = init_device_mesh("cpu", (topology.pp, topology.dp, topology.tp), mesh_dim_names=("pp", "dp", "tp"))
         stands = tuple(mesh.get_coordinate())
         outer = Topology.from_world(topology.world_size, population_size=topology.population_size)
-        joined = ClanWorld(outer, outer.coordinates(rank), HashStore(), _fake_column(topology, member), 60.0)
+        joined = ClanWorld(outer, outer.coordinates(rank), HashStore(), _fake_replica_group(topology, member), 60.0)
         joined.arrange(pp=topology.pp, tp=topology.tp, stands=stands)
         named: list[str] = []
         with mock.patch.object(world, "stand_alone_group", _fake_group(named)):
             groups = ClanGroups(joined, "cuda")
             team = tuple(range(topology.population_size))
-            sizes = (groups.gradient(team).size(), groups.column(team).size())
+            sizes = (groups.gradient(team).size(), groups.replica_group(team).size())
     finally:
         dist.destroy_process_group()
     return {"stands": stands, "sizes": sizes, "ranks": [_ranks_in(name) for name in named]}
@@ -102,9 +102,9 @@ def _fake_group(named: list[str]):
     return stand_alone_group
 
 
-def _fake_column(topology: Topology, member: int) -> Column:
+def _fake_replica_group(topology: Topology, member: int) -> ReplicaGroup:
     group = FakeProcessGroup._create_internal(member, topology.population_size, FakeProcessGroup.Options())
-    return Column(group, member, topology.population_size)
+    return ReplicaGroup(group, member, topology.population_size)
 
 
 def _ranks_in(name: str) -> list[int]:
@@ -123,8 +123,8 @@ def _by_definition(topology: Topology, rank: int) -> dict[str, object]:
         for m in range(topology.population_size)
         for d in range(topology.dp)
     ]
-    column = [m * topology.member_size + rank % topology.member_size for m in range(topology.population_size)]
-    return {"stands": (pp, dp, tp), "sizes": (len(gradient), len(column)), "ranks": [gradient, column]}
+    replica_group = [m * topology.member_size + rank % topology.member_size for m in range(topology.population_size)]
+    return {"stands": (pp, dp, tp), "sizes": (len(gradient), len(replica_group)), "ranks": [gradient, replica_group]}
 
 
 def arrive(num_ranks: int, *, timeout_s: float = 300.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.distributed.world import ClanGroups, ClanWorld
 
 
@@ -24,8 +24,8 @@ class Everyone:
         """What each rank gave, in the launcher's order."""
         size = self._world.topology.member_size
         # Asked for each time: whoever holds a group keeps it from being let go of when the interpreter ends.
-        member = Column(self._groups.member() if size > 1 else None, self._world.at.member_rank, size)
-        return [said for rank in self._world.column.gather_json(member.gather_json(value)) for said in rank]
+        member = ReplicaGroup(self._groups.member() if size > 1 else None, self._world.at.member_rank, size)
+        return [said for rank in self._world.replica_group.gather_json(member.gather_json(value)) for said in rank]
 
     def from_leader(self, value: Any) -> Any:
         """What global rank 0 gave; what the others give does not matter."""

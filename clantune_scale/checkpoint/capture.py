@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clantune_scale.runtime.clan import Clan
 
 RANKS = "ranks"
-ASIDE, KEPT = "aside/", "kept/"
+PHASE_START, ROLLBACK = "phase/", "rollback/"
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Capture:
     clan: dict[str, Any]
 
     @classmethod
-    def take(cls, clan: Clan, *, begun: bool, kept_is_live: bool) -> Capture:
+    def take(cls, clan: Clan, *, begun: bool, rollback_is_live: bool) -> Capture:
         """Copies the state.
 
         Args:
             clan: whose state it is.
             begun: false at a round's meeting point, before the next phase begins.
-            kept_is_live: whether the guard's copy is of the present state.
+            rollback_is_live: whether the guard's copy is of the present state.
         """
-        state, kept, aside = clan.state(), clan.kept, clan.aside
-        if kept is not None and kept_is_live and kept.layout() == state.manifest():
+        state, kept, phase_snapshot = clan.state(), clan.rollback_snapshot, clan.phase_snapshot
+        if kept is not None and rollback_is_live and kept.layout() == state.manifest():
             # Taken a moment ago, never changed: the copy that this needs.
             tensors = dict(kept.tensors)
         else:
@@ -70,7 +70,7 @@ class Capture:
             "parameters": parameter_layout(clan.backend.module),
             "pieces": pieces_of(state),
         }
-        for prefix, snapshot in {ASIDE: aside, KEPT: None if kept_is_live else kept}.items():
+        for prefix, snapshot in {PHASE_START: phase_snapshot, ROLLBACK: None if rollback_is_live else kept}.items():
             if snapshot is not None:
                 tensors |= {prefix + name: tensor for name, tensor in snapshot.tensors}
                 numbers[prefix] = {"scalars": snapshot.scalars, "layout": snapshot.layout()}

@@ -16,7 +16,7 @@ from clantune_scale.checkpoint import fit, manifest
 from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.checkpoint.capture import Capture
 from clantune_scale.checkpoint.lock import RunLock
-from clantune_scale.checkpoint.opening import open_run, put_aside
+from clantune_scale.checkpoint.opening import open_run, set_aside
 from clantune_scale.checkpoint.preemption import Preemption
 from clantune_scale.checkpoint.restore import check_parameters, fault_of, restore_clan, sources_of
 from clantune_scale.checkpoint.streams import RandomStreams
@@ -53,7 +53,7 @@ class DurableRounds:
             fit.check_settings(self.opening.content["settings"], self._facts["settings"], self._settings.allow)
             self._check_parameters(self._sources(self.opening.content))
             if self._everyone.is_leader:
-                put_aside(self._folder, self.opening.name)
+                set_aside(self._folder, self.opening.name)
         self._made: RoundWriter | None = None
         self._places: list[dict[str, int]] = []
         self._streams: RandomStreams | None = None
@@ -119,9 +119,9 @@ class DurableRounds:
             self._tell_of_slowness(plan)
             return
         if (plan.index + 1) % every == 0:
-            is_alone = decision.average is None and all(m == d for m, d in enumerate(decision.donors))
-            is_kept = is_alone if decision.restore else decision.keeps
-            capture = Capture.take(self._clan, begun=False, kept_is_live=is_kept)
+            is_alone = decision.mixing_weights is None and all(m == d for m, d in enumerate(decision.donors))
+            is_kept = is_alone if decision.rolls_back else decision.takes_snapshot
+            capture = Capture.take(self._clan, begun=False, rollback_is_live=is_kept)
             self._write(manifest.round_name(plan.index), capture, decision.donors, wait=not self._settings.asynchronous)
 
     def step_done(self) -> None:
@@ -149,7 +149,7 @@ class DurableRounds:
         if self._everyone.from_leader(self._writer.last_step) != step:
             name = manifest.round_name(self._clan.phases.position.plan.index, step)
             members = range(self._clan.config.population_size)
-            self._write(name, Capture.take(self._clan, begun=True, kept_is_live=False), members, wait=True)
+            self._write(name, Capture.take(self._clan, begun=True, rollback_is_live=False), members, wait=True)
         names = manifest.committed(self._folder)
         return self._everyone.from_leader(names[0] if self._writer.last_step == step else None)
 
@@ -225,7 +225,9 @@ class DurableRounds:
 
     def _take(self, run_dir: Path) -> None:
         guard = self._clan.world.guard
-        self._lock = RunLock(run_dir, epoch=None if guard is None else (guard.epoch.launch_id, guard.epoch.number))
+        self._lock = RunLock(
+            run_dir, generation=None if guard is None else (guard.generation.launch_id, guard.generation.number)
+        )
         atexit.register(self._lock.release)
 
     def _fault(self, folder: Path, content: dict[str, Any]) -> str | None:

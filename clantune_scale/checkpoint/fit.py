@@ -31,7 +31,7 @@ def settings_of(clan: Clan) -> dict[str, Any]:
         "topology": {"dp": topology.dp, "pp": topology.pp, "tp": topology.tp},
         "batch": asdict(clan.batch),
         "optimizer": clan.backend.optimizer_name(),
-        "finite_vote": clan.config.faults.finite_vote,
+        "nonfinite_mask": clan.config.faults.nonfinite_mask,
     }
     return to_plain(found)
 

@@ -26,19 +26,19 @@ class RunLock:
     Args:
         run_dir: the run's folder.
         stale_s: seconds without a touch after which a lock of another host counts as left behind.
-        epoch: (launch, number) that this process is in: it takes over from earlier epochs of its own launch, whose
+        generation: (launch, number) that this process is in: it takes over from earlier generations of its own launch, whose
             leader counts as dead even where it is only frozen.
 
     Raises:
         CheckpointError: if another process works there.
     """
 
-    def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S, epoch: tuple[str, int] | None = None) -> None:
+    def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S, generation: tuple[str, int] | None = None) -> None:
         self._path = run_dir / NAME
         self._stale_s = stale_s
         self._own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        if epoch is not None:
-            self._own |= {"launch": epoch[0], "epoch": epoch[1]}
+        if generation is not None:
+            self._own |= {"launch": generation[0], "generation": generation[1]}
         self._is_over = threading.Event()
         while not self._create():
             self._remove_if_left_behind()
@@ -68,7 +68,7 @@ class RunLock:
         except FileNotFoundError:
             return
         is_of_launch = "launch" in self._own and holder.get("launch") == self._own["launch"]
-        if is_of_launch and holder["epoch"] < self._own["epoch"]:
+        if is_of_launch and holder["generation"] < self._own["generation"]:
             self._path.unlink(missing_ok=True)
             return
         is_here = holder.get("host") == socket.gethostname()

@@ -170,7 +170,7 @@ def _vote(
     return (None if reasons else content), [f"rank {rank}: {reason}" for rank, reason in list(reasons.items())[:4]]
 
 
-def put_aside(rounds: Path, chosen: str) -> None:
+def set_aside(rounds: Path, chosen: str) -> None:
     """Rounds that are newer than the one that is continued, and attempts that nobody finishes, make room.
 
     On the leader. Whole ones are moved into ``lost-N``: their steps are done again, under the same names.

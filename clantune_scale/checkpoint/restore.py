@@ -12,9 +12,9 @@ import torch
 
 from clantune_scale.checkpoint import manifest, reshard, shards
 from clantune_scale.checkpoint.capture import (
-    ASIDE,
-    KEPT,
+    PHASE_START,
     RANKS,
+    ROLLBACK,
     copy_from,
     pieces_of,
     population_from,
@@ -101,7 +101,7 @@ def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, 
     lineage = Lineage.from_json(data["lineage"])
     past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
     if past:
-        past[-1] = replace(past[-1], averages=data["averaged_before"])
+        past[-1] = replace(past[-1], uses_ema=data["averaged_before"])
     population = population_from(data["population"])
     clan.fitness = Fitness.from_losses([data["losses"][source] for source in sources])
     clan.phases.resume(data["step"], past, population.teams)
@@ -124,7 +124,7 @@ def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
     state = _grown(clan, numbers)
     copies = {
         prefix + name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-        for prefix in (ASIDE, KEPT)
+        for prefix in (PHASE_START, ROLLBACK)
         for name, shape, dtype in numbers.get(prefix, {}).get("layout", [])
     }
     shards.load({**dict(state.tensors), **copies}, folder / shards.member_folder(holder), clan.world.at)
@@ -133,11 +133,11 @@ def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
         clan.backend.accumulation = numbers["accumulation"]
     clan.backend.load_counters(numbers["counters"])
     clan.losses.begin_round(*numbers["round_losses"])
-    for prefix, attribute in ((ASIDE, "aside"), (KEPT, "kept")):
+    for prefix, attribute in ((PHASE_START, "phase_snapshot"), (ROLLBACK, "rollback_snapshot")):
         if prefix in numbers:
             setattr(clan, attribute, copy_from(numbers, prefix, copies))
-    if clan.strategy.guards and clan.kept is None:
-        clan.kept = Snapshot(clan.state())
+    if clan.strategy.guards and clan.rollback_snapshot is None:
+        clan.rollback_snapshot = Snapshot(clan.state())
     return {**numbers, "streams": streams}
 
 
@@ -174,7 +174,7 @@ def _restore_resharded(clan: Clan, folder: Path, content: Mapping[str, Any], sou
     # The boundary of an accumulation is where the counter says, and that counted another accumulation.
     clan.backend.accumulation = clan.backend.accumulation
     if clan.strategy.guards:
-        clan.kept = kept or Snapshot(clan.state())
+        clan.rollback_snapshot = kept or Snapshot(clan.state())
     return {**numbers, "streams": streams if at.dp < len(saved) else None}
 
 
@@ -194,9 +194,9 @@ def _kept_resharded(
         saved: by rank that there was, its place and its numbers.
         numbers: of this rank's predecessor.
     """
-    if KEPT not in numbers:
+    if ROLLBACK not in numbers:
         return None
-    copies = {KEPT + name: torch.empty_like(tensor, device="cpu") for name, tensor in state.tensors}
+    copies = {ROLLBACK + name: torch.empty_like(tensor, device="cpu") for name, tensor in state.tensors}
     reshard.load(
         copies,
         _prefixed(reshard.pieces_from(pieces_of(state))),
@@ -205,17 +205,17 @@ def _kept_resharded(
             (
                 place,
                 _prefixed(reshard.pieces_from(theirs["pieces"])),
-                [[KEPT + name, shape, dtype] for name, shape, dtype in theirs[KEPT]["layout"]],
+                [[ROLLBACK + name, shape, dtype] for name, shape, dtype in theirs[ROLLBACK]["layout"]],
             )
             for place, theirs in saved
         ],
     )
-    _recount(clan, numbers[KEPT]["scalars"])
-    return copy_from(numbers, KEPT, copies)
+    _recount(clan, numbers[ROLLBACK]["scalars"])
+    return copy_from(numbers, ROLLBACK, copies)
 
 
 def _prefixed(pieces: reshard.Pieces) -> reshard.Pieces:
-    return {KEPT + name: own for name, own in pieces.items()}
+    return {ROLLBACK + name: own for name, own in pieces.items()}
 
 
 def _recount(clan: Clan, scalars: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def _size(arguments: argparse.Namespace, model: Any) -> Size:
 
 def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any]:
     job, plain, cost = one.job, one.job.without_clan(), one.cost
-    round_end = [*evaluation_traffic(job, averaged=job.averages), *drift_traffic(job)]
+    round_end = [*evaluation_traffic(job, averaged=job.uses_ema), *drift_traffic(job)]
     parts = {
         # The same ranks in one ring: what of it crosses where the clan has its members' boundaries.
         "plain_step": _traffic((replace(one, scope="clan") for one in step_traffic(plain)), job),

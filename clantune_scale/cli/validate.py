@@ -72,7 +72,7 @@ def _groups(topology: Topology) -> list[str]:
     members = [f"member {m}: ranks {_span(topology.member_ranks(m))}" for m in shown]
     more = topology.population_size - len(members)
     lines = members + [f"and {more} more members"] * bool(more)
-    lines.append(f"column 0 of {topology.member_size}: ranks {_span(topology.column_ranks(0))}")
+    lines.append(f"column 0 of {topology.member_size}: ranks {_span(topology.replica_group_ranks(0))}")
     return [*lines, f"gradients are averaged over {len(topology.gradient_ranks(0))} ranks"]
 
 

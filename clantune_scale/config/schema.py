@@ -21,7 +21,7 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Difference = Literal[
     "population_size", "round_length", "duty_cycle", "seed", "total_steps", "strategy", "genes", "fitness",
-    "topology", "batch", "optimizer", "parameters", "finite_vote",
+    "topology", "batch", "optimizer", "parameters", "nonfinite_mask",
 ]  # fmt: skip
 ChampionForm = Literal["safetensors", "dcp", "deepspeed"]
 
@@ -180,7 +180,7 @@ class JoinConfig(Block):
 class FaultsConfig(Block):
     """What happens when processes die, or a member's numbers do."""
 
-    finite_vote: Flag = True
+    nonfinite_mask: Flag = True
     """Whether a member whose loss or gradient is not finite is left out of the clan's mean, at one number a pass."""
 
     min_members: Count | None = None

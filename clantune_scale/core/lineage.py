@@ -55,9 +55,9 @@ class RoundRecord:
             genomes,
             losses,
             decision.donors,
-            restored=decision.restore,
-            kept=decision.keeps and not decision.restore,
-            average=decision.average,
+            restored=decision.rolls_back,
+            kept=decision.takes_snapshot and not decision.rolls_back,
+            average=decision.mixing_weights,
         )
 
     @property

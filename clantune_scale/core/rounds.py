@@ -65,8 +65,8 @@ class RoundPlan:
         start_step: optimizer steps that were done before it.
         phases: in order, without gaps.
         explores: names of the genes in which members may differ in this round.
-        averages: whether fitness is measured on each member's averaged weights.
-        averaging_window_steps: time constant of that average (0 where ``averages`` is false).
+        uses_ema: whether fitness is measured on each member's averaged weights.
+        ema_window_steps: time constant of that average (0 where ``uses_ema`` is false).
         evolves: whether selection and reproduction follow the evaluation.
     """
 
@@ -74,8 +74,8 @@ class RoundPlan:
     start_step: int
     phases: tuple[Phase, ...]
     explores: tuple[str, ...] = ()
-    averages: bool = False
-    averaging_window_steps: int = 0
+    uses_ema: bool = False
+    ema_window_steps: int = 0
     evolves: bool = True
 
     @property

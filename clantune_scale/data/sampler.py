@@ -54,7 +54,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """A point of one rank's stream: a step, the clan's cursor at its start, micro-batches done in it."""
 
     step: int = 0
@@ -117,7 +117,7 @@ class ClanBatchSampler(Sampler[list[int]]):
         self._member, self._population_size = member, population_size
         self._plan = plan
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        self.place = Place()
+        self.place = StreamPosition()
         self._counts = False
 
     @property
@@ -153,7 +153,7 @@ class ClanBatchSampler(Sampler[list[int]]):
         """
         if not self._counts:
             return {"step": step}
-        if self.place == Place(step + 1, self.place.cursor):
+        if self.place == StreamPosition(step + 1, self.place.cursor):
             return {"step": step, "cursor": self.place.cursor - self._advance(self._plan(step))}
         return self.state_dict()
 
@@ -161,21 +161,21 @@ class ClanBatchSampler(Sampler[list[int]]):
         """Goes to a saved place; without its ``"cursor"``, to where the plans of all steps before lead."""
         step = state["step"]
         cursor = state["cursor"] if "cursor" in state else sum(self._advance(self._plan(s)) for s in range(step))
-        self.place = Place(step, cursor)
+        self.place = StreamPosition(step, cursor)
         self._counts = "cursor" in state
 
-    def _start(self, place: Place) -> int:
+    def _start(self, place: StreamPosition) -> int:
         """The global position at which this rank's micro-batch begins."""
         plan = self._plan(place.step)
         split = (plan.team_size, plan.team_index) if plan.is_common else (self._population_size, self._member)
         block = place.micro * split[0] + split[1]
         return place.cursor + (block * self._dp_size + self._dp_rank) * self._micro_batch_size
 
-    def _after(self, place: Place) -> Place:
+    def _after(self, place: StreamPosition) -> StreamPosition:
         plan = self._plan(place.step)
         if place.micro + 1 < plan.num_micro_batches:
-            return Place(place.step, place.cursor, place.micro + 1)
-        return Place(place.step + 1, place.cursor + self._advance(plan))
+            return StreamPosition(place.step, place.cursor, place.micro + 1)
+        return StreamPosition(place.step + 1, place.cursor + self._advance(plan))
 
     def _advance(self, plan: StepPlan) -> int:
         """Positions that a step takes from the global order."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clantune_scale.core.rounds import Phase, PhaseKind
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.transfer.state import bytes_digest
 
 
@@ -36,10 +36,10 @@ class LossMeter:
             self._count += 1
             self._round_count += 1
 
-    def read_strikes(self) -> int:
+    def read_nonfinite_counts(self) -> int:
         """Micro-batches since the last call whose loss was not finite."""
-        strikes, self._not_finite = self._not_finite, None
-        return 0 if strikes is None else int(strikes)
+        nonfinite_counts, self._not_finite = self._not_finite, None
+        return 0 if nonfinite_counts is None else int(nonfinite_counts)
 
     @property
     def round_losses(self) -> tuple[float, int]:
@@ -88,8 +88,8 @@ class BatchWatch:
         column: this rank's control column.
     """
 
-    def __init__(self, column: Column) -> None:
-        self._column = column
+    def __init__(self, replica_group: ReplicaGroup) -> None:
+        self._replica_group = replica_group
         self._pending: PhaseKind | None = None
         self._seen: list[list[Any]] = []
         self._has_warned: set[str] = set()
@@ -111,9 +111,9 @@ class BatchWatch:
 
         All ranks of the clan call it. Warns as well.
         """
-        by_member = self._column.gather_json(self._seen)
+        by_member = self._replica_group.gather_json(self._seen)
         self._seen = []
-        if self._column.size == 1:
+        if self._replica_group.size == 1:
             return []
         complaints = []
         for phase in zip(*by_member, strict=False):

@@ -2,7 +2,7 @@
 
 ``torch.distributed.new_group`` builds inside the default world, and a member's default world ends at the
 member. These are built on the bootstrap store instead. Collectives take them as ``group=``; point-to-point
-does not (torch looks its ranks up in the world), so :class:`Column` calls the group's own methods.
+does not (torch looks its ranks up in the world), so :class:`ReplicaGroup` calls the group's own methods.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def stand_alone_group(store: Store, name: str, rank: int, size: int, *, device_t
     return group
 
 
-class Column:
+class ReplicaGroup:
     """The ranks with the same place in every member, one per member: here the clan talks.
 
     Messages are numbers and JSON; nothing that arrives over the wire is unpickled.

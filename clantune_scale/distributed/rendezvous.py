@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from clantune_scale.distributed.groups import Column, stand_alone_group
+from clantune_scale.distributed.groups import ReplicaGroup, stand_alone_group
 from clantune_scale.distributed.store import serve
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import DivergenceError, TopologyError
@@ -159,7 +159,7 @@ def own_address(towards: str) -> str:
         return probe.getsockname()[0]
 
 
-def open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> Column:
+def open_replica_group(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> ReplicaGroup:
     """The control group of this rank's column, with every peer's identity checked.
 
     Raises:
@@ -167,12 +167,12 @@ def open_column(store: Store, topology: Topology, at: Coordinates, timeout_s: fl
     """
     name = f"column/{at.member_rank}"
     group = stand_alone_group(store, name, at.member, topology.population_size, device_type="cpu", timeout_s=timeout_s)
-    column = Column(group, at.member, topology.population_size)
-    peers = column.gather_json([at.member, at.member_rank, socket.gethostname(), os.getpid()])
+    replica_group = ReplicaGroup(group, at.member, topology.population_size)
+    peers = replica_group.gather_json([at.member, at.member_rank, socket.gethostname(), os.getpid()])
     expected = [[member, at.member_rank] for member in range(topology.population_size)]
     if [peer[:2] for peer in peers] != expected or len({tuple(peer[2:]) for peer in peers}) != len(peers):
         raise DivergenceError(
             f"column {at.member_rank} should hold one rank of each member, and holds (member, member rank, host, "
             f"pid) {peers}. Two launches may share {os.environ.get('MASTER_ADDR')}: give each its own master port."
         )
-    return column
+    return replica_group

@@ -41,7 +41,7 @@ def check_parameters(world: ClanWorld, backend: Backend) -> None:
     Raises:
         DivergenceError: with the first parameter that differs.
     """
-    difference = world.column.first_difference(parameter_layout(backend.module), noun="parameters")
+    difference = world.replica_group.first_difference(parameter_layout(backend.module), noun="parameters")
     if difference is not None:
         other, theirs, ours = difference
         raise DivergenceError(

@@ -102,7 +102,7 @@ class Topology:
         """The launcher's ranks of one member, in the order of its own world."""
         return list(range(member * self.member_size, (member + 1) * self.member_size))
 
-    def column_ranks(self, rank: int) -> list[int]:
+    def replica_group_ranks(self, rank: int) -> list[int]:
         """One rank per member: those whose shards correspond one to one to this rank's."""
         return list(range(rank % self.member_size, self.world_size, self.member_size))
 

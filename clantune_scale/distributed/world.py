@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from clantune_scale.config.batch import BatchPlan
-from clantune_scale.distributed.elastic.entry import Loss, enter
-from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.entry import MembershipChange, enter
+from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.elastic.supervisor import Guard
-from clantune_scale.distributed.groups import Column, stand_alone_group
-from clantune_scale.distributed.rendezvous import Launched, enter_member, open_column
+from clantune_scale.distributed.groups import ReplicaGroup, stand_alone_group
+from clantune_scale.distributed.rendezvous import Launched, enter_member, open_replica_group
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import TopologyError
-from clantune_scale.gradients.nonfinite_mask import FiniteVote
+from clantune_scale.gradients.nonfinite_mask import NonfiniteMask
 
 if TYPE_CHECKING:
     from clantune_scale.config.schema import ClanConfig, FaultsConfig
@@ -45,18 +45,18 @@ class ClanWorld:
         timeout_s: seconds that a clan collective may take.
         launched: members that were launched; more than there are, where some have died.
         guard: what happens when another process fails.
-        loss: of members, which led to this epoch; None in the first.
+        membership_change: of members, which led to this epoch; None in the first.
     """
 
     topology: Topology
     at: Coordinates
     store: Store
-    column: Column
+    replica_group: ReplicaGroup
     timeout_s: float
     member_store: Store | None = field(default=None, repr=False)
     launched: int = 0
     guard: Guard | None = field(default=None, repr=False)
-    loss: Loss | None = None
+    membership_change: MembershipChange | None = None
 
     @property
     def member(self) -> int:
@@ -65,7 +65,7 @@ class ClanWorld:
 
     def present(self, config: ClanConfig) -> ClanConfig:
         """The block for the members that there are: as it is, unless some have died."""
-        if self.loss is None:
+        if self.membership_change is None:
             return config
         # The rounds on disk are of more members: that is what this epoch is for.
         checkpoint = config.checkpoint.model_copy(update={"allow": [*config.checkpoint.allow, "population_size"]})
@@ -170,16 +170,24 @@ def join(
             f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
             f"`deepspeed --module clantune_scale.run`."
         )
-    epoch = Epoch.read(environ)
+    generation = Generation.read(environ)
     launched = Launched.read(environ)
     topology = Topology.from_world(launched.world_size, population_size=population_size, pp=pp, tp=tp)
-    entry = enter(epoch, launched, topology, faults=faults, timeout_s=timeout_s, port=port, environ=environ)
+    entry = enter(generation, launched, topology, faults=faults, timeout_s=timeout_s, port=port, environ=environ)
     member_store, addresses = enter_member(entry.store, entry.topology, entry.at, launched.address, timeout_s, environ)
     entry.guard.know(addresses)
     limit_s = faults.deadline_s if faults is not None and faults.min_members is not None else timeout_s
-    column = open_column(entry.store, entry.topology, entry.at, limit_s)
+    replica_group = open_replica_group(entry.store, entry.topology, entry.at, limit_s)
     _joined = ClanWorld(
-        entry.topology, entry.at, entry.store, column, limit_s, member_store, population_size, entry.guard, entry.loss
+        entry.topology,
+        entry.at,
+        entry.store,
+        replica_group,
+        limit_s,
+        member_store,
+        population_size,
+        entry.guard,
+        entry.membership_change,
     )
     atexit.register(_leave)
     return _joined
@@ -211,7 +219,7 @@ def _leave() -> None:
     for groups in _made:
         groups.close()
     if _joined is not None:
-        _joined.column.group = None
+        _joined.replica_group.group = None
     _joined = None
 
 
@@ -232,7 +240,7 @@ class ClanGroups:
         self._world = world
         self._device_type = device_type
         self._groups: dict[str, Any] = {}
-        self.vote: FiniteVote | None = None
+        self.mask: NonfiniteMask | None = None
         _made.add(self)
 
     def close(self) -> None:
@@ -261,26 +269,26 @@ class ClanGroups:
 
     def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
         """What this rank brings to a sum over the team, before it: in place, left out where it is not finite."""
-        if self.vote is not None:
-            self.vote.weigh(gradients, team)
+        if self.mask is not None:
+            self.mask.weigh(gradients, team)
 
-    def column(self, team: tuple[int, ...]) -> Any:
+    def replica_group(self, team: tuple[int, ...]) -> Any:
         """This rank's peers, one per member of the team."""
-        return self._column(team, self._device_type)
+        return self._replica_group(team, self._device_type)
 
     def member(self) -> Any:
         """All ranks of this rank's own member, for messages: the engine's groups carry tensors."""
         return self._group("member", self._world.topology.member_ranks(self._world.member), "cpu")
 
-    def column_for(self, device_type: str) -> Any:
+    def replica_group_for(self, device_type: str) -> Any:
         """This rank's peers in all members, ranked by member, for tensors on another kind of device."""
-        return self._column(tuple(range(self._world.topology.population_size)), device_type)
+        return self._replica_group(tuple(range(self._world.topology.population_size)), device_type)
 
-    def _column(self, team: tuple[int, ...], device_type: str) -> Any:
-        column = self._world.topology.column_ranks(self._world.at.rank)
-        if device_type == "cpu" and len(team) == len(column):
-            return self._world.column.group
-        return self._group("column", [column[member] for member in team], device_type)
+    def _replica_group(self, team: tuple[int, ...], device_type: str) -> Any:
+        replica_group = self._world.topology.replica_group_ranks(self._world.at.rank)
+        if device_type == "cpu" and len(team) == len(replica_group):
+            return self._world.replica_group.group
+        return self._group("column", [replica_group[member] for member in team], device_type)
 
     def _group(self, purpose: str, ranks: list[int], device_type: str) -> Any:
         # The ranks are the name: all that meet under it know it without talking.

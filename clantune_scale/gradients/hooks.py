@@ -30,7 +30,7 @@ def replace_method(target: Any, name: str, method: Callable) -> Callable[[], Non
 
 
 @dataclass(frozen=True)
-class Sharing:
+class GradientSharing:
     """What every hook on gradients reads.
 
     Attributes:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 
-class FiniteVote:
+class NonfiniteMask:
     """One rank's part in the votes of a run.
 
     Args:
@@ -29,7 +29,7 @@ class FiniteVote:
         self._member, self._size, self._group_for = member, population_size, group_for
         self._is_bad: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None
-        self._strikes: torch.Tensor | None = None
+        self._nonfinite_counts: torch.Tensor | None = None
 
     def observe(self, loss: Any) -> None:
         """Takes in a micro-batch's loss, where it is a tensor; the next sum needs a new vote."""
@@ -51,42 +51,42 @@ class FiniteVote:
         if not tensors:
             return
         if self._scale is None:
-            self._vote(tensors, team)
+            self._mask(tensors, team)
         for tensor in tensors:
             is_bad = ~_is_finite(tensor)
             # Filled and not multiplied: zero times a NaN is a NaN.
             tensor.mul_(self._scale.to(tensor.dtype)).masked_fill_(is_bad | (self._scale == 0), 0)
-            self._strike(is_bad & (self._scale > 0))
+            self._count_nonfinite(is_bad & (self._scale > 0))
 
-    def _vote(self, tensors: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
+    def _mask(self, tensors: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
         """Sets this rank's factor: team size over the number of finite members, or 0."""
         device = tensors[0].device
         is_bad = ~torch.stack([_is_finite(tensor) for tensor in tensors]).all()
         if self._is_bad is None:
-            self._strike(is_bad)
+            self._count_nonfinite(is_bad)
         else:
             has_bad_loss = self._is_bad.to(device)
-            self._strike(is_bad & ~has_bad_loss)
+            self._count_nonfinite(is_bad & ~has_bad_loss)
             is_bad = is_bad | has_bad_loss
-        votes = torch.zeros(self._size, device=device)
-        votes[self._member] = is_bad
-        dist.all_reduce(votes, group=self._group_for(team))
-        is_out = votes > 0
+        masks = torch.zeros(self._size, device=device)
+        masks[self._member] = is_bad
+        dist.all_reduce(masks, group=self._group_for(team))
+        is_out = masks > 0
         num_finite = len(team) - is_out.sum()
         self._scale = torch.where(is_out[self._member], 0.0, len(team) / num_finite.clamp(min=1))
         self._is_bad = None
 
-    def _strike(self, is_struck: torch.Tensor) -> None:
+    def _count_nonfinite(self, is_struck: torch.Tensor) -> None:
         count = is_struck.long()
-        self._strikes = count if self._strikes is None else self._strikes + count
+        self._nonfinite_counts = count if self._nonfinite_counts is None else self._nonfinite_counts + count
 
-    def read_strikes(self) -> int:
+    def read_nonfinite_counts(self) -> int:
         """How often a gradient of this rank's was not finite though its loss was, since the last reading.
 
         It waits for the device.
         """
-        strikes, self._strikes = self._strikes, None
-        return 0 if strikes is None else int(strikes)
+        nonfinite_counts, self._nonfinite_counts = self._nonfinite_counts, None
+        return 0 if nonfinite_counts is None else int(nonfinite_counts)
 
 
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:

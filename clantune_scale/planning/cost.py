@@ -69,7 +69,7 @@ def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> P
         plain_step_s=micro_batch_s * plain.accumulation + _sending_s(step_traffic(plain), plain, hardware),
         step_s=computed_s,
         evaluation_s=_FORWARD * job.num_parameters * eval_tokens / flops_s
-        + _sending_s(evaluation_traffic(job, averaged=job.averages), job, hardware),
+        + _sending_s(evaluation_traffic(job, averaged=job.uses_ema), job, hardware),
         transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware)
         + job.guards * state_bytes(job) / (hardware.host_bytes_s * hardware.link_share),
     )

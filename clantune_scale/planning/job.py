@@ -53,7 +53,7 @@ class Job:
     dp: int
     micro_batch: int
     accumulation: int
-    averages: bool
+    uses_ema: bool
     guards: bool
     num_samples: int
     eval_batch: int
@@ -120,7 +120,7 @@ class Job:
 
     def without_clan(self) -> Job:
         """Plain data parallelism on the same ranks."""
-        return replace(self, population_size=1, dp=self.world_size, averages=False, guards=False)
+        return replace(self, population_size=1, dp=self.world_size, uses_ema=False, guards=False)
 
 
 def describe_job(
@@ -163,7 +163,7 @@ def describe_job(
         dp=batch.dp_size,
         micro_batch=batch.micro_batch,
         accumulation=batch.accumulation,
-        averages=strategy.averages,
+        uses_ema=strategy.uses_ema,
         guards=strategy.guards,
         num_samples=block.fitness.num_samples,
         eval_batch=block.fitness.batch_size or batch.micro_batch,

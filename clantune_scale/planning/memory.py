@@ -50,11 +50,11 @@ def rank_memory(job: Job, *, rolls_back: bool = False) -> RankMemory:
     gradients = (shard if job.stage >= 2 else whole) * job.width
     # Without ZeRO in fp32 the optimizer steps on the parameters themselves; every other wrapper keeps fp32 copies.
     masters = 0 if job.stage == 0 and job.width == _MASTER else shard * _MASTER
-    average = shard * _MASTER if job.averages else 0
+    average = shard * _MASTER if job.uses_ema else 0
     host = state_bytes(job) * (job.guards + rolls_back)
     return RankMemory(weights, gradients, masters, shard * _MASTER * job.moments, average, host)
 
 
 def state_bytes(job: Job) -> int:
     """One rank's share of what a clone copies and a guard keeps: masters, moments, average, frozen and buffers."""
-    return job.shard * _MASTER * (1 + job.moments + job.averages) + job.other_bytes
+    return job.shard * _MASTER * (1 + job.moments + job.uses_ema) + job.other_bytes

@@ -43,5 +43,5 @@ def walk_through(strategy: Strategy, num_steps: int) -> Walk:
             step += taken
         index += 1
     ended = index if clock.round(index - 1).end_step == num_steps else index - 1
-    has_averages = strategy.averages and clock.at(num_steps).plan.averages
+    has_averages = strategy.uses_ema and clock.at(num_steps).plan.uses_ema
     return Walk(tuple(phases), index, ended, 1 + ended + 1 + has_averages)

@@ -98,7 +98,7 @@ def save(clan: Clan, folder: Path | None = None) -> Path:
     if clan.member == member and clan.world.at.member_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    clan.world.column.gather_json(None)
+    clan.world.replica_group.gather_json(None)
     return folder
 
 

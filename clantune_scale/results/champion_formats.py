@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.distributed.elastic.waiting import patient
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.results import weight_files
 
@@ -84,7 +84,7 @@ def _write(clan: Clan, folder: Path, forms: Sequence[str], averaged: bool) -> di
     """The champion's own ranks, each its part."""
     folder.mkdir(parents=True, exist_ok=True)
     at, size = clan.world.at, clan.world.topology.member_size
-    inside = Column(clan.groups.member() if size > 1 else None, at.member_rank, size)
+    inside = ReplicaGroup(clan.groups.member() if size > 1 else None, at.member_rank, size)
     written: dict[str, str] = {}
     weights = clan.backend.full_weights() if {"safetensors", "dcp"} & set(forms) else None
     if "safetensors" in forms:
@@ -117,7 +117,7 @@ def _write_dcp(weights: dict[str, torch.Tensor], folder: Path) -> None:
     save(weights, storage_writer=FileSystemWriter(folder))
 
 
-def _whole_folder(target: Path, inside: Column, write: Callable[[Path], None]) -> None:
+def _whole_folder(target: Path, inside: ReplicaGroup, write: Callable[[Path], None]) -> None:
     """A folder that has its name only when all ranks have written into it."""
     part = target.with_name(f".{target.name}.partial")
     if inside.member == 0:

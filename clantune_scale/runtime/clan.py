@@ -26,11 +26,11 @@ from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader
 from clantune_scale.data.watch import BatchWatch, LossMeter, Stopwatch
 from clantune_scale.distributed.self_check import check_parameters, check_world
 from clantune_scale.distributed.world import ClanGroups, ClanWorld
-from clantune_scale.gradients.nonfinite_mask import FiniteVote
+from clantune_scale.gradients.nonfinite_mask import NonfiniteMask
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.results import champion
 from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
-from clantune_scale.runtime.diagnostics import gather_figures
+from clantune_scale.runtime.diagnostics import gather_diagnostics
 from clantune_scale.runtime.engine_protocol import Backend
 from clantune_scale.runtime.genome_application import Expression, Setter, bind_genes
 from clantune_scale.runtime.measurement import Measurement
@@ -99,16 +99,16 @@ class Clan:
         self.phases = PhaseManager(RoundClock(self.strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
         # Where losses are scaled, a gradient that is not finite is the scaler's business, and ordinary.
-        if config.faults.finite_vote and backend.loss_scale() is None:
-            self.groups.vote = FiniteVote(world.member, config.population_size, self.groups.gradient)
+        if config.faults.nonfinite_mask and backend.loss_scale() is None:
+            self.groups.mask = NonfiniteMask(world.member, config.population_size, self.groups.gradient)
         self.transfers = Transfers.of(world, self.groups, config.transfer, runs=Path(config.tracking.directory))
         self.expression = Expression(self.genes, backend, setters or {})
-        self.aside: Snapshot | None = None
-        self.kept: Snapshot | None = None
+        self.phase_snapshot: Snapshot | None = None
+        self.rollback_snapshot: Snapshot | None = None
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
-        self.losses, self._batches, self._clock = LossMeter(), BatchWatch(world.column), Stopwatch()
+        self.losses, self._batches, self._clock = LossMeter(), BatchWatch(world.replica_group), Stopwatch()
         self._probe = GradientProbe()
         self.samplers: list[ClanBatchSampler] = []
         self.rounds = DurableRounds(self)
@@ -139,8 +139,8 @@ class Clan:
 
     def _on_loss(self, loss: Any) -> None:
         self.losses.add(loss)
-        if self.groups.vote is not None:
-            self.groups.vote.observe(loss)
+        if self.groups.mask is not None:
+            self.groups.mask.observe(loss)
 
     def _start(self) -> None:
         """A new run, or one that goes on from a committed round."""
@@ -151,20 +151,22 @@ class Clan:
             begun = self.rounds.restore()
             self.recorder.resume(self)
             self._begin_phase(is_resumed=begun)
-        if self.world.loss is not None:
-            self.recorder.tracking.emit("member_lost", self.phases.position.step, **asdict(self.world.loss))
+        if self.world.membership_change is not None:
+            self.recorder.tracking.emit(
+                "member_lost", self.phases.position.step, **asdict(self.world.membership_change)
+            )
         self.rounds.ready()
 
     def _start_anew(self) -> None:
         """All members take member 0's state, are measured once, and get their first genomes."""
         self.transfers.run(self.state(), [0] * self.config.population_size)
-        if self.measurement.averages is not None:
-            self.measurement.averages.restart()
+        if self.measurement.uses_ema is not None:
+            self.measurement.uses_ema.restart()
         self.fitness = self.measurement.fitness(averaged=False)
         self.population = self.strategy.init(self.fitness)
         self._regroup(0, None)
         if self.strategy.guards:
-            self.kept = Snapshot(self.state())
+            self.rollback_snapshot = Snapshot(self.state())
         self.recorder.start(self)
 
     @property
@@ -180,17 +182,17 @@ class Clan:
         """
         self.transfers.require_whole()
         state = self.backend.state()
-        if self.measurement.averages is not None:
-            averages = self.measurement.averages.tensors
-            state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(averages)]
+        if self.measurement.uses_ema is not None:
+            uses_ema = self.measurement.uses_ema.tensors
+            state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(uses_ema)]
         return state
 
     def _after_step(self) -> None:
         done = self.phases.advance()
-        if self.groups.vote is not None:
-            self.groups.vote.end_step()
-        if self.measurement.averages is not None and done.plan.averages:
-            self.measurement.averages.update(done.step + 1, done.plan.averaging_window_steps)
+        if self.groups.mask is not None:
+            self.groups.mask.end_step()
+        if self.measurement.uses_ema is not None and done.plan.uses_ema:
+            self.measurement.uses_ema.update(done.step + 1, done.plan.ema_window_steps)
         self.recorder.step(self, done, self.losses)
         if done.ends_phase:
             self._clock.lap(done.phase.kind.value)
@@ -203,27 +205,33 @@ class Clan:
     def _end_round(self, plan: RoundPlan) -> None:
         """The meeting point: evaluate, go back where nothing is kept, decide, transfer, record."""
         measured = self.population
-        self.fitness = self.measurement.fitness(averaged=plan.averages)
+        self.fitness = self.measurement.fitness(averaged=plan.uses_ema)
         self._clock.lap("evaluation")
-        strikes = self.losses.read_strikes() + (self.groups.vote.read_strikes() if self.groups.vote else 0)
-        figures = gather_figures(self, plan, self._probe, strikes=strikes, losses=self.losses.round_losses)
+        nonfinite_counts = self.losses.read_nonfinite_counts() + (
+            self.groups.mask.read_nonfinite_counts() if self.groups.mask else 0
+        )
+        diagnostics = gather_diagnostics(
+            self, plan, self._probe, nonfinite_counts=nonfinite_counts, losses=self.losses.round_losses
+        )
         self.losses.begin_round()
-        self.fitness = replace(self.fitness, training_loss=figures.clan_training_loss)
-        if self.aside is not None:
-            self.aside.restore(self.state())
-            self.aside = None
+        self.fitness = replace(self.fitness, training_loss=diagnostics.clan_training_loss)
+        if self.phase_snapshot is not None:
+            self.phase_snapshot.restore(self.state())
+            self.phase_snapshot = None
         decision = decide(self, plan)
-        if decision.restore and self.kept is not None:
-            self.kept.restore(self.state())
+        if decision.rolls_back and self.rollback_snapshot is not None:
+            self.rollback_snapshot.restore(self.state())
         self.transfers.run(self.state(), decision.donors, round_index=plan.index)
-        if decision.average is not None:
-            self.transfers.average(self.state(), decision.average, round_index=plan.index)
-        if self.strategy.guards and decision.keeps and not decision.restore:
-            self.kept = Snapshot(self.state())
+        if decision.mixing_weights is not None:
+            self.transfers.average(self.state(), decision.mixing_weights, round_index=plan.index)
+        if self.strategy.guards and decision.takes_snapshot and not decision.rolls_back:
+            self.rollback_snapshot = Snapshot(self.state())
         self.population = decision.population
         self._regroup(plan.index + 1, measured.teams)
         self._clock.lap("transfer")
-        self.recorder.round_end(self, plan, measured, decision, figures, self._clock.empty(), self._batches.compare())
+        self.recorder.round_end(
+            self, plan, measured, decision, diagnostics, self._clock.empty(), self._batches.compare()
+        )
         self._follow_plans()
         self.rounds.round_ended(plan, decision)
 
@@ -235,10 +243,10 @@ class Clan:
         if is_resumed:
             self.expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
             return
-        if position.starts_round and position.plan.averages and not self.phases.averaged_before:
-            self.measurement.averages.restart()
-        if not phase.keeps and self.aside is None:
-            self.aside = Snapshot(self.state())
+        if position.starts_round and position.plan.uses_ema and not self.phases.averaged_before:
+            self.measurement.uses_ema.restart()
+        if not phase.keeps and self.phase_snapshot is None:
+            self.phase_snapshot = Snapshot(self.state())
         self.expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
         if phase.kind is PhaseKind.COOPERATIVE:
             agree_on_loss_scale(self)
@@ -315,7 +323,7 @@ class Clan:
             self.rounds.release()
             self.detach()
             # Nobody leaves while another still reads from the store that rank 0 serves.
-            self.world.column.gather_json(None)
+            self.world.replica_group.gather_json(None)
             self.world.leave()
             self._summary = summary
         return self._summary

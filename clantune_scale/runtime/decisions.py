@@ -27,7 +27,7 @@ def decide(clan: Clan, plan: RoundPlan) -> Decision:
     else:
         decision = clan.strategy.idle(clan.population)
     digest = hashlib.blake2b(json.dumps(asdict(decision), sort_keys=True, default=dict).encode()).hexdigest()[:16]
-    said = clan.world.column.gather_json(digest)
+    said = clan.world.replica_group.gather_json(digest)
     if len(set(said)) > 1:
         raise DivergenceError(
             f"round {plan.index}: members decided differently ({said}, by member) on the same losses. "
@@ -41,5 +41,5 @@ def agree_on_loss_scale(clan: Clan) -> None:
     mine = clan.backend.loss_scale()
     if mine is None:
         return
-    everyone = clan.world.column.gather_json(dict(mine))
+    everyone = clan.world.replica_group.gather_json(dict(mine))
     clan.backend.set_loss_scale(min(everyone, key=lambda state: state["cur_scale"]))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
 from clantune_scale.core.rounds import RoundPlan
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.gradients.probe import GradientProbe
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _STRAGGLER = 1.5
 
 
 @dataclass(frozen=True)
-class Figures:
+class Diagnostics:
     """One round's, each [members] float64; nan where a member has none.
 
     Attributes:
@@ -42,7 +42,7 @@ class Figures:
     gradient_norm: np.ndarray
     drift: np.ndarray
     alignment: np.ndarray
-    strikes: np.ndarray
+    nonfinite_counts: np.ndarray
     evaluation_s: np.ndarray
     training_loss: np.ndarray
 
@@ -60,7 +60,7 @@ class Figures:
             "training_loss": self.training_loss,
         }
         plain: dict[str, Any] = {name: _or_none(values[member]) for name, values in named.items()}
-        return plain | {"strikes": int(self.strikes[member])}
+        return plain | {"strikes": int(self.nonfinite_counts[member])}
 
     @property
     def straggler(self) -> dict[str, float] | None:
@@ -72,9 +72,9 @@ class Figures:
         return {"member": slowest, "seconds": float(self.evaluation_s[slowest]), "median_s": median}
 
 
-def gather_figures(
-    clan: Clan, plan: RoundPlan, probe: GradientProbe, *, strikes: int, losses: tuple[float, int]
-) -> Figures:
+def gather_diagnostics(
+    clan: Clan, plan: RoundPlan, probe: GradientProbe, *, nonfinite_counts: int, losses: tuple[float, int]
+) -> Diagnostics:
     """Every member's figures on every rank; all ranks of the clan call it, before anyone is copied.
 
     Args:
@@ -84,29 +84,29 @@ def gather_figures(
         strikes: micro-batches of this rank whose loss was not finite.
         losses: sum of the training losses of this rank's micro-batches in the round, and their number.
     """
-    device, column = clan.backend.device, clan.world.column
+    device, replica_group = clan.backend.device, clan.world.replica_group
     masters = clan.backend.masters()
     alignment = probe.read_alignment(device)
-    totals = torch.tensor([float(strikes), *losses], dtype=torch.float64, device=device)
+    totals = torch.tensor([float(nonfinite_counts), *losses], dtype=torch.float64, device=device)
     slowest = torch.tensor(clan.measurement.seconds, dtype=torch.float64, device=device)
     dist.all_reduce(totals)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    total_strikes, total_loss, count = totals.tolist()
+    total_nonfinite_counts, total_loss, count = totals.tolist()
     given = [
         clan.learning_rate(plan.end_step - 1),
         probe.norm,
-        drift_of(masters, column, clan.groups.column_for(masters[0].device.type)),
+        drift_of(masters, replica_group, clan.groups.replica_group_for(masters[0].device.type)),
         alignment,
-        total_strikes,
+        total_nonfinite_counts,
         float(slowest),
         total_loss / count if count else None,
     ]
-    table = column.gather(np.array([math.nan if value is None else value for value in given]))
-    return Figures(*table.T)
+    table = replica_group.gather(np.array([math.nan if value is None else value for value in given]))
+    return Diagnostics(*table.T)
 
 
 @torch.no_grad()
-def drift_of(masters: Sequence[torch.Tensor], column: Column, group: Any) -> float:
+def drift_of(masters: Sequence[torch.Tensor], replica_group: ReplicaGroup, group: Any) -> float:
     """How far this member's weights are from the clan's mean weights, relative to the mean's norm.
 
     One all-reduce of the fp32 weights down the column, in buckets, and two sums over the member. Ranks that hold
@@ -120,8 +120,8 @@ def drift_of(masters: Sequence[torch.Tensor], column: Column, group: Any) -> flo
     sums = torch.zeros(2, dtype=torch.float64, device=masters[0].device)
     for bucket in _buckets(masters):
         own = _flatten_dense_tensors(bucket).float()
-        mean = own / column.size
-        if column.size > 1:
+        mean = own / replica_group.size
+        if replica_group.size > 1:
             dist.all_reduce(mean, group=group)
         sums += torch.stack([(own - mean).double().square().sum(), mean.double().square().sum()])
     dist.all_reduce(sums)

@@ -24,7 +24,7 @@ class GradientGroups(Protocol):
     def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
         """Before each sum over a team, what this rank brings to it: in place, left out where it is not finite."""
 
-    def column(self, team: tuple[int, ...]) -> Any:
+    def replica_group(self, team: tuple[int, ...]) -> Any:
         """This rank's peers, one in each member of the team."""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
-from clantune_scale.runtime.weight_averages import AveragedWeights
+from clantune_scale.runtime.weight_averages import WeightEma
 
 if TYPE_CHECKING:
     from clantune_scale.runtime.clan import Clan
@@ -29,9 +29,9 @@ class Measurement:
     def __init__(self, clan: Clan, window: ValidationWindow, evaluate: Evaluate | None) -> None:
         self._clan, self._window, self._evaluate = clan, window, evaluate
         backend = clan.backend
-        self.averages: AveragedWeights | None = None
-        if clan.strategy.averages:
-            self.averages = AveragedWeights(backend.masters, backend.refresh)
+        self.uses_ema: WeightEma | None = None
+        if clan.strategy.uses_ema:
+            self.uses_ema = WeightEma(backend.masters, backend.refresh)
 
     @property
     def tokens_per_sample(self) -> int | None:
@@ -46,7 +46,7 @@ class Measurement:
     @property
     def has_averages(self) -> bool:
         """Whether averaged weights are up to date: the strategy keeps them and this round measures on them."""
-        return self.averages is not None and self._clan.phases.position.plan.averages
+        return self.uses_ema is not None and self._clan.phases.position.plan.uses_ema
 
     def fitness(self, *, averaged: bool) -> Fitness:
         """The clan's losses on the common window, of averaged weights or of those that train.
@@ -61,10 +61,10 @@ class Measurement:
         clan = self._clan
         with clan.phases.suspended():
             losses = window.losses(clan.backend, self._evaluate)
-        return Fitness.from_losses(clan.world.column.gather(losses))
+        return Fitness.from_losses(clan.world.replica_group.gather(losses))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, each member's model computes with its averaged weights, where the strategy keeps them."""
-        with nullcontext() if self.averages is None else self.averages.in_place_of_weights():
+        with nullcontext() if self.uses_ema is None else self.uses_ema.in_place_of_weights():
             yield

@@ -33,7 +33,7 @@ class PhaseManager:
     def averaged_before(self) -> bool:
         """Whether the round before measured averaged weights; before the first there are none to restart."""
         index = self.position.plan.index
-        return index == 0 or self.clock.round(index - 1).averages
+        return index == 0 or self.clock.round(index - 1).uses_ema
 
     def team(self, member: int, population_size: int) -> tuple[int, ...]:
         """The members with whom ``member`` averages its gradients in the step that comes, itself among them."""

@@ -23,7 +23,7 @@ from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
 from clantune_scale.data.watch import LossMeter
-from clantune_scale.runtime.diagnostics import Figures
+from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.tracking import KILLED, Tracking
 from clantune_scale.tracking.events import SCHEMA, cut_events, to_plain
 from clantune_scale.tracking.uri import redact_command
@@ -177,7 +177,7 @@ class Recorder:
         plan: RoundPlan,
         measured: Population,
         decision: Decision,
-        figures: Figures,
+        diagnostics: Diagnostics,
         seconds: Mapping[str, float],
         complaints: Sequence[str],
     ) -> None:
@@ -193,17 +193,17 @@ class Recorder:
             start_step=plan.start_step,
             phases=[asdict(phase) for phase in plan.phases],
             explores=list(plan.explores),
-            averaged=plan.averages,
-            average=decision.average,
-            members=_members(clan, measured, decision, figures),
+            averaged=plan.uses_ema,
+            average=decision.mixing_weights,
+            members=_members(clan, measured, decision, diagnostics),
             consensus=consensus(measured.genomes, clan.genes),
-            restored=decision.restore,
-            kept=decision.keeps and not decision.restore,
+            restored=decision.rolls_back,
+            kept=decision.takes_snapshot and not decision.rolls_back,
             seconds=dict(seconds),
             lr_factor=clan.strategy.lr_factor(plan.end_step - 1),
-            learning_rates=figures.learning_rate.tolist(),
+            learning_rates=diagnostics.learning_rate.tolist(),
             scheduled_rate=clan.expression.scheduled_rate,
-            straggler=figures.straggler,
+            straggler=diagnostics.straggler,
             throughput=_throughput(clan, plan, seconds),
             samples=self.samples,
             tokens=self.samples * clan.measurement.tokens_per_sample if clan.measurement.tokens_per_sample else None,
@@ -245,7 +245,7 @@ def _throughput(clan: Clan, plan: RoundPlan, seconds: Mapping[str, float]) -> di
     return table
 
 
-def _members(clan: Clan, measured: Population, decision: Decision, figures: Figures) -> list[dict[str, Any]]:
+def _members(clan: Clan, measured: Population, decision: Decision, diagnostics: Diagnostics) -> list[dict[str, Any]]:
     reasons = decision.reasons or ("",) * len(measured.genomes)
     return [
         {
@@ -256,7 +256,7 @@ def _members(clan: Clan, measured: Population, decision: Decision, figures: Figu
             "donor": decision.donors[member],
             "reason": reasons[member],
             "next_genome": asdict(decision.population.genomes[member]),
-            **figures.of(member),
+            **diagnostics.of(member),
         }
         for member, genome in enumerate(measured.genomes)
     ]

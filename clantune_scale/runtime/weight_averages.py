@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 
-class AveragedWeights:
+class WeightEma:
     """An average of the fp32 masters, sharded as they are.
 
     Args:

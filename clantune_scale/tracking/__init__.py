@@ -8,7 +8,7 @@ from typing import Any
 
 from clantune_scale.config.schema import TrackingConfig
 from clantune_scale.tracking import uri as uris
-from clantune_scale.tracking.background import Background, Event, Recorder
+from clantune_scale.tracking.background import Background, Event, EventConsumer
 from clantune_scale.tracking.events import EventLog, read_events
 from clantune_scale.tracking.lifecycle import FAILED, FINISHED, KILLED, Lifecycle
 from clantune_scale.tracking.run_dir import create_run_dir
@@ -149,6 +149,6 @@ def _say(message: str) -> None:
     print(f"clan: {message}", file=sys.stderr, flush=True)
 
 
-def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> Recorder:
+def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> EventConsumer:
     settings = {"uri": uri, "experiment": config.experiment, "run_dir": str(run_dir.resolve()), "is_live": True}
     return Sender({**settings, "system_metrics": config.system_metrics})

@@ -12,7 +12,7 @@ from clantune_scale.errors import ClanError
 Event = dict[str, Any]
 
 
-class Recorder(Protocol):
+class EventConsumer(Protocol):
     """What consumes events, one after the other, on the background thread."""
 
     def record(self, event: Event) -> None:
@@ -35,7 +35,7 @@ class Background:
             slower than the run.
     """
 
-    def __init__(self, make_recorder: Callable[[], Recorder], *, capacity: int = 10_000) -> None:
+    def __init__(self, make_recorder: Callable[[], EventConsumer], *, capacity: int = 10_000) -> None:
         self._make_recorder = make_recorder
         self._capacity = capacity
         # SimpleQueue.put is reentrant: the SIGTERM handler may interrupt a put and put the last event itself.

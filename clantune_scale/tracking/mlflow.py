@@ -164,7 +164,7 @@ class MlflowRecorder:
 
     def _lost(self, event: Event) -> None:
         if self.parent is not None:
-            tags = {"clantune.epoch": str(event["epoch"]), "clantune.members_left": str(event["left"])}
+            tags = {"clantune.generation": str(event["generation"]), "clantune.members_left": str(event["left"])}
             self._log(self.parent, event, {}, tags)
 
     def _end(self, event: Event) -> None:

@@ -81,7 +81,7 @@ class Terminal:
         lost = "; ".join(f"member {member}: {what}" for member, what in event["members"].items()) or "no member is lost"
         left = ", ".join(map(str, event["left"]))
         return (
-            f"clan epoch {event['epoch']}: {lost}; goes on after {event['seconds']:.0f} s with members {left} "
+            f"clan generation {event['generation']}: {lost}; goes on after {event['seconds']:.0f} s with members {left} "
             f"(first seen by {event['reason']})",
         )
 
@@ -112,7 +112,7 @@ def _round_table(event: Event) -> list[list[str]]:
 
 
 def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(len, replica_group)) for replica_group in zip(*table, strict=True)]
     # Numbers to the right; the last column is a phrase.
     return [
         "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip()

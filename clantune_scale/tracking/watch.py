@@ -90,15 +90,15 @@ class _Follower:
 
     def _lines(self, file: BinaryIO) -> Iterator[Event]:
         """Events of one file, until nothing comes for too long or another file has taken its place."""
-        torn, number = b"", 0
+        incomplete, number = b"", 0
         while True:
             chunk = file.readline()
             # Without its end a line is still being written: the rest comes with a later look.
-            torn += chunk
-            if torn.endswith(b"\n"):
+            incomplete += chunk
+            if incomplete.endswith(b"\n"):
                 number += 1
-                event = self._parse(torn, number)
-                torn = b""
+                event = self._parse(incomplete, number)
+                incomplete = b""
                 if event is not None:
                     self.is_behind = file.tell() < os.fstat(file.fileno()).st_size
                     yield event

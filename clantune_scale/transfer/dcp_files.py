@@ -68,12 +68,12 @@ class DcpFilesTransport:
         try:
             if is_donor:
                 folder, said = self._save(tensors, route.place)
-            offer = route.column.gather_json(said)[route.chain[0]]
+            offer = route.replica_group.gather_json(said)[route.chain[0]]
             complaint = None if said is None else said["complaint"]
             if route.before is not None:
                 complaint = offer["complaint"] or self._load(tensors, offer)
             # The folder stays until all have read it.
-            route.column.gather_json(None)
+            route.replica_group.gather_json(None)
             return complaint
         finally:
             if folder is not None:

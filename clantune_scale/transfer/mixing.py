@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.transfer.state import MemberState
 
 
@@ -19,7 +19,7 @@ def averaged(state: MemberState) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def average_members(
-    state: MemberState, weights: Sequence[float], column: Column, group_for: Callable[[str], Any]
+    state: MemberState, weights: Sequence[float], replica_group: ReplicaGroup, group_for: Callable[[str], Any]
 ) -> None:
     """Every member's fp32 weights, and averaged weights where it keeps them, become the clan's weighted mean.
 
@@ -32,12 +32,12 @@ def average_members(
         column: this rank's control column.
         group_for: device type to the column's group on that device.
     """
-    weight = weights[column.member]
+    weight = weights[replica_group.member]
     for tensor in averaged(state):
         if weight:
             tensor.mul_(weight)
         else:
             tensor.zero_()
-        if column.size > 1:
+        if replica_group.size > 1:
             dist.all_reduce(tensor, group=group_for(tensor.device.type))
     state.refresh()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import DivergenceError
 from clantune_scale.transfer.state import MemberState
 
@@ -42,42 +42,42 @@ class Route:
     """
 
     donors: Sequence[int]
-    column: Column
+    replica_group: ReplicaGroup
     group_for: Callable[[str], Any]
     place: str = ""
 
     @property
     def chain(self) -> list[int]:
         """The members that this rank's bytes pass through, donor first."""
-        return chain_of(self.column.member, self.donors)
+        return chain_of(self.replica_group.member, self.donors)
 
     @property
     def before(self) -> int | None:
         """The member that this rank receives from; None on a donor."""
         chain = self.chain
-        index = chain.index(self.column.member)
+        index = chain.index(self.replica_group.member)
         return chain[index - 1] if index else None
 
     @property
     def after(self) -> int | None:
         """The member that this rank sends to; None at the end of a chain."""
         chain = self.chain
-        index = chain.index(self.column.member)
+        index = chain.index(self.replica_group.member)
         return chain[index + 1] if index + 1 < len(chain) else None
 
 
-def agree(state: MemberState, donors: Sequence[int], column: Column) -> None:
+def agree(state: MemberState, donors: Sequence[int], replica_group: ReplicaGroup) -> None:
     """Before a byte moves: the same plan and the same layout everywhere in the column.
 
     Raises:
         DivergenceError: if members ask for different transfers, or their states are laid out differently.
     """
-    plans = column.gather_json(list(donors))
+    plans = replica_group.gather_json(list(donors))
     if plans.count(plans[0]) != len(plans):
         raise DivergenceError(
             f"members ask for different transfers: {plans}, by member. This is a bug: please report it."
         )
-    difference = column.first_difference(state.manifest(), noun="tensors")
+    difference = replica_group.first_difference(state.manifest(), noun="tensors")
     if difference is not None:
         other, theirs, ours = difference
         raise DivergenceError(

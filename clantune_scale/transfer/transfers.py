@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clantune_scale.config.schema import TransferConfig
-from clantune_scale.distributed.groups import Column
+from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import TransferError
 from clantune_scale.transfer.mixing import average_members, averaged
 from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport, messages
@@ -58,20 +58,20 @@ class Transfers:
 
     def __init__(
         self,
-        column: Column,
+        replica_group: ReplicaGroup,
         group_for: Callable[[str], Any],
         *,
         transport: Transport | None = None,
-        inside: Callable[[], Column] | None = None,
+        inside: Callable[[], ReplicaGroup] | None = None,
         ranks: Sequence[int] | None = None,
         place: str = "",
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.transport = transport or PeerTransport(bucket_bytes=bucket_bytes)
-        self._column, self._group_for, self._inside = column, group_for, inside
-        self._ranks = list(ranks if ranks is not None else range(column.size))
+        self._replica_group, self._group_for, self._inside = replica_group, group_for, inside
+        self._ranks = list(ranks if ranks is not None else range(replica_group.size))
         self._place, self._bucket_bytes = place, bucket_bytes
-        self._torn: str | None = None
+        self._inconsistent: str | None = None
 
     @classmethod
     def of(cls, world: ClanWorld, groups: ClanGroups, config: TransferConfig, *, runs: Path) -> Transfers:
@@ -79,19 +79,19 @@ class Transfers:
         at, topology = world.at, world.topology
         size = topology.member_size
         return cls(
-            world.column,
-            groups.column_for,
+            world.replica_group,
+            groups.replica_group_for,
             transport=build(config, runs=runs),
-            inside=(lambda: Column(groups.member(), at.member_rank, size)) if size > 1 else None,
-            ranks=topology.column_ranks(at.rank),
+            inside=(lambda: ReplicaGroup(groups.member(), at.member_rank, size)) if size > 1 else None,
+            ranks=topology.replica_group_ranks(at.rank),
             place=f"pp{at.pp}.dp{at.dp}.tp{at.tp}",
             bucket_bytes=config.bucket_bytes,
         )
 
     @property
-    def is_torn(self) -> bool:
+    def is_inconsistent(self) -> bool:
         """Whether this rank's live state is partly another member's."""
-        return self._torn is not None
+        return self._inconsistent is not None
 
     def require_whole(self) -> None:
         """Called wherever a live state is read.
@@ -99,8 +99,8 @@ class Transfers:
         Raises:
             TransferError: if it is torn.
         """
-        if self._torn is not None:
-            raise TransferError(f"{self._torn}, and no transfer after that put it right. {_REMEDY}")
+        if self._inconsistent is not None:
+            raise TransferError(f"{self._inconsistent}, and no transfer after that put it right. {_REMEDY}")
 
     @torch.no_grad()
     def run(self, state: MemberState, donors: Sequence[int], *, round_index: int | None = None) -> TransferReport:
@@ -117,21 +117,23 @@ class Transfers:
         """
         start = time.perf_counter()
         self.require_whole()
-        agree(state, donors, self._column)
+        agree(state, donors, self._replica_group)
         if all(member == donor for member, donor in enumerate(donors)):
             return TransferReport(0, time.perf_counter() - start)
-        member, donor = self._column.member, donors[self._column.member]
+        member, donor = self._replica_group.member, donors[self._replica_group.member]
         when = f"round {round_index}: " if round_index is not None else ""
         if member != donor:
-            self._torn = f"{when}member {member} (rank {self._ranks[member]}) was receiving member {donor}'s state"
+            self._inconsistent = (
+                f"{when}member {member} (rank {self._ranks[member]}) was receiving member {donor}'s state"
+            )
         scalars, first, failed = self._move(state, donors)
-        torn = self._tell_the_member(failed)
-        if member != donor and member not in torn:
+        inconsistent = self._tell_the_member(failed)
+        if member != donor and member not in inconsistent:
             state.load_scalars(scalars[donor])
             state.refresh()
-            self._torn = None
-        if torn:
-            raise _error(when, torn, donors)
+            self._inconsistent = None
+        if inconsistent:
+            raise _error(when, inconsistent, donors)
         received = state.num_bytes if member != donor else 0
         return TransferReport(received, time.perf_counter() - start, num_retries=len(first))
 
@@ -148,17 +150,17 @@ class Transfers:
             TransferError: on all ranks, if members do not hold the same mean.
         """
         self.require_whole()
-        average_members(state, weights, self._column, self._group_for)
+        average_members(state, weights, self._replica_group, self._group_for)
         digests = [bytes_digest(tensor.reshape(-1).view(torch.uint8)) for tensor in averaged(state) if tensor.numel()]
-        said = self._column.gather_json(digests)
+        said = self._replica_group.gather_json(digests)
         # Which of two is right nobody can tell: whoever is not as most are is named.
         usual = max(said, key=said.count)
         failed = {member: "its mean is not the others'" for member, one in enumerate(said) if one != usual}
-        torn = self._tell_the_member(failed)
-        if torn:
+        inconsistent = self._tell_the_member(failed)
+        if inconsistent:
             when = f"round {round_index}: " if round_index is not None else ""
-            self._torn = f"{when}members {sorted(torn)} did not get the clan's mean"
-            raise TransferError(f"{self._torn}: {sorted(torn.values())}. {_REMEDY}")
+            self._inconsistent = f"{when}members {sorted(inconsistent)} did not get the clan's mean"
+            raise TransferError(f"{self._inconsistent}: {sorted(inconsistent.values())}. {_REMEDY}")
 
     def _move(
         self, state: MemberState, donors: Sequence[int]
@@ -173,11 +175,11 @@ class Transfers:
 
     def _attempt(self, state: MemberState, donors: Sequence[int]) -> tuple[list[dict[str, Any]], dict[int, str]]:
         """Moves once and compares; what each member said, and by failed member what was wrong."""
-        route = Route(donors, self._column, self._group_for, self._place)
+        route = Route(donors, self._replica_group, self._group_for, self._place)
         complaint = self.transport.move(state, route)
         digests = self._digests(state) if len(route.chain) > 1 else []
-        scalars = state.scalars if donors[self._column.member] == self._column.member else None
-        said = self._column.gather_json({"complaint": complaint, "digests": digests, "scalars": scalars})
+        scalars = state.scalars if donors[self._replica_group.member] == self._replica_group.member else None
+        said = self._replica_group.gather_json({"complaint": complaint, "digests": digests, "scalars": scalars})
         failed = {}
         for member, donor in enumerate(donors):
             if member != donor and (wrong := _difference(said[donor], said[member])) is not None:
@@ -198,22 +200,22 @@ class Transfers:
         """
         mine = [[member, self._ranks[member], wrong] for member, wrong in failed.items()]
         everyone = self._inside().gather_json(mine) if self._inside is not None else [mine]
-        torn: dict[int, tuple[int, str]] = {}
+        inconsistent: dict[int, tuple[int, str]] = {}
         for member, rank, wrong in (entry for said in everyone for entry in said):
-            torn.setdefault(member, (rank, wrong))
-        return torn
+            inconsistent.setdefault(member, (rank, wrong))
+        return inconsistent
 
 
 def transfer(
     state: MemberState,
     donors: Sequence[int],
-    column: Column,
+    replica_group: ReplicaGroup,
     group_for: Callable[[str], Any],
     *,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> TransferReport:
     """One transfer from peer to peer, outside a clan; see :meth:`Transfers.run`."""
-    return Transfers(column, group_for, bucket_bytes=bucket_bytes).run(state, donors)
+    return Transfers(replica_group, group_for, bucket_bytes=bucket_bytes).run(state, donors)
 
 
 _REMEDY = (
@@ -233,11 +235,11 @@ def _difference(sent: Mapping[str, Any], received: Mapping[str, Any]) -> str | N
     return f"buckets {wrong[:8]} of {len(ours)} differ from what was sent"
 
 
-def _error(when: str, torn: Mapping[int, tuple[int, str]], donors: Sequence[int]) -> TransferError:
+def _error(when: str, inconsistent: Mapping[int, tuple[int, str]], donors: Sequence[int]) -> TransferError:
     parts = [
         f"member {member} (rank {rank}) did not get member {donors[member]}'s state in two attempts ({wrong})"
-        for member, (rank, wrong) in sorted(torn.items())
+        for member, (rank, wrong) in sorted(inconsistent.items())
     ]
     error = TransferError(f"{when}{'; '.join(parts)}. Its state is torn. {_REMEDY}")
-    error.members = tuple(sorted(torn))
+    error.members = tuple(sorted(inconsistent))
     return error

@@ -34,7 +34,7 @@ class Sharded(Whole):
 
     def __init__(self, mpu: Mpu, seed: int = 0) -> None:
         super().__init__(seed)
-        self.up, self.down = Column(self.up, mpu), Row(self.down, mpu)
+        self.up, self.down = ReplicaGroup(self.up, mpu), Row(self.down, mpu)
 
 
 class Mpu:
@@ -117,7 +117,7 @@ def _shard(whole: nn.Parameter, dimension: int, mpu: Mpu) -> nn.Parameter:
     return shard
 
 
-class Column(nn.Module):
+class ReplicaGroup(nn.Module):
     """A linear layer whose outputs are sharded."""
 
     def __init__(self, whole: nn.Linear, mpu: Mpu) -> None:

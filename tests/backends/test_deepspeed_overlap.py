@@ -22,7 +22,7 @@ def _trace(rank: int, config: dict) -> list[tuple[str, Any]]:
     engine.backward(engine(*batch(0, 0, rank)))
     engine.step()
     events: list[tuple[str, Any]] = []
-    across = {groups.gradient((0, 1)), groups.column((0, 1))}
+    across = {groups.gradient((0, 1)), groups.replica_group((0, 1))}
     all_reduce = dist.all_reduce
 
     def all_reduce_traced(tensor: Any, *args: Any, **kwargs: Any) -> Any:

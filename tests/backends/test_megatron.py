@@ -277,5 +277,5 @@ def _gated(tp: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_the_halves_of_a_gated_layer_are_joined_one_by_one():
-    for column in run_ranks(2, _gated, 2, preload=family.PRELOAD):
-        assert torch.equal(column, torch.arange(len(column), dtype=column.dtype))
+    for replica_group in run_ranks(2, _gated, 2, preload=family.PRELOAD):
+        assert torch.equal(replica_group, torch.arange(len(replica_group), dtype=replica_group.dtype))

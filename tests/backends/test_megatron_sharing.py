@@ -98,7 +98,7 @@ def _shared(setup: Setup, forms: dict[str, dict], team_of: dict[int, tuple[int, 
         probe.is_active = True
         seen = _gradients(asked, model, joined.at.rank)
         parts = [torch.empty_like(own) for _ in team]
-        dist.all_gather(parts, own, group=groups.column(team))
+        dist.all_gather(parts, own, group=groups.replica_group(team))
         mean = torch.stack(parts).mean(0)
         backend.detach()
         team = team_of[joined.member]

@@ -82,8 +82,12 @@ def standing(engine: Any, losses: list[float]) -> dict[str, Any]:
         "counters": clan.backend.counters(),
         "rates": [group["lr"], clan.learning_rate(clan.phases.position.step)],
         "last_losses": losses[-2:],
-        "kept": None if clan.kept is None else [tensor.sum().item() for _, tensor in clan.kept.tensors],
-        "aside": None if clan.aside is None else [tensor.sum().item() for _, tensor in clan.aside.tensors],
+        "kept": None
+        if clan.rollback_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.rollback_snapshot.tensors],
+        "aside": None
+        if clan.phase_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.phase_snapshot.tensors],
         "samples": clan.recorder.samples,
     }
 

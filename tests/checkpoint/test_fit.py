@@ -130,7 +130,7 @@ def test_another_number_of_members_goes_on(before, after, strategy, tmp_path):
 
 
 def test_every_setting_has_a_name_that_can_be_allowed():
-    named = set(get_args(Difference)) - {"topology", "batch", "optimizer", "parameters", "finite_vote"}
+    named = set(get_args(Difference)) - {"topology", "batch", "optimizer", "parameters", "nonfinite_mask"}
     assert named == set(ClanConfig.model_fields) - set(fit._WITHOUT_EFFECT)
     with pytest.raises(ValueError, match="checkpoint.allow"):
         ClanConfig(population_size=2, checkpoint={"allow": ["populaton_size"]})

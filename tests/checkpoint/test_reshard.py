@@ -9,7 +9,7 @@ import torch
 
 from clantune_scale.checkpoint.capture import pieces_of
 from clantune_scale.checkpoint.reshard import saved_places
-from clantune_scale.core.strategies.clan.strategy import Clan
+from clantune_scale.core.strategies.clan.strategy import ClanStrategy
 from clantune_scale.distributed.topology import Topology
 from tests.backends.small_runs import ds_config, flat_weights, in_member_worlds
 from tests.checkpoint.runs import leave, named, resumed, seed
@@ -25,7 +25,7 @@ def _stretches(clan):
     state = clan.state()
     return {
         prefix + key: (first, tensors[name].detach().float().flatten()[offset : offset + length].clone())
-        for prefix, tensors in (("", dict(state.tensors)), ("kept/", dict(clan.kept.tensors)))
+        for prefix, tensors in (("", dict(state.tensors)), ("kept/", dict(clan.rollback_snapshot.tensors)))
         for name, pieces in pieces_of(state).items()
         for key, first, offset, length in pieces
     }
@@ -53,11 +53,11 @@ def _values(rank, config, num_steps, more):
     return found, losses[-1:]
 
 
-class Unkept(Clan):
+class Unkept(ClanStrategy):
     """After the freeze nothing is a state to go back to."""
 
     def idle(self, population):
-        return replace(super().idle(population), keeps=False)
+        return replace(super().idle(population), takes_snapshot=False)
 
 
 FEW = ((1, 2, 1, 20), (3, 1, 2, 40))

@@ -67,9 +67,9 @@ def _committed_on_the_way(rank, config):
     rounds._made._attempt.thread.join()
     folder = rounds.run_dir / manifest.FOLDER
     before = manifest.committed(folder)
-    engine.clan.world.column.gather_json(None)
+    engine.clan.world.replica_group.gather_json(None)
     train(engine, loader, 8)
-    engine.clan.world.column.gather_json(None)
+    engine.clan.world.replica_group.gather_json(None)
     found = before, manifest.committed(folder)
     engine.clan.finish()
     return found

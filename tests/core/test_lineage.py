@@ -79,10 +79,10 @@ def test_a_record_is_made_of_what_a_round_ends_with():
     plan = RoundPlan(0, 0, PHASES)
     genomes = (Genome({}), Genome({}))
     fitness = Fitness.from_losses(np.array([[1.0, 2.0], [math.nan, 1.0]]))
-    made = RoundRecord.of(plan, genomes, fitness, Decision(Population(genomes), (0, 0), average=(1.0, 0.0)))
+    made = RoundRecord.of(plan, genomes, fitness, Decision(Population(genomes), (0, 0), mixing_weights=(1.0, 0.0)))
     assert (made.losses, made.donors, made.end_step, made.average) == ((1.5, None), (0, 0), 10, (1.0, 0.0))
     assert made.kept and not made.restored
-    back = RoundRecord.of(plan, genomes, fitness, Decision(Population(genomes), (0, 1), restore=True))
+    back = RoundRecord.of(plan, genomes, fitness, Decision(Population(genomes), (0, 1), rolls_back=True))
     assert back.restored and not back.kept
 
 

@@ -67,9 +67,9 @@ class FakeColumn:
 def seen_by(phases: list[tuple[PhaseKind, list]]) -> list:
     """What a watch reports of these phases' first batches."""
     recorded: list = []
-    column = FakeColumn([])
-    column.gather_json = lambda value: recorded.extend(value) or [value, value]
-    watch = BatchWatch(column)
+    replica_group = FakeColumn([])
+    replica_group.gather_json = lambda value: recorded.extend(value) or [value, value]
+    watch = BatchWatch(replica_group)
     for kind, args in phases:
         watch.begin(Phase(kind, 1))
         watch.on_batch(*args)
@@ -136,7 +136,7 @@ def test_only_the_first_batch_of_a_phase_counts_and_each_complaint_is_made_once(
 
 def _watch_in_column():
     clan = world.join(3, timeout_s=30)
-    watch = BatchWatch(clan.column)
+    watch = BatchWatch(clan.replica_group)
     said = []
     for mine in ((0.0, 1.0, 2.0), (0.0, 5.0, 5.0)):
         watch.begin(Phase(COOPERATE, 1))

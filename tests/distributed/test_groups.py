@@ -16,7 +16,7 @@ def _meet_again():
         total = torch.tensor([float(10**attempt * (clan.member + 1))])
         dist.all_reduce(total, group=group)
         sums.append(total.item())
-        clan.column.gather_json(None)
+        clan.replica_group.gather_json(None)
     return sums
 
 

@@ -27,7 +27,7 @@ with open(f"{sys.argv[1]}/{clan.at.rank}.json", "w") as file:
     json.dump([clan.member, dist.get_rank(), dist.get_world_size(), total.item()], file)
 dist.barrier()
 dist.destroy_process_group()
-clan.column.gather_json(None)
+clan.replica_group.gather_json(None)
 """
 
 

@@ -42,7 +42,7 @@ def _check_parameters(kinds):
         said = ""
     except DivergenceError as error:
         said = str(error)
-    clan.column.gather_json(None)
+    clan.replica_group.gather_json(None)
     return said
 
 

@@ -71,7 +71,7 @@ def _ports_of_a_clan() -> list[tuple[int, set[str]]]:
     launcher = int(os.environ["MASTER_PORT"])
     clan = world.join(2, timeout_s=30)
     found = [(port, listening_at(port)) for port in (launcher, int(os.environ["MASTER_PORT"]))]
-    clan.column.gather_json(None)
+    clan.replica_group.gather_json(None)
     return found
 
 

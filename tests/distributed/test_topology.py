@@ -11,7 +11,7 @@ def test_members_are_contiguous_and_columns_cross_them():
     topology = Topology.from_world(8, population_size=2)
     assert topology.dp == 4
     assert topology.member_ranks(1) == [4, 5, 6, 7]
-    assert topology.column_ranks(6) == [2, 6]
+    assert topology.replica_group_ranks(6) == [2, 6]
     assert topology.gradient_ranks(3) == list(range(8))
 
 
@@ -33,9 +33,9 @@ def test_a_clan_of_16384_ranks_is_laid_out_without_processes():
     start = time.perf_counter()
     topology = Topology.from_world(16_384, population_size=64, pp=8, tp=8)
     groups = {tuple(topology.gradient_ranks(rank)) for rank in range(0, 16_384, 97)}
-    columns = {tuple(topology.column_ranks(rank)) for rank in range(256)}
+    replica_groups = {tuple(topology.replica_group_ranks(rank)) for rank in range(256)}
     assert all(len(group) == 64 * topology.dp for group in groups)
-    assert sorted(itertools.chain(*columns)) == list(range(16_384))
+    assert sorted(itertools.chain(*replica_groups)) == list(range(16_384))
     assert time.perf_counter() - start < 20
 
 

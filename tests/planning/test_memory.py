@@ -30,7 +30,7 @@ def test_shards_of_each_stage(stage, width, expected):
 
 
 def test_the_clan_shards_over_a_member_and_keeps_an_average_and_copies():
-    job = replace(JOB, averages=True, guards=True)
+    job = replace(JOB, uses_ema=True, guards=True)
     memory, plain = rank_memory(job, rolls_back=True), rank_memory(job.without_clan())
     # 440 over 2 ranks; 448, padded to a multiple of 16, over 8.
     assert (memory.moments, plain.moments) == (220 * 8, 56 * 8)

@@ -94,7 +94,7 @@ def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
         at_end += [clone] * is_donor + refresh * receives
         assert found["cooperative_last_round_end"] == _elements(at_end)
         assert found["state_bytes"] == state_bytes(job)
-        assert rank_memory(job).host == found["kept_bytes"] and found["averages"] is job.averages is True
+        assert rank_memory(job).host == found["kept_bytes"] and found["averages"] is job.uses_ema is True
     assert any(found["donors"][-1] != (0, 1) for found in results), "nobody was cloned, and nothing was seen of it"
 
 

@@ -16,7 +16,7 @@ from tests.small_references import DROPOUT, LR, SAMPLES, clan_of, network, squar
 NUM_STEPS = 100
 EVAL_BATCHES = 3
 DS = {"train_micro_batch_size_per_gpu": SAMPLES}
-RACE = {"name": "clan", "options": {"race_cost": 0.6}}
+RACE = {"name": "clan", "options": {"trial_cost": 0.6}}
 
 
 def _block(strategy, population_size: int, total_steps: int | None) -> ClanConfig:

@@ -14,7 +14,7 @@ from clantune_scale.errors import ClanError
 from clantune_scale.results import weight_files
 
 
-class Meeting:
+class Rendezvous:
     """Gathers between threads, as ranks do."""
 
     def __init__(self, size: int) -> None:
@@ -32,7 +32,7 @@ class Meeting:
 
 def _write(folder, parts, max_bytes=1 << 30, stem="model"):
     """Writes from as many ranks as there are parts."""
-    meeting = Meeting(len(parts))
+    meeting = Rendezvous(len(parts))
 
     def rank(place):
         return weight_files.write(

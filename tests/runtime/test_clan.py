@@ -137,7 +137,7 @@ def test_a_cooperative_step_posts_the_collectives_of_plain_data_parallelism(stag
 def test_without_the_finite_vote_the_collectives_are_those_of_plain_data_parallelism(tmp_path):
     config = ds_config(1, clip=0.5)
     flat = run_ranks(2, in_member_worlds, _count_flat_collectives, config, 3)
-    block = clan_config(tmp_path, config, faults={"finite_vote": False})
+    block = clan_config(tmp_path, config, faults={"nonfinite_mask": False})
     assert run_ranks(4, in_member_worlds, _count_collectives, block, 3)[0][1:] == flat[0][1:]
 
 
@@ -215,6 +215,6 @@ def test_a_member_with_a_bad_batch_is_left_out_of_one_mean_and_takes_a_strike(st
 
 
 def test_without_the_vote_a_bad_batch_reaches_everyone(tmp_path):
-    block = clan_config(tmp_path, ds_config(0), strategy="classic", faults={"finite_vote": False})
+    block = clan_config(tmp_path, ds_config(0), strategy="classic", faults={"nonfinite_mask": False})
     with pytest.raises(RankError, match="none of the 2 members has a finite validation loss"):
         run_ranks(2, in_member_worlds, _with_a_bad_batch, block, 5, 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clantune_scale.runtime.diagnostics import Figures
+from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.ranks import run_ranks
@@ -85,11 +85,11 @@ def test_a_members_training_loss_is_the_mean_over_its_ranks_and_the_rounds_micro
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sharded_gradients_give_the_figures_of_whole_ones(stage, tmp_path):
-    def figures(stage, name):
+    def diagnostics(stage, name):
         config = clan_config(tmp_path / name, ds_config(stage, clip=0.5), genes={"lr": {"step_size": 0.5}})
         return _rounds(run_ranks(4, in_member_worlds, _train, config, 5)[0])[0]["members"]
 
-    for whole, sharded in zip(figures(0, "whole"), figures(stage, "sharded"), strict=True):
+    for whole, sharded in zip(diagnostics(0, "whole"), diagnostics(stage, "sharded"), strict=True):
         for name in ("alignment", "drift", "gradient_norm"):
             # AdamW turns the last bit of a gradient into 1e-6 of a weight; drift is a difference of such weights.
             assert sharded[name] == pytest.approx(whole[name], rel=1e-3)
@@ -98,7 +98,7 @@ def test_sharded_gradients_give_the_figures_of_whole_ones(stage, tmp_path):
 def test_a_straggler_is_named_from_half_as_long_again():
     def straggler(*seconds):
         nothing = np.zeros(len(seconds))
-        return Figures(*[nothing] * 5, evaluation_s=np.array(seconds), training_loss=nothing).straggler
+        return Diagnostics(*[nothing] * 5, evaluation_s=np.array(seconds), training_loss=nothing).straggler
 
     assert straggler(1.0, 1.1, 1.6, 1.0) == {"member": 2, "seconds": 1.6, "median_s": pytest.approx(1.05)}
     assert straggler(1.0, 1.1, 1.4, 1.0) is None
@@ -107,10 +107,13 @@ def test_a_straggler_is_named_from_half_as_long_again():
 
 def test_what_a_member_does_not_have_is_none():
     missing = np.array([math.nan, 2.0])
-    figures = Figures(
-        *[missing] * 4, strikes=np.array([0.0, 3.0]), evaluation_s=np.ones(2), training_loss=np.array([1.0, math.nan])
+    diagnostics = Diagnostics(
+        *[missing] * 4,
+        nonfinite_counts=np.array([0.0, 3.0]),
+        evaluation_s=np.ones(2),
+        training_loss=np.array([1.0, math.nan]),
     )
     nothing = {"gradient_norm": None, "drift": None, "alignment": None}
-    assert figures.of(0) == {**nothing, "training_loss": 1.0, "strikes": 0}
-    assert figures.of(1) == {**dict.fromkeys(nothing, 2.0), "training_loss": None, "strikes": 3}
-    assert figures.clan_training_loss is None
+    assert diagnostics.of(0) == {**nothing, "training_loss": 1.0, "strikes": 0}
+    assert diagnostics.of(1) == {**dict.fromkeys(nothing, 2.0), "training_loss": None, "strikes": 3}
+    assert diagnostics.clan_training_loss is None

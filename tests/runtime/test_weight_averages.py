@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clantune_scale.runtime.weight_averages import AveragedWeights
+from clantune_scale.runtime.weight_averages import WeightEma
 from tests.backends.small_runs import batch, ds_config, flat_weights, in_member_worlds, member_engine, train_step
 from tests.ranks import run_ranks
 
@@ -23,45 +23,45 @@ def walk(masters: list[torch.Tensor], step: int) -> None:
 @pytest.mark.parametrize("window", [1, 4, 1000])
 def test_the_average_follows_its_formula(window):
     masters = masters_of(0)
-    averages = AveragedWeights(lambda: masters, lambda: None)
+    uses_ema = WeightEma(lambda: masters, lambda: None)
     expected = [master.double() for master in masters]
     for step in range(1, 13):
         walk(masters, step)
-        averages.update(step, window)
+        uses_ema.update(step, window)
         # The window grows with the run, as 0.9 of its steps, and is never shorter than one.
         weight = 1.0 / max(1.0, min(0.9 * step, window))
         expected = [(1 - weight) * e + weight * master.double() for e, master in zip(expected, masters, strict=True)]
-        for average, e in zip(averages.tensors, expected, strict=True):
+        for average, e in zip(uses_ema.tensors, expected, strict=True):
             # Twelve float32 roundings of numbers up to 10.
             assert (average.double() - e).abs().max() < 1e-5
     if window == 1:
-        assert all(torch.equal(a, master) for a, master in zip(averages.tensors, masters, strict=True))
+        assert all(torch.equal(a, master) for a, master in zip(uses_ema.tensors, masters, strict=True))
     else:
-        assert (averages.tensors[0] - masters[0]).abs().max() > 0.1
+        assert (uses_ema.tensors[0] - masters[0]).abs().max() > 0.1
 
 
 def test_restart_takes_the_present_weights_as_copies():
     masters = masters_of(0)
-    averages = AveragedWeights(lambda: masters, lambda: None)
+    uses_ema = WeightEma(lambda: masters, lambda: None)
     walk(masters, 1)
-    averages.restart()
-    assert all(torch.equal(average, master) for average, master in zip(averages.tensors, masters, strict=True))
+    uses_ema.restart()
+    assert all(torch.equal(average, master) for average, master in zip(uses_ema.tensors, masters, strict=True))
     walk(masters, 2)
-    assert not torch.equal(averages.tensors[0], masters[0])
+    assert not torch.equal(uses_ema.tensors[0], masters[0])
 
 
 def test_the_swap_is_exact_and_refreshes_both_times():
     masters = masters_of(0)
     refreshed = []
-    averages = AveragedWeights(lambda: masters, lambda: refreshed.append(masters[0].clone()))
+    uses_ema = WeightEma(lambda: masters, lambda: refreshed.append(masters[0].clone()))
     walk(masters, 1)
     # What arithmetic would lose: a sum and difference of these does not come back.
     masters[0][0] = torch.tensor([1e30, 1e-30, float("nan")])
-    own, average = [m.clone() for m in masters], [t.clone() for t in averages.tensors]
-    with pytest.raises(ZeroDivisionError), averages.in_place_of_weights():
+    own, average = [m.clone() for m in masters], [t.clone() for t in uses_ema.tensors]
+    with pytest.raises(ZeroDivisionError), uses_ema.in_place_of_weights():
         assert all(torch.equal(m, a) for m, a in zip(masters, average, strict=True))
         raise ZeroDivisionError
-    for tensors, kept in ((masters, own), (averages.tensors, average)):
+    for tensors, kept in ((masters, own), (uses_ema.tensors, average)):
         assert all(torch.equal(t.nan_to_num(7.0), k.nan_to_num(7.0)) for t, k in zip(tensors, kept, strict=True))
     assert len(refreshed) == 2 and torch.equal(refreshed[0], average[0])
 
@@ -75,12 +75,12 @@ def _swap_in_engine(rank, config):
             loss = engine(*batch(99, 0, 0)).item()
         return loss, flat_weights(engine), {k: v.clone() for k, v in (backend.full_weights() or {}).items()}
 
-    averages = AveragedWeights(backend.masters, backend.refresh)
+    uses_ema = WeightEma(backend.masters, backend.refresh)
     before = look()
     for step in range(3):
         train_step(engine, step, rank)
     trained = look()
-    with averages.in_place_of_weights():
+    with uses_ema.in_place_of_weights():
         inside = look()
     after = look()
     train_step(engine, 3, rank)

@@ -44,7 +44,7 @@ def make_transfers(transport: str, directory: str, population_size: int, bucket_
 
 
 def _leave_together(result: Any) -> Any:
-    world.current().column.gather_json(None)
+    world.current().replica_group.gather_json(None)
     return result
 
 
@@ -58,7 +58,7 @@ def _clone(transfers: Transfers) -> tuple:
     state, done = make_state(10.0 + member)
     report = transfers.run(state, DONORS)
     exact = _same_bits(state, make_state(10.0 + DONORS[member])[0])
-    return exact, done, report.received_bytes, report.num_retries, state.num_bytes, transfers.is_torn
+    return exact, done, report.received_bytes, report.num_retries, state.num_bytes, transfers.is_inconsistent
 
 
 class Damage:
@@ -90,7 +90,7 @@ def _damaged(transfers: Transfers, donors: list[int], member_rank: int, kind: st
         damage = Damage(kind, times)
 
         def damage_and_look(number: int, received: torch.Tensor) -> None:
-            seen.append(transfers.is_torn)
+            seen.append(transfers.is_inconsistent)
             damage(number, received)
 
         transfers.transport.on_received = damage_and_look
@@ -107,7 +107,7 @@ def _damaged(transfers: Transfers, donors: list[int], member_rank: int, kind: st
     except TransferError as raised:
         later = str(raised)
     retries = report.num_retries if report is not None else None
-    return exact, done, retries, error, later, seen, transfers.is_torn
+    return exact, done, retries, error, later, seen, transfers.is_inconsistent
 
 
 def _three_transfers(transport, directory):
@@ -132,9 +132,9 @@ def transferred(request, tmp_path_factory):
 
 def test_several_clones_of_one_donor_go_down_a_chain_in_any_order_of_members(transferred):
     _, results = transferred
-    for member, ((exact, done, received, retries, num_bytes, is_torn), *_) in enumerate(results):
+    for member, ((exact, done, received, retries, num_bytes, is_inconsistent), *_) in enumerate(results):
         moved = DONORS[member] != member
-        assert exact and not is_torn and retries == 0
+        assert exact and not is_inconsistent and retries == 0
         assert done == ([{"optimizer": {"count": 12.0}, "schedule": None}, "refreshed"] * moved)
         assert received == num_bytes * moved
 
@@ -143,8 +143,8 @@ def test_several_clones_of_one_donor_go_down_a_chain_in_any_order_of_members(tra
 def test_what_arrived_wrong_once_is_sent_again(transferred, attempt):
     transport, results = transferred
     for member, result in enumerate(results):
-        exact, done, retries, error, later, seen, is_torn = result[attempt]
-        assert exact and error is None and later is None and not is_torn
+        exact, done, retries, error, later, seen, is_inconsistent = result[attempt]
+        assert exact and error is None and later is None and not is_inconsistent
         # From peer to peer the broken bucket was passed on before anyone looked at it.
         assert retries == (2 if transport == "peer" else 1)
         assert len(done) == (2 if member in (1, 2) else 0)
@@ -160,14 +160,14 @@ def _damaged_twice(transport, directory):
 def test_what_arrives_wrong_twice_ends_the_transfer_on_all_ranks_and_the_mark_stays(transport, tmp_path):
     # Four ranks, two a member; the second rank of member 1 never gets what was sent, the first always does.
     results = run_ranks(4, _damaged_twice, transport, str(tmp_path))
-    for rank, (_, done, _, error, later, _, is_torn) in enumerate(results):
+    for rank, (_, done, _, error, later, _, is_inconsistent) in enumerate(results):
         message, members = error
         assert message.startswith(
             "round 3: member 1 (rank 3) did not get member 0's state in two attempts (buckets [0, "
         )
         assert "Resume the run from its last committed round" in message and members == (1,)
-        assert done == [] and is_torn == (rank >= 2)
-        assert (later is not None) == is_torn
+        assert done == [] and is_inconsistent == (rank >= 2)
+        assert (later is not None) == is_inconsistent
     assert "round 3: member 1 (rank 2) was receiving member 0's state" in results[2][4]
     assert not list(tmp_path.iterdir())
 
@@ -191,13 +191,13 @@ def _broken_by_an_exception(directory: str) -> tuple[str | None, bool, bool]:
         transfers.run(state, [0, 0])
     except RuntimeError as raised:
         said = str(raised)
-    was_torn = transfers.is_torn
+    was_torn = transfers.is_inconsistent
     if was_torn:
         with pytest.raises(TransferError, match="was receiving member 0's state, and no transfer after that"):
             transfers.run(state, [0, 0])
         transfers = make_transfers("peer", directory, 2)
     transfers.run(make_state(1.0)[0], [0, 0])
-    return _leave_together((said, was_torn, transfers.is_torn))
+    return _leave_together((said, was_torn, transfers.is_inconsistent))
 
 
 def test_a_state_is_torn_until_all_of_it_is_in_place_and_not_given_away_before(tmp_path):

@@ -87,8 +87,8 @@ def _move(states: list[MemberState]) -> tuple[list[str | None], dict]:
     lines = {(a, b): queue.Queue() for a in range(len(states)) for b in range(len(states))}
 
     def move(member):
-        column = SimpleNamespace(member=member)
-        route = Route([0] * len(states), column, lambda device: Wire(lines, member), "pp0")
+        replica_group = SimpleNamespace(member=member)
+        route = Route([0] * len(states), replica_group, lambda device: Wire(lines, member), "pp0")
         return DcpPeerTransport(bucket_bytes=64).move(states[member], route)
 
     with ThreadPoolExecutor(len(states)) as pool:

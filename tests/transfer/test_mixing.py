@@ -22,7 +22,7 @@ def _train_apart_then_average(rank, config, weights, broken):
         backend.masters()[0].data.fill_(float("nan"))
     before = flat_weights(backend.engine)
     moments = [tensor.clone() for name, tensor in backend.state().tensors if name.startswith("optimizer.")]
-    average_members(backend.state(), weights, clan.column, ClanGroups(clan, "cpu").column_for)
+    average_members(backend.state(), weights, clan.replica_group, ClanGroups(clan, "cpu").replica_group_for)
     kept = [tensor for name, tensor in backend.state().tensors if name.startswith("optimizer.")]
     computed = torch.cat([parameter.detach().float().flatten() for parameter in backend.module.parameters()])
     return before, flat_weights(backend.engine), computed, all(map(torch.equal, moments, kept))
@@ -54,7 +54,7 @@ def _average_with_a_fault(is_struck: bool) -> tuple[float, str | None, str | Non
     """A mean of three members whose sum one of them does not get right; what is said then and afterwards."""
     world.join(3)
     clan = world.current()
-    transfers = Transfers(clan.column, ClanGroups(clan, "cpu").column_for, inside=None)
+    transfers = Transfers(clan.replica_group, ClanGroups(clan, "cpu").replica_group_for, inside=None)
     weight = torch.full((5,), float(clan.member))
     state = MemberState([("master.0", weight)], {}, load_scalars=lambda scalars: None, refresh=lambda: None)
     reduce = dist.all_reduce
@@ -71,7 +71,7 @@ def _average_with_a_fault(is_struck: bool) -> tuple[float, str | None, str | Non
             said.append(None)
         except TransferError as error:
             said.append(str(error))
-    clan.column.gather_json(None)
+    clan.replica_group.gather_json(None)
     return (float(weight[0]), *said)
 
 

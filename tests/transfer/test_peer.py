@@ -9,7 +9,7 @@ import torch
 
 from clantune_scale.distributed import world
 from clantune_scale.distributed.world import ClanGroups
-from clantune_scale.runtime.weight_averages import AveragedWeights
+from clantune_scale.runtime.weight_averages import WeightEma
 from clantune_scale.transfer import MemberState, Snapshot, transfer
 from clantune_scale.transfer.state import bytes_digest, state_digest
 from tests.backends.small_runs import batch, ds_config, flat_weights, in_member_worlds, member_engine
@@ -30,13 +30,13 @@ def _clone_then_train(rank, config):
     clan, backend = member_engine(config, 2)
     groups, engine = ClanGroups(clan, "cpu"), backend.engine
     member_rank = clan.at.member_rank
-    averages = AveragedWeights(backend.masters, backend.refresh)
+    uses_ema = WeightEma(backend.masters, backend.refresh)
     _train(engine, range(3), rank, lr=1e-2 * (1 + clan.member))
-    averages.update(3, 5)
+    uses_ema.update(3, 5)
     state = backend.state()
-    state.tensors += [(f"average.{i}", tensor) for i, tensor in enumerate(averages.tensors)]
+    state.tensors += [(f"average.{i}", tensor) for i, tensor in enumerate(uses_ema.tensors)]
     before, before_digest = flat_weights(engine), state_digest(state)
-    report = transfer(state, [1, 1], clan.column, groups.column_for, bucket_bytes=1000)
+    report = transfer(state, [1, 1], clan.replica_group, groups.replica_group_for, bucket_bytes=1000)
     cloned, cloned_digest = flat_weights(engine), state_digest(state)
     _train(engine, range(3, 7), member_rank, lr=5e-3)
     return before, before_digest, cloned, cloned_digest, flat_weights(engine), report.received_bytes, state.num_bytes
@@ -65,7 +65,7 @@ def test_a_clone_trains_on_exactly_as_its_donor(stage, dtype):
 
 def _run_alone(function, *args):
     result = function(0, *args)
-    world.current().column.gather_json(None)
+    world.current().replica_group.gather_json(None)
     return result
 
 
@@ -93,7 +93,7 @@ def _corrupt_on_arrival(rank):
         def wait(self):
             return None
 
-    transfer(state, [0, 0], clan.column, lambda device: Flipping(groups.column_for(device)))
+    transfer(state, [0, 0], clan.replica_group, lambda device: Flipping(groups.replica_group_for(device)))
 
 
 def test_one_flipped_bit_on_the_way_is_found():
@@ -106,7 +106,7 @@ def test_one_flipped_bit_on_the_way_is_found():
 def _different_layouts(rank):
     clan = world.join(2, timeout_s=30)
     state = MemberState([("a", torch.zeros(4 + clan.member))], {"optimizer": {}}, lambda s: None, lambda: None)
-    transfer(state, [0, 0], clan.column, ClanGroups(clan, "cpu").column_for)
+    transfer(state, [0, 0], clan.replica_group, ClanGroups(clan, "cpu").replica_group_for)
 
 
 def test_states_that_are_laid_out_differently_are_refused_before_a_byte_moves():

@@ -12,11 +12,11 @@ import torch
 
 from clantune_scale.backends.deepspeed import sharing, weights
 from clantune_scale.backends.deepspeed import state as training_state
-from clantune_scale.backends.deepspeed.place import Place, place_of
+from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
-from clantune_scale.gradients.hooks import Sharing, replace_method
+from clantune_scale.gradients.hooks import GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.validation_window import loss_of
@@ -39,7 +39,7 @@ class DeepSpeedBackend:
         _refuse_unsupported(engine)
 
     @cached_property
-    def place(self) -> Place:
+    def place(self) -> MemberCoordinates:
         """This rank's coordinates in the member."""
         return place_of(self.engine)
 
@@ -130,7 +130,7 @@ class DeepSpeedBackend:
     ) -> None:
         """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
-        self._undo += sharing.share(self.engine, Sharing(team, groups, probe))
+        self._undo += sharing.share(self.engine, GradientSharing(team, groups, probe))
         self._undo.append(self._show_norm(probe))
 
     def _show_norm(self, probe: GradientProbe) -> Callable[[], None]:

@@ -58,7 +58,7 @@ def degrees_of(model: Any, mpu: Any, ds_config: Mapping[str, Any]) -> Degrees:
 
 
 @dataclass(frozen=True)
-class Place:
+class MemberCoordinates:
     """A rank's coordinates in its member and its tensor group; None for the group where there is no sharding."""
 
     pp_rank: int
@@ -70,11 +70,11 @@ class Place:
     tp_group: Any
 
 
-def place_of(engine: Any) -> Place:
+def place_of(engine: Any) -> MemberCoordinates:
     """Read from the engine's own groups."""
     mpu = engine.mpu
     is_pipeline = isinstance(engine.module, PipelineModule)
-    return Place(
+    return MemberCoordinates(
         pp_rank=engine.module.stage_id if is_pipeline else 0,
         pp_size=engine.module.num_stages if is_pipeline else 1,
         dp_rank=dist.get_rank(engine.data_parallel_group),

@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from clantune_scale.gradients.hooks import Sharing, replace_method
+from clantune_scale.gradients.hooks import GradientSharing, replace_method
 
 
-def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:
+def share(engine: Any, sharing: GradientSharing) -> list[Callable[[], None]]:
     """Hooks ``engine``'s gradient reduction; returns what takes the hooks off again."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
@@ -39,7 +39,7 @@ def share(engine: Any, sharing: Sharing) -> list[Callable[[], None]]:
     return [_share_engine_buckets(engine, sharing)]
 
 
-def _share_engine_buckets(engine: Any, sharing: Sharing) -> Callable[[], None]:
+def _share_engine_buckets(engine: Any, sharing: GradientSharing) -> Callable[[], None]:
     """ZeRO 0 and ``BF16_Optimizer``: the engine's own bucketed all-reduce."""
     reduce = engine.allreduce_bucket
 
@@ -63,7 +63,7 @@ def _share_engine_buckets(engine: Any, sharing: Sharing) -> Callable[[], None]:
     return replace_method(engine, "allreduce_bucket", allreduce_bucket)
 
 
-def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
+def _share_zero_buckets(optimizer: Any, sharing: GradientSharing) -> Callable[[], None]:
     """ZeRO 1 and 2: the optimizer's bucketed all-reduce."""
     reduce = optimizer.allreduce_bucket
 
@@ -90,7 +90,7 @@ def _share_zero_buckets(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
     return replace_method(optimizer, "allreduce_bucket", allreduce_bucket)
 
 
-def _share_contiguous(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
+def _share_contiguous(optimizer: Any, sharing: GradientSharing) -> Callable[[], None]:
     """ZeRO 1 and 2 without ``reduce_scatter``: one all-reduce of the contiguous bucket."""
     reduce = optimizer.gradient_reduction_w_predivide
 
@@ -113,7 +113,7 @@ def _share_contiguous(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
     return replace_method(optimizer, "gradient_reduction_w_predivide", gradient_reduction_w_predivide)
 
 
-def _share_partitions(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
+def _share_partitions(optimizer: Any, sharing: GradientSharing) -> Callable[[], None]:
     """ZeRO 3: the scattered shards, before they are added to the accumulated gradient."""
     take_partitions = optimizer.partition_grads
 
@@ -126,7 +126,7 @@ def _share_partitions(optimizer: Any, sharing: Sharing) -> Callable[[], None]:
             mean = own.clone() if sharing.probe.is_active else own
             sharing.groups.weigh([mean], team)
             mean.div_(len(team))
-            dist.all_reduce(mean, group=sharing.groups.column(team))
+            dist.all_reduce(mean, group=sharing.groups.replica_group(team))
             if sharing.probe.is_active:
                 sharing.probe.compare(own, mean)
             grad_partitions = list(_unflatten_dense_tensors(mean, grad_partitions))

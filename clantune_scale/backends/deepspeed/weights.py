@@ -12,13 +12,13 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 
-from clantune_scale.backends.deepspeed.place import Place
+from clantune_scale.backends.deepspeed.place import MemberCoordinates
 
 _EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
 
 
 @torch.no_grad()
-def full_weights(engine: Any, place: Place) -> dict[str, torch.Tensor] | None:
+def full_weights(engine: Any, place: MemberCoordinates) -> dict[str, torch.Tensor] | None:
     """Weights and persistent buffers of this rank's stage in host memory, shared ones once (a member collective).
 
     Returns:
@@ -41,7 +41,7 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(
-    module: torch.nn.Module, name: str, parameter: torch.nn.Parameter, place: Place
+    module: torch.nn.Module, name: str, parameter: torch.nn.Parameter, place: MemberCoordinates
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The whole tensor, or one for each expert-parallel rank's; only valid until the next is asked for."""
     if is_moe_param(parameter):
@@ -52,7 +52,7 @@ def _whole(
         yield name, _joined(parameter, place)
 
 
-def _joined(parameter: torch.nn.Parameter, place: Place) -> torch.Tensor:
+def _joined(parameter: torch.nn.Parameter, place: MemberCoordinates) -> torch.Tensor:
     """The tensor shards of a parameter put together."""
     if place.tp_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return parameter.data

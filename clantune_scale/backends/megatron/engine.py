@@ -16,7 +16,7 @@ from clantune_scale.backends.megatron.evaluation import ScheduledLoss
 from clantune_scale.backends.megatron.rules import only_chunk, refuse_unsupported
 from clantune_scale.backends.megatron.training_loss import TrainingLoss
 from clantune_scale.errors import ClanError
-from clantune_scale.gradients.hooks import Sharing, evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientSharing, evaluation_mode, replace_method
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.transfer import MemberState
@@ -118,7 +118,7 @@ class MegatronBackend:
     ) -> None:
         """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
-        self._undo += sharing.share(self.engine, self._config, Sharing(team, groups, probe))
+        self._undo += sharing.share(self.engine, self._config, GradientSharing(team, groups, probe))
         step = self._optimizer.step
 
         def step_and_show(*args: Any, **kwargs: Any) -> Any:

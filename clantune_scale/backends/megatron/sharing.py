@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.gradients.hooks import Sharing, replace_method
+from clantune_scale.gradients.hooks import GradientSharing, replace_method
 from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
-def share(model: Any, config: Any, sharing: Sharing) -> list[Callable[[], None]]:
+def share(model: Any, config: Any, sharing: GradientSharing) -> list[Callable[[], None]]:
     """Hooks the reduction of a model's gradients.
 
     Args:
@@ -45,7 +45,7 @@ def share(model: Any, config: Any, sharing: Sharing) -> list[Callable[[], None]]
     return [undo for buckets in reductions for undo in _share_reduction(buckets, sharing)]
 
 
-def _share_reduction(buckets: Any, sharing: Sharing) -> list[Callable[[], None]]:
+def _share_reduction(buckets: Any, sharing: GradientSharing) -> list[Callable[[], None]]:
     """One group of buckets, whose all-reduce may still be under way when ``start_grad_sync`` returns."""
     start, finish = buckets.start_grad_sync, buckets.finish_grad_sync
     own: list[torch.Tensor] = []
@@ -103,7 +103,7 @@ def _member_means(buckets: Any) -> list[torch.Tensor]:
     return means
 
 
-def _share_finished(config: Any, reductions: Sequence[Any], sharing: Sharing) -> Callable[[], None]:
+def _share_finished(config: Any, reductions: Sequence[Any], sharing: GradientSharing) -> Callable[[], None]:
     """The member's finished gradients, once Megatron is done with them."""
     finalize = config.finalize_model_grads_func
 
@@ -116,7 +116,7 @@ def _share_finished(config: Any, reductions: Sequence[Any], sharing: Sharing) ->
                 own = mine.clone() if sharing.probe.is_active else None
                 sharing.groups.weigh([mine], team)
                 # Divided first: a sum of sixteen-bit gradients overflows no sooner than the member's own.
-                dist.all_reduce(mine.div_(len(team)), group=sharing.groups.column(team))
+                dist.all_reduce(mine.div_(len(team)), group=sharing.groups.replica_group(team))
                 if own is not None:
                     sharing.probe.compare(own, mine)
         return result

@@ -60,7 +60,7 @@ class ShardSharing:
         self._groups.weigh([shard], team)
         # Before the sum, so that sixteen-bit sums over the clan overflow no sooner than those over the member.
         shard.div_(len(team))
-        group = self._groups.column(team)
+        group = self._groups.replica_group(team)
         self._order.note(str(param_group._module_fqn), shard)
         if shard.is_cuda:
             dist.all_reduce(shard, group=group)
@@ -79,7 +79,7 @@ class ShardSharing:
         team = self._team()
         if len(team) > 1 and (self._probe.is_active or not self._has_checked):
             self._has_checked = True
-            self._order.check(self._groups.column(team), device)
+            self._order.check(self._groups.replica_group(team), device)
 
 
 def _becomes_gradient(shard: torch.Tensor, param_group: Any) -> bool:

@@ -6,8 +6,8 @@ all members of all clans are rows of the same tensors, and a run of a small mode
 
 from __future__ import annotations
 
-from clantune_scale.bench.batched.clans import BatchedClans, Clan
+from clantune_scale.bench.batched.clans import BatchedClan, BatchedClans
 from clantune_scale.bench.batched.model import BatchedModel, Settings, vectorized
 from clantune_scale.bench.batched.optimizers import OPTIMIZERS, AdamW, Momentum
 
-__all__ = ["OPTIMIZERS", "AdamW", "BatchedClans", "BatchedModel", "Clan", "Momentum", "Settings", "vectorized"]
+__all__ = ["OPTIMIZERS", "AdamW", "BatchedClan", "BatchedClans", "BatchedModel", "Momentum", "Settings", "vectorized"]

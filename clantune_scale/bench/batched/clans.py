@@ -12,7 +12,7 @@ from clantune_scale.bench.batched.feed import Feed, Reading
 from clantune_scale.bench.batched.model import BatchedModel, Settings, Tensors
 from clantune_scale.bench.batched.optimizers import OPTIMIZERS
 from clantune_scale.bench.batched.sharing import Sharing, clip
-from clantune_scale.bench.batched.state import Layout, State
+from clantune_scale.bench.batched.state import RowLayout, State
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
@@ -22,7 +22,7 @@ from clantune_scale.errors import ConfigError, EvaluationError
 
 
 @dataclass
-class Clan:
+class BatchedClan:
     """One clan of a batch: who decides, and what was decided.
 
     Attributes:
@@ -106,7 +106,7 @@ class BatchedClans:
         self._model, self._num_eval_batches = model, num_eval_batches
         self._micro_batch = model.batch_size // self.num_members
         initial = {seed: model.init(seed) for seed in set(seeds)}
-        self._layout = Layout([parameter.shape for parameter in initial[seeds[0]]])
+        self._layout = RowLayout([parameter.shape for parameter in initial[seeds[0]]])
         rows = torch.stack([self._layout.flatten(initial[seed]) for seed in seeds]).to(dtype)
         self.state = State.initial(rows, self.num_members, self._rule.slots)
         self._leaves = [view.detach().requires_grad_() for view in self._layout.views(self.state.weights)]
@@ -114,7 +114,7 @@ class BatchedClans:
         self.num_steps = 0
         starts = self._losses(averaged=False)
         self.clans = [
-            Clan(strategy, own, seed, strategy.init(start), RoundClock(strategy.plan))
+            BatchedClan(strategy, own, seed, strategy.init(start), RoundClock(strategy.plan))
             for strategy, own, seed, start in zip(strategies, settings, seeds, starts, strict=True)
         ]
         for clan in self.clans:
@@ -139,8 +139,8 @@ class BatchedClans:
         self.num_steps += 1
         for clan, num_samples in zip(self.clans, self._reading.num_samples, strict=True):
             clan.num_trained += num_samples
-        if position.plan.averages:
-            window = position.plan.averaging_window_steps
+        if position.plan.uses_ema:
+            window = position.plan.ema_window_steps
             self.state.update_average(1.0 / max(1.0, min(0.9 * self.num_steps, window)))
         if position.ends_round:
             self._end_round(position.plan)
@@ -172,7 +172,7 @@ class BatchedClans:
 
     def _begin_phase(self, position: Position) -> None:
         plan, clock = position.plan, self.clans[0].clock
-        if position.starts_round and plan.averages and plan.index and not clock.round(plan.index - 1).averages:
+        if position.starts_round and plan.uses_ema and plan.index and not clock.round(plan.index - 1).uses_ema:
             self.state.update_average(1.0)  # an average that stood still for a round begins anew
         if not position.phase.keeps and self._before_phase is None:
             self._before_phase = self.state.save()
@@ -202,7 +202,7 @@ class BatchedClans:
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
-        losses = zip(self.evaluate(averaged=plan.averages), self._read_training_losses(), strict=True)
+        losses = zip(self.evaluate(averaged=plan.uses_ema), self._read_training_losses(), strict=True)
         fitness = [replace(own, training_loss=mean) for own, mean in losses]
         if self._before_phase is not None:
             self.state.load(self._before_phase, torch.ones(len(self.clans), dtype=torch.bool))
@@ -211,16 +211,16 @@ class BatchedClans:
 
     def _apply(self, plan: RoundPlan, decisions: Sequence[Decision]) -> None:
         """Carries out what the clans decided."""
-        restores = torch.tensor([decision.restore for decision in decisions])
+        restores = torch.tensor([decision.rolls_back for decision in decisions])
         if self._last_good is not None and bool(restores.any()):
             self.state.load(self._last_good, restores)
         self.state.transfer(torch.tensor([decision.donors for decision in decisions]))
-        mixes = torch.tensor([decision.average is not None for decision in decisions])
+        mixes = torch.tensor([decision.mixing_weights is not None for decision in decisions])
         if bool(mixes.any()):
             alone = (1.0, *[0.0] * (self.num_members - 1))
-            weights = torch.tensor([decision.average or alone for decision in decisions], dtype=torch.float64)
+            weights = torch.tensor([decision.mixing_weights or alone for decision in decisions], dtype=torch.float64)
             self.state.mix(weights.to(self.state.weights.dtype), mixes)
-        keeps = torch.tensor([decision.keeps for decision in decisions]) & ~restores
+        keeps = torch.tensor([decision.takes_snapshot for decision in decisions]) & ~restores
         if self._last_good is not None and bool(keeps.any()):
             self._last_good.load(self.state, keeps)
         for clan, decision in zip(self.clans, decisions, strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 
-class Layout:
+class RowLayout:
     """Where each parameter lies in a member's row.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import differences
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 from clantune_scale.checkpoint import manifest
 from clantune_scale.checkpoint.restore import fault_of
@@ -23,7 +23,7 @@ NUM_FLIPS = 1000
 _NEWEST, _BEFORE = "round-000002", "round-000001"
 
 
-def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
     """All of this section, on rounds of one uninterrupted run."""
     whole = uninterrupted(workload, folder, asynchronous=False)
     yield from _flips(workload, name, whole, folder / "flips")
@@ -31,7 +31,7 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
     yield from _full_disk(workload, name, whole, folder / "disk")
 
 
-def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
+def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[FaultResult]:
     """Single bits, in turn over all files of a round, at places drawn at random; every rank looks at its files."""
     shutil.copytree(whole / "run" / "rounds" / _NEWEST, folder)
     setup = workload.setup
@@ -47,7 +47,7 @@ def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator
         is_seen = _fault(folder, setup, grid) or manifest.read(folder) == before
         path.write_bytes(data)
         wrong = "" if is_seen else "nobody saw it"
-        yield Result("a flipped bit in a round's files", name, f"{path.name}, byte {place}, bit {bit}", wrong)
+        yield FaultResult("a flipped bit in a round's files", name, f"{path.name}, byte {place}, bit {bit}", wrong)
 
 
 def _fault(folder: Path, setup: Any, grid: Topology) -> str | None:
@@ -81,7 +81,7 @@ _SPOILS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _resumes(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
+def _resumes(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[FaultResult]:
     """One file of each kind is spoilt, and the run resumed: from the round before, and to the same end."""
     kinds: dict[str, Path] = {}
     for path in _files(whole / "run" / "rounds" / _NEWEST):
@@ -97,7 +97,7 @@ def _resumes(workload: Workload, name: str, whole: Path, folder: Path) -> Iterat
             (here / "run" / "rounds" / ".round-000003.1.partial").mkdir()
             (here / "run" / "rounds" / "LATEST").write_bytes(b"\x00torn")
             wrong = _resume(workload, here, whole, kind.name)
-            yield Result(what, name, str(kind), wrong, time.monotonic() - began)
+            yield FaultResult(what, name, str(kind), wrong, time.monotonic() - began)
             shutil.rmtree(here)
     yield _nothing_left(workload, name, whole, folder / "spoilt")
 
@@ -117,7 +117,7 @@ def _resume(workload: Workload, folder: Path, whole: Path, spoilt: str) -> str:
     return differences(stood(folder), stood(whole))
 
 
-def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> Result:
+def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> FaultResult:
     shutil.copytree(whole / "run", folder / "run")
     names = manifest.committed(folder / "run" / "rounds")
     for round_name in names:
@@ -127,10 +127,10 @@ def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> R
     is_right = all(rank.code for rank in ended) and all(round_name in told for round_name in names)
     is_right = is_right and "start anew" in told
     shutil.rmtree(folder)
-    return Result("every round damaged", name, "clan.json", "" if is_right else told[-500:])
+    return FaultResult("every round damaged", name, "clan.json", "" if is_right else told[-500:])
 
 
-def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[Result]:
+def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[FaultResult]:
     """A disk of 16 MB that is full from a step of the second round on, and has room again in the third."""
     what = "a full disk (ENOSPC) in training"
     folder.mkdir()
@@ -138,7 +138,7 @@ def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iter
         ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if mounted.returncode:
-        yield Result(what, name, "not run", f"no file system could be mounted: {mounted.stderr.strip()}")
+        yield FaultResult(what, name, "not run", f"no file system could be mounted: {mounted.stderr.strip()}")
         return
     began = time.monotonic()
     try:
@@ -148,7 +148,7 @@ def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iter
         wrong = last_words(ended) if any(rank.code for rank in ended) else _after_full_disk(folder, whole, ended)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-    yield Result(what, name, "steps 7 to 13", wrong, time.monotonic() - began)
+    yield FaultResult(what, name, "steps 7 to 13", wrong, time.monotonic() - began)
 
 
 def _after_full_disk(folder: Path, whole: Path, ended: list) -> str:

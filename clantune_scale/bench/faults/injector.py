@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from clantune_scale.bench.faults.actions import ACTIONS
-from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.errors import ConfigError
 
 VARIABLE = "CLANTUNE_FAULTS"
@@ -27,7 +27,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "forward": ("clantune_scale.data.watch", "BatchWatch.on_batch"),
     "step": ("clantune_scale.runtime.clan", "Clan._after_step"),
     "evaluation": ("clantune_scale.runtime.validation_window", "ValidationWindow.losses"),
-    "figures": ("clantune_scale.runtime.clan", "gather_figures"),
+    "figures": ("clantune_scale.runtime.clan", "gather_diagnostics"),
     "decision": ("clantune_scale.runtime.clan", "decide"),
     "transfer": ("clantune_scale.transfer.transfers", "Transfers.run"),
     "record": ("clantune_scale.runtime.recorder", "Recorder.round_end"),
@@ -56,7 +56,7 @@ class Fault:
     point: str
     step: int | None = None
     action: str = "kill"
-    epoch: int = 0
+    generation: int = 0
 
     def __post_init__(self) -> None:
         if self.point.removesuffix(":after") not in POINTS or self.action not in ACTIONS:
@@ -73,9 +73,9 @@ def to_environ(faults: Iterable[Fault]) -> dict[str, str]:
 
 def install(environ: Mapping[str, str] = os.environ) -> list[Fault]:
     """Puts the faults of this process into the package; those that it has, to be taken out again by nobody."""
-    rank, epoch = int(environ["RANK"]), Epoch.read(environ).number
+    rank, generation = int(environ["RANK"]), Generation.read(environ).number
     faults = [Fault(**fault) for fault in json.loads(environ.get(VARIABLE, "[]"))]
-    mine = [fault for fault in faults if (fault.rank, fault.epoch) == (rank, epoch)]
+    mine = [fault for fault in faults if (fault.rank, fault.generation) == (rank, generation)]
     if mine:
         clans = _clans()
         for fault in mine:

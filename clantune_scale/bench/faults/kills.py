@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from clantune_scale.bench.faults.injector import Fault
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import (
     ROUND,
     STEPS,
@@ -74,7 +74,7 @@ def faults(place: int, world_size: int, member_size: int) -> Iterator[Fault]:
             yield Fault(rank, point + moment, step)
 
 
-def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[Result]:
+def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[FaultResult]:
     """All of a workload's kills against its uninterrupted run."""
     whole = uninterrupted(workload, folder)
     ranks = range(workload.setup.world_size)
@@ -90,7 +90,7 @@ def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
         block = workload.block(here, asynchronous=place % 2 == 0 and first.point.partition(":")[0] not in _LEADERS)
         how, wrong = _stop_and_go_on(workload, struck, block, here, whole)
         told = f"rank {first.rank}, {first.point}" + (f", step {first.step}" if first.step is not None else "")
-        yield Result(f"{WHAT[first.action]}: {how}", name, told, wrong, time.monotonic() - began)
+        yield FaultResult(f"{WHAT[first.action]}: {how}", name, told, wrong, time.monotonic() - began)
         if not wrong:
             shutil.rmtree(here)
 

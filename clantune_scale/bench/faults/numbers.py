@@ -10,14 +10,14 @@ from pathlib import Path
 from clantune_scale.bench.faults.actions import STRUCK
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import last_words
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import STEPS, Workload, events, stood
 
 ACTIONS = ("nan-loss", "inf-loss", "nan-gradient", "inf-gradient", "nan-weights", "inf-weights")
 _SICK = 1
 
 
-def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
     """Each action on member 1's first rank, in a cooperative step or, with a strategy that competes, in such a one."""
     competes = workload.strategy == "classic"
     for action in ACTIONS:
@@ -37,7 +37,7 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
         phase = "competitive" if competes else "cooperative"
         told = f"{action}, member {_SICK}, step {step}, {phase}"
         what = f"NaN or Inf in a member's {action.partition('-')[2]}"
-        yield Result(what, name, told, wrong, time.monotonic() - began)
+        yield FaultResult(what, name, told, wrong, time.monotonic() - began)
 
 
 def _wrong(folder: Path, action: str, competes: bool) -> str:

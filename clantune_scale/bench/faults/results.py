@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Result:
+class FaultResult:
     """One fault.
 
     Attributes:
@@ -31,9 +31,9 @@ class Result:
         return f"{'WRONG' if self.wrong else 'right'}  {self.what} | {self.where} | {self.fault}  {self.wrong}".rstrip()
 
 
-def table(results: Iterable[Result]) -> str:
+def table(results: Iterable[FaultResult]) -> str:
     """Markdown: kinds of faults, what they struck, how many of them, and how many came out right."""
-    rows: dict[str, list[Result]] = {}
+    rows: dict[str, list[FaultResult]] = {}
     for result in results:
         rows.setdefault(result.what, []).append(result)
     lines = ["| what strikes | where | times | right |", "| --- | --- | --- | --- |"]
@@ -43,10 +43,10 @@ def table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, results: Iterable[Result]) -> None:
+def write(path: Path, results: Iterable[FaultResult]) -> None:
     """All of them, one JSON object a line."""
     path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
 
 
-def read(path: Path) -> list[Result]:
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
+def read(path: Path) -> list[FaultResult]:
+    return [FaultResult(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -13,7 +13,7 @@ from typing import Any
 from clantune_scale.bench.faults.actions import GO_ON
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import differences
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 #: By what is named in the refusal: what is otherwise in the set-up, and in the block.
@@ -29,12 +29,12 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "strategy": ({}, {"strategy": "pbt"}),
     "genes": ({}, {"genes": ["lr", "beta1"]}),
     "fitness": ({}, {"fitness": {"num_samples": 32, "batch_size": 8}}),
-    "finite_vote": ({}, {"faults": {"deadline_s": 30.0, "finite_vote": False}}),
+    "nonfinite_mask": ({}, {"faults": {"deadline_s": 30.0, "nonfinite_mask": False}}),
 }
 _UNFIT = "a resume that does not fit what was saved"
 
 
-def strike(workload: Workload, name: str, other: Workload, folder: Path) -> Iterator[Result]:
+def strike(workload: Workload, name: str, other: Workload, folder: Path) -> Iterator[FaultResult]:
     """Both, against one uninterrupted run.
 
     Args:
@@ -48,7 +48,7 @@ def strike(workload: Workload, name: str, other: Workload, folder: Path) -> Iter
     yield from _unfit(workload, name, other, folder / "unfit", whole)
 
 
-def _two_runs(workload: Workload, name: str, folder: Path, whole: Path) -> Iterator[Result]:
+def _two_runs(workload: Workload, name: str, folder: Path, whole: Path) -> Iterator[FaultResult]:
     """While one run stands still, another launch asks for it, and a third for a run of the same name."""
     folder.mkdir()
     first: list = []
@@ -61,17 +61,17 @@ def _two_runs(workload: Workload, name: str, folder: Path, whole: Path) -> Itera
     wrong = ""
     if not all(rank.code for rank in second) or "is being written by process" not in second[0].text:
         wrong = f"the second launch ended with {[rank.code for rank in second]}: {second[0].text[-300:]}"
-    yield Result("a launch that resumes a living run", name, "latest", wrong, time.monotonic() - began)
+    yield FaultResult("a launch that resumes a living run", name, "latest", wrong, time.monotonic() - began)
     began = time.monotonic()
     third = workload.launch(folder, block=workload.block(folder, resume="never"))
     wrong = last_words(third) if any(rank.code for rank in third) else differences(stood(folder), stood(whole))
     if not wrong and events(folder, "run_end", "run-2")[-1]["status"] != "FINISHED":
         wrong = "run-2 has no end"
-    yield Result("two runs of one name in one folder", name, "the second", wrong, time.monotonic() - began)
+    yield FaultResult("two runs of one name in one folder", name, "the second", wrong, time.monotonic() - began)
     (folder / GO_ON).touch()
     thread.join()
     wrong = last_words(first) if any(rank.code for rank in first) else differences(stood(folder), stood(whole))
-    yield Result("two runs of one name in one folder", name, "the first", wrong)
+    yield FaultResult("two runs of one name in one folder", name, "the first", wrong)
 
 
 def _wait_for_rounds(folder: Path) -> None:
@@ -83,7 +83,7 @@ def _wait_for_rounds(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _unfit(workload: Workload, name: str, other: Workload, folder: Path, whole: Path) -> Iterator[Result]:
+def _unfit(workload: Workload, name: str, other: Workload, folder: Path, whole: Path) -> Iterator[FaultResult]:
     """Each difference is refused by its name, and leaves the run as it was: at last it goes on."""
     folder.mkdir()
     killed = workload.launch(folder, Fault(0, "step", 16))
@@ -102,11 +102,11 @@ def _unfit(workload: Workload, name: str, other: Workload, folder: Path, whole: 
             wrong = f"ranks ended with {[rank.code for rank in ended]}: {told[-300:]}"
         elif _contents(folder) != before:
             wrong = f"{set(_contents(folder).items()) ^ set(before.items())} changed"
-        yield Result(_UNFIT, name, what, wrong, time.monotonic() - began)
+        yield FaultResult(_UNFIT, name, what, wrong, time.monotonic() - began)
     ended = workload.launch(folder)
     wrong = last_words(ended) if any(rank.code for rank in ended) else differences(stood(folder), stood(whole))
     wrong = wrong or ("" if killed[0].code == -9 else f"the run was never stopped: {killed[0].code}")
-    yield Result(_UNFIT, name, "and then the one that fits", wrong)
+    yield FaultResult(_UNFIT, name, "and then the one that fits", wrong)
     shutil.rmtree(folder)
 
 

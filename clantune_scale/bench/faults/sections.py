@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clantune_scale.bench.faults import damage, kills, numbers, resumes, survivors, trackers
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload
 
 #: Two members of two ranks, but for DDP, whose own sums are regrouped by a restart from three ranks on: two of one.
@@ -49,12 +49,12 @@ def strikes(sections: list[str]) -> Iterator[tuple[str, str]]:
             yield section, name
 
 
-def strike(section: str, name: str, families: str, progress: str) -> list[Result]:
+def strike(section: str, name: str, families: str, progress: str) -> list[FaultResult]:
     """Runs one part in this process, and says each result as it comes."""
     base = Workload("zero", "1", families=families)
     # Another network, in all else alike.
     other = Workload("fsdp", "dp", {"accumulation": 1, "clip": 0.5}, families=families)
-    found: list[Result] = []
+    found: list[FaultResult] = []
     with tempfile.TemporaryDirectory(prefix="clan-faults-", ignore_cleanup_errors=True) as place:
         folder = Path(place)
         parts = {

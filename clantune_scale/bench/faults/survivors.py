@@ -13,7 +13,7 @@ from typing import Any
 from clantune_scale.bench.faults.actions import STRUCK
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.bench.faults.kills import differences
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 WHAT = "SIGKILL of a rank, the other members go on"
@@ -31,7 +31,7 @@ HANG = ("forward", 12, 0)
 _HANG_S = 20.0
 
 
-def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
     """Kills in a clan of three, each compared with a resume of two members from the round that they went on from."""
     references: dict[tuple[str, int], Path] = {}
     for number, (point, step, member) in enumerate((*POINTS, HANG)):
@@ -42,13 +42,13 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
         fault = Fault(member * workload.setup.member_size, point, step, "stop" if hangs else "kill")
         wrong = _lose(workload, fault, here, references)
         what = "SIGSTOP of a rank, the other members go on" if hangs else WHAT
-        yield Result(what, name, f"member {member}, {point}, step {step}", wrong, time.monotonic() - began)
+        yield FaultResult(what, name, f"member {member}, {point}, step {step}", wrong, time.monotonic() - began)
     # Two: from three ranks on, DDP's own sums are regrouped by a restart.
     two = replace(workload, changes={**workload.changes, "members": 2})
     yield from _transfers(two, name, folder)
 
 
-def _transfers(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+def _transfers(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
     """What arrives is not what was sent: once, and it is sent again; twice, and all begin from the last round."""
     whole = uninterrupted(workload, folder, asynchronous=False)
     for action, what, num_lives in (
@@ -65,7 +65,7 @@ def _transfers(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
             wrong = "the fault never struck: nobody received anything"
         if not wrong and any(rank.num_lives != num_lives for rank in ended):
             wrong = f"ranks had {[rank.num_lives for rank in ended]} lives"
-        yield Result(what, name, "every recipient, step 10", wrong, time.monotonic() - began)
+        yield FaultResult(what, name, "every recipient, step 10", wrong, time.monotonic() - began)
 
 
 def _block(workload: Workload, folder: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clantune_scale.bench.faults.kills import differences
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 
-def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
+def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
     """Each kind of failure against the run without MLflow."""
     whole = uninterrupted(workload, folder)
     kinds = {"that refuses": _refusing, "that hangs": _hanging, "that dies": _dying}
@@ -34,7 +34,7 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[Result]:
             ended = workload.launch(here, block=block, timeout_s=300)
         wrong = last_words(ended) if any(rank.code for rank in ended) else ""
         wrong = wrong or differences(stood(here), stood(whole)) or _warning_missing(here)
-        yield Result(f"an MLflow server {what}", name, uri, wrong, time.monotonic() - began)
+        yield FaultResult(f"an MLflow server {what}", name, uri, wrong, time.monotonic() - began)
 
 
 def _warning_missing(folder: Path) -> str:

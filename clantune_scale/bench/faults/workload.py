@@ -138,7 +138,7 @@ def train(folder: str, workload: Workload, block: dict[str, Any], num_steps: int
         "weights": digest(weights),
         "finite": all(bool(tensor.isfinite().all()) for tensor in weights.values()),
     }
-    member = world.member if world.loss is None else world.loss.left[world.member]
+    member = world.member if world.membership_change is None else world.membership_change.left[world.member]
     Path(folder, f"stood-{member}-{world.at.member_rank}.json").write_text(json.dumps(stood))
     run.clan.finish()
 
@@ -156,8 +156,12 @@ def standing(clan: Any) -> dict[str, str | list[int]]:
         "draw": draw,
         "next": [sampler.state_dict() for sampler in clan.samplers],
         "counters": clan.backend.counters(),
-        "kept": None if clan.kept is None else [tensor.sum().item() for _, tensor in clan.kept.tensors],
-        "aside": None if clan.aside is None else [tensor.sum().item() for _, tensor in clan.aside.tensors],
+        "kept": None
+        if clan.rollback_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.rollback_snapshot.tensors],
+        "aside": None
+        if clan.phase_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.phase_snapshot.tensors],
         "samples": clan.recorder.samples,
     }
     return {name: repr(value) for name, value in found.items()}

@@ -9,7 +9,7 @@ from clantune_scale.bench.schedules.methods import FIXED, Method
 from clantune_scale.bench.schedules.oracle import Oracle, oracle_of, oracle_runs
 from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
 from clantune_scale.bench.schedules.problem import Problem
-from clantune_scale.bench.schedules.scores import Yardstick
+from clantune_scale.bench.schedules.scores import ReferenceLosses
 from clantune_scale.bench.schedules.table import Result
 from clantune_scale.bench.schedules.trial import Trial, run_trial
 
@@ -36,24 +36,24 @@ def run(
         say: gets a line for every trial.
         see: gets every method's trial, as soon as it is done.
     """
-    yardsticks, by_problem = [], []
+    references, by_problem = [], []
     for problem in problems:
         oracle = oracle_of(problem)
         rates = start_rates(problem, oracle)
-        yardstick, default = yardstick_of(problem, seeds)
-        yardsticks.append(yardstick)
+        reference, default = reference_losses_of(problem, seeds)
+        references.append(reference)
         trials = []
         for method in methods:
             is_default = method == FIXED
             trial = default if is_default else run_trial(method, problem, rates=rates, seeds=seeds)
             trials.append(trial)
-            values = " ".join(f"{yardstick.s1(i, loss):6.2f}" for i, loss in enumerate(trial.losses))
+            values = " ".join(f"{reference.s1(i, loss):6.2f}" for i, loss in enumerate(trial.losses))
             say(f"{problem.name:24s} {method.name:24s} S1 {values}   {trial.cpu_s:.2f} CPU s a run")
             see(trial, problem, oracle)
         by_problem.append(trials)
     is_report = tuple(seeds) == REPORTING_SEEDS
     by_method = tuple(tuple(trials[row] for trials in by_problem) for row in range(len(methods)))
-    return Result(tuple(seeds), is_report, tuple(yardsticks), by_method)
+    return Result(tuple(seeds), is_report, tuple(references), by_method)
 
 
 def start_rates(problem: Problem, oracle: Oracle) -> list[float]:
@@ -61,12 +61,12 @@ def start_rates(problem: Problem, oracle: Oracle) -> list[float]:
     return [oracle.trained_rate(start.rate, problem.grid.rates) for start in problem.starts]
 
 
-def yardstick_of(problem: Problem, seeds: Sequence[int]) -> tuple[Yardstick, Trial]:
+def reference_losses_of(problem: Problem, seeds: Sequence[int]) -> tuple[ReferenceLosses, Trial]:
     """What runs with these seeds are measured against, and the starts' own runs."""
     oracle = oracle_of(problem)
     default = run_trial(FIXED, problem, rates=start_rates(problem, oracle), seeds=seeds)
     runs = oracle_runs(problem, oracle, seeds)
-    yardstick = Yardstick(
+    reference = ReferenceLosses(
         problem=problem.name,
         starts=tuple(start.name for start in problem.starts),
         default_losses=tuple(default.losses),
@@ -76,4 +76,4 @@ def yardstick_of(problem: Problem, seeds: Sequence[int]) -> tuple[Yardstick, Tri
         default_runs=tuple(tuple(run.loss for run in runs) for runs in default.runs),
         oracle_runs=tuple(runs),
     )
-    return yardstick, default
+    return reference, default

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, yardstick_of
+from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, reference_losses_of
 from clantune_scale.bench.schedules.methods import FIXED
 from clantune_scale.bench.schedules.oracle import oracle_of
 from clantune_scale.bench.schedules.problem import Problem
@@ -50,7 +50,7 @@ def ceilings(problem: Problem, seeds: Sequence[int]) -> list[Ceiling]:
         seeds: of weights and data; the rate is chosen by the test loss on these, and scored on them.
     """
     oracle = oracle_of(problem)
-    yardstick, _ = yardstick_of(problem, seeds)
+    reference, _ = reference_losses_of(problem, seeds)
     # Starts that differ in nothing but their rate, which is replaced here, are one and the same.
     kinds = list({repr(start.changes): start for start in problem.starts}.values())
     found: dict[str, list[tuple[float, float, str]]] = {repr(start.changes): [] for start in kinds}
@@ -61,7 +61,7 @@ def ceilings(problem: Problem, seeds: Sequence[int]) -> list[Ceiling]:
             for start, runs in zip(kinds, trial.runs, strict=True):
                 found[repr(start.changes)].append((statistics.fmean(run.loss for run in runs), rate, schedule))
     best = [min(found[repr(start.changes)]) for start in problem.starts]
-    return [Ceiling(yardstick.s1(i, loss), rate, schedule) for i, (loss, rate, schedule) in enumerate(best)]
+    return [Ceiling(reference.s1(i, loss), rate, schedule) for i, (loss, rate, schedule) in enumerate(best)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

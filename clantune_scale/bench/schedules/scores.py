@@ -19,7 +19,7 @@ HARMED = -0.05
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class ReferenceLosses:
     """What runs on a problem are measured against, all with the same seeds.
 
     Attributes:
@@ -115,16 +115,16 @@ class Score:
     cpu_s: float
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], yardsticks: Sequence[Yardstick]) -> Score:
-        """The score of one method's trials, one per problem, in the order of ``yardsticks``."""
-        pairs = list(zip(trials, yardsticks, strict=True))
+    def of(cls, trials: Sequence[Trial], references: Sequence[ReferenceLosses]) -> Score:
+        """The score of one method's trials, one per problem, in the order of ``references``."""
+        pairs = list(zip(trials, references, strict=True))
         runs = [[[run.loss for run in of_start] for of_start in trial.runs] for trial in trials]
-        measured = list(zip(runs, yardsticks, strict=True))
+        measured = list(zip(runs, references, strict=True))
         return cls(
             trials[0].method,
             tuple(tuple(y.s1(i, loss) for i, loss in enumerate(t.losses)) for t, y in pairs),
             tuple(tuple(y.s1_error(i, losses) for i, losses in enumerate(own)) for own, y in measured),
-            tuple(tuple(y.has_room(i) for i in range(len(y.starts))) for y in yardsticks),
+            tuple(tuple(y.has_room(i) for i in range(len(y.starts))) for y in references),
             tuple(tuple(y.is_worse(i, losses) for i, losses in enumerate(own)) for own, y in measured),
             tuple(tuple(y.gap(loss) for loss in t.losses) for t, y in pairs),
             tuple(tuple(y.step_efficiency(loss) for loss in t.losses) for t, y in pairs),

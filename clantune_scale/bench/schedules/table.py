@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from clantune_scale.bench.schedules.records import finite
-from clantune_scale.bench.schedules.scores import NEARLY_SOLVED, SOLVED, Score, Yardstick
+from clantune_scale.bench.schedules.scores import NEARLY_SOLVED, SOLVED, ReferenceLosses, Score
 from clantune_scale.bench.schedules.trial import Trial
 
 
@@ -25,19 +25,19 @@ class Result:
 
     seeds: tuple[int, ...]
     is_report: bool
-    yardsticks: tuple[Yardstick, ...]
+    references: tuple[ReferenceLosses, ...]
     trials: tuple[tuple[Trial, ...], ...]
 
     @property
     def scores(self) -> list[Score]:
-        return [Score.of(trials, self.yardsticks) for trials in self.trials]
+        return [Score.of(trials, self.references) for trials in self.trials]
 
     def to_markdown(self) -> str:
         """The table of methods, and one of S1 by problem and start."""
         kind = "reporting" if self.is_report else "tuning"
         seeds = ", ".join(map(str, self.seeds))
-        names = ", ".join(yardstick.problem for yardstick in self.yardsticks)
-        head = f"{len(self.yardsticks)} problems ({names}), {kind} seeds {seeds}.\n"
+        names = ", ".join(reference.problem for reference in self.references)
+        head = f"{len(self.references)} problems ({names}), {kind} seeds {seeds}.\n"
         return "\n".join([head, *_summary(self.scores, self._starts()), "", *_by_problem(self), "", FOOTNOTE, ""])
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Result:
             "schema": 1,
             "seeds": list(self.seeds),
             "is_report": self.is_report,
-            "yardsticks": [asdict(yardstick) for yardstick in self.yardsticks],
+            "yardsticks": [asdict(reference) for reference in self.references],
             "scores": [asdict(score) for score in self.scores],
             "trials": [[asdict(trial) for trial in trials] for trials in self.trials],
         }
@@ -54,7 +54,7 @@ class Result:
 
     def _starts(self) -> list[str]:
         """Names of the starts, where all problems have the same."""
-        names = {yardstick.starts for yardstick in self.yardsticks}
+        names = {reference.starts for reference in self.references}
         return list(names.pop()) if len(names) == 1 else []
 
 
@@ -95,8 +95,8 @@ def _summary_row(score: Score, num_starts: int) -> list[str]:
 def _by_problem(result: Result) -> list[str]:
     columns = ["S1 by start", *(score.method for score in result.scores)]
     rows = [
-        [yardstick.problem, *(_starts(score, index) for score in result.scores)]
-        for index, yardstick in enumerate(result.yardsticks)
+        [reference.problem, *(_starts(score, index) for score in result.scores)]
+        for index, reference in enumerate(result.references)
     ]
     return _markdown(columns, rows)
 

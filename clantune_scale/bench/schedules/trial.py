@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clantune_scale.bench.batched import BatchedClans, Clan, Settings
+from clantune_scale.bench.batched import BatchedClan, BatchedClans, Settings
 from clantune_scale.bench.batched.expression import rate_factor
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.methods import Method
@@ -28,7 +28,7 @@ FEWEST_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
-class Run:
+class TrialRun:
     """How one run went.
 
     Attributes:
@@ -55,7 +55,7 @@ class Trial:
 
     method: str
     problem: str
-    runs: tuple[tuple[Run, ...], ...]
+    runs: tuple[tuple[TrialRun, ...], ...]
     cpu_s: float
 
     @property
@@ -91,7 +91,7 @@ def run_trial(
     return Trial(method.name, problem.name, by_start, cpu_s)
 
 
-def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]) -> list[Run]:
+def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]) -> list[TrialRun]:
     """[runs], all clans at once."""
     clans = BatchedClans(
         problem.variant(problem.name, validation=window(problem)),
@@ -101,7 +101,7 @@ def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], s
     )
     clans.run(problem.total_steps)
     return [
-        Run(
+        TrialRun(
             loss,
             _cost(clan.num_trained, clan.num_evaluated, problem),
             _rates(clan),
@@ -119,10 +119,10 @@ def window(problem: Problem) -> list[torch.Tensor]:
 
 def _single_runs(
     peer: OptimizerPeer, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]
-) -> list[Run]:
+) -> list[TrialRun]:
     """[runs], one after another; nothing is evaluated on the way."""
     singles = [run_single(peer, problem, own, seed) for own, seed in zip(settings, seeds, strict=True)]
-    return [Run(single.loss, _cost(single.num_trained, 0, problem), single.rates, 0) for single in singles]
+    return [TrialRun(single.loss, _cost(single.num_trained, 0, problem), single.rates, 0) for single in singles]
 
 
 def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
@@ -130,7 +130,7 @@ def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
 
     Averages count where the last round kept them up to date, as in a real run.
     """
-    is_averaging = clans.clans[0].clock.at(max(clans.num_steps - 1, 0)).plan.averages
+    is_averaging = clans.clans[0].clock.at(max(clans.num_steps - 1, 0)).plan.uses_ema
     roles = (False, True) if is_averaging else (False,)
     validation = torch.cat([clans.losses_on(problem.validation, averaged=role).mean(dim=-1) for role in roles], dim=1)
     test = torch.cat([clans.losses_on(problem.test, averaged=role).mean(dim=-1) for role in roles], dim=1)
@@ -143,7 +143,7 @@ def _cost(num_trained: int, num_evaluated: int, problem: Problem) -> float:
     return work / (problem.total_steps * problem.batch_size)
 
 
-def _rates(clan: Clan) -> tuple[tuple[int, float], ...]:
+def _rates(clan: BatchedClan) -> tuple[tuple[int, float], ...]:
     """At each round's first and last step."""
     gene = next((gene for gene in clan.strategy.facts.genes if gene.target == "lr"), None)
     points = []

@@ -19,7 +19,7 @@ from clantune_scale.core.strategies.clan.least_squares import least_squares
 from clantune_scale.core.strategies.clan.parabola import Move, minimum_along_the_line
 from clantune_scale.core.strategies.clan.perturbations import regressors
 from clantune_scale.core.strategies.clan.plan import ClanOptions
-from clantune_scale.core.strategies.clan.strategy import Clan
+from clantune_scale.core.strategies.clan.strategy import ClanStrategy
 
 #: Trust region: radius times this after a move on in the same direction, and after a change of sign.
 GROW, SHRINK = 1.3, 0.5
@@ -40,7 +40,7 @@ class VariantOptions(ClanOptions):
         max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
         churn: share of the clan, its weakest members, who take the fittest one's state after a round; 1 as in
             ``clan``, 0 for members that all keep their own.
-        race_cost, start_factor, averaging_window: as in ``clan``, but as they were when the log's variants were
+        trial_cost, start_factor, averaging_window: as in ``clan``, but as they were when the log's variants were
             measured, before there was a race.
     """
 
@@ -51,12 +51,12 @@ class VariantOptions(ClanOptions):
     max_up: float = 0.0
     max_down: float = 0.0
     churn: float = 1.0
-    race_cost: float = 0.0
+    trial_cost: float = 0.0
     start_factor: float = 1.0
     averaging_window: float = 0.7
 
 
-class ClanVariant(Clan):
+class ClanVariant(ClanStrategy):
     """``clan`` with another way from losses to moves.
 
     ``Population.memory`` has ``radius`` besides what ``clan`` keeps: by gene, the largest change that is
@@ -70,7 +70,7 @@ class ClanVariant(Clan):
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
         decision = super().evolve(population, plan, fitness)
-        if self.options.churn < 1 and not decision.restore:
+        if self.options.churn < 1 and not decision.rolls_back:
             decision = replace(decision, donors=_fewer(decision.donors, fitness, self.options.churn))
         memory = decision.population.memory
         radius = _radii(population.memory, memory) if self.options.trusts else {}

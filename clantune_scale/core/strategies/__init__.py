@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
-from clantune_scale.core.strategies.clan.strategy import Clan
+from clantune_scale.core.strategies.clan.strategy import ClanStrategy
 from clantune_scale.core.strategies.classic import Classic
 from clantune_scale.core.strategies.control import Control
 from clantune_scale.core.strategies.halving import Halving
@@ -17,7 +17,7 @@ from clantune_scale.core.strategies.pbt import PBT
 from clantune_scale.errors import ConfigError
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    "clan": Clan,
+    "clan": ClanStrategy,
     "classic": Classic,
     "pbt": PBT,
     "hdet": HDET,

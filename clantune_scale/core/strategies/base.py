@@ -65,18 +65,19 @@ class Decision:
         population: the next round's.
         donors: ``donors[m]`` is the member whose training state member m receives; m itself where it
             keeps its own. A donor never receives: ``donors[donors[m]] == donors[m]``.
-        restore: every member first goes back to the state that the guard kept last.
-        keeps: whether the guard keeps the state that follows (but for one that was just restored), to go back to.
-        average: by member, the weight of its parameters in a mean that all members then take (after the
+        rolls_back: every member first returns to the last rollback snapshot.
+        takes_snapshot: whether the guard takes a rollback snapshot of the state that follows; ignored after a
+            rollback.
+        mixing_weights: by member, the weight of its parameters in a mean that all members then take (after the
             transfers; optimizer states stay their own); sums to 1. None where nothing is averaged.
         reasons: one short phrase per member, for the log.
     """
 
     population: Population
     donors: tuple[int, ...]
-    restore: bool = False
-    keeps: bool = True
-    average: tuple[float, ...] | None = None
+    rolls_back: bool = False
+    takes_snapshot: bool = True
+    mixing_weights: tuple[float, ...] | None = None
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -86,8 +87,10 @@ class Decision:
                     f"member {member} is to receive from {donor}, which receives from {self.donors[donor]}: "
                     f"donors {self.donors} and recipients must be disjoint"
                 )
-        if self.average is not None and abs(sum(self.average) - 1.0) > 1e-9:
-            raise ValueError(f"the weights of an average must sum to 1, and {self.average} sum to {sum(self.average)}")
+        if self.mixing_weights is not None and abs(sum(self.mixing_weights) - 1.0) > 1e-9:
+            raise ValueError(
+                f"the weights of an average must sum to 1, and {self.mixing_weights} sum to {sum(self.mixing_weights)}"
+            )
 
 
 class Strategy(ABC):
@@ -98,12 +101,12 @@ class Strategy(ABC):
 
     Attributes:
         facts: what the run is.
-        guards: whether the runtime keeps copies of good states (``Decision.keeps``) for ``Decision.restore``.
-        averages: whether any of its rounds measures fitness on averaged weights.
+        guards: whether the runtime takes rollback snapshots (``Decision.takes_snapshot``).
+        uses_ema: whether any of its rounds measures fitness on averaged weights.
     """
 
     guards: bool = False
-    averages: bool = False
+    uses_ema: bool = False
 
     def __init__(self, facts: RunFacts) -> None:
         self.facts = facts

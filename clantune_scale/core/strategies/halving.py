@@ -28,7 +28,7 @@ from clantune_scale.core.strategies.base import Decision, Population, RunFacts, 
 from clantune_scale.core.strategies.lengths import round_end
 from clantune_scale.core.strategies.options import require
 from clantune_scale.core.strategies.selection import survivors
-from clantune_scale.core.strategies.teams import captains_of, join
+from clantune_scale.core.strategies.teams import join, leaders_of
 from clantune_scale.errors import ClanError, ConfigError
 
 
@@ -154,25 +154,25 @@ class Halving(Strategy):
             EvaluationError: if no member's losses are finite; the message names the round.
         """
         teams = tuple(population.teams or range(fitness.num_members))
-        captains = captains_of(teams, survivors(fitness, plan.index))
+        leaders = leaders_of(teams, survivors(fitness, plan.index))
         reference = population.memory["reference"]
-        failing = {team for team, captain in captains[1:] if self._rises(fitness.mean[captain], reference[captain])}
-        staying = [(team, captain) for team, captain in captains if team not in failing]
+        failing = {team for team, leader in leaders[1:] if self._rises(fitness.mean[leader], reference[leader])}
+        staying = [(team, leader) for team, leader in leaders if team not in failing]
         ends_rung = plan.end_step in self._ends[:-1]
         if ends_rung:
             staying = staying[: self._num_survivors(plan.end_step, population.memory["num_entrants"])]
         joined = join(teams, [team for team, _ in staying])
-        captain_of = dict(staying)
+        leader_of = dict(staying)
         donors = tuple(
-            member if team == before and fitness.is_finite[member] else captain_of[team]
+            member if team == before and fitness.is_finite[member] else leader_of[team]
             for member, (team, before) in enumerate(zip(joined, teams, strict=True))
         )
         losses = [_finite(loss) for loss in fitness.mean] if ends_rung else reference
         memory = {
             "num_entrants": len(staying) if ends_rung else population.memory["num_entrants"],
-            "reference": [losses[captain_of[team]] for team in joined],
+            "reference": [losses[leader_of[team]] for team in joined],
         }
-        genomes = tuple(population.genomes[captain_of[team]] for team in joined)
+        genomes = tuple(population.genomes[leader_of[team]] for team in joined)
         reasons = tuple(
             _reason(before, team, before in failing, joined.count(team), is_finite=bool(finite))
             for before, team, finite in zip(teams, joined, fitness.is_finite, strict=True)

@@ -119,7 +119,7 @@ class HDET(Strategy):
             f"averaged, weight {weight:.3f}; {moved}" if share else "not finite, takes the others' average"
             for share, weight in zip(average, weights, strict=True)
         )
-        return Decision(self._population(memory, plan.index + 1), donors, average=average, reasons=reasons)
+        return Decision(self._population(memory, plan.index + 1), donors, mixing_weights=average, reasons=reasons)
 
     def _adapted(self, population: Population, weights: Sequence[float]) -> dict[str, Any]:
         """The memory after steps 4 to 6."""

@@ -14,7 +14,7 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.strategies.base import Decision, Population
 
 #: A spike lies this many times the others' range, and this many of its standard errors, above the worst of the others.
-FAR = 10.0
+SPIKE_FACTOR = 10.0
 
 
 def lost_members(fitness: Fitness) -> dict[int, str]:
@@ -31,7 +31,7 @@ def lost_members(fitness: Fitness) -> dict[int, str]:
     worst = int(finite[np.argmax(mean[finite])])
     others = mean[finite[finite != worst]]
     excess = mean[worst] - others.max()
-    if excess > FAR * np.ptp(others) and excess > FAR * np.nan_to_num(error[worst]) and excess > 0:
+    if excess > SPIKE_FACTOR * np.ptp(others) and excess > SPIKE_FACTOR * np.nan_to_num(error[worst]) and excess > 0:
         lost[worst] = (
             f"its loss of {mean[worst]:.4g} is far outside the others' ({others.min():.4g} to {others.max():.4g})"
         )
@@ -48,7 +48,7 @@ def replace_lost(decision: Decision, fitness: Fitness) -> Decision:
     kept = [member for member in lost if decision.donors[member] == member]
     if not kept or len(lost) == fitness.num_members:
         return decision
-    if decision.restore or decision.average is not None or decision.population.teams is not None:
+    if decision.rolls_back or decision.mixing_weights is not None or decision.population.teams is not None:
         return decision
     best = decision.donors[next(m for m in fitness.ranking if decision.donors[m] not in lost)]
     donors, genomes = list(decision.donors), list(decision.population.genomes)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def captains_of(teams: Sequence[int], order: Sequence[int]) -> list[tuple[int, int]]:
+def leaders_of(teams: Sequence[int], order: Sequence[int]) -> list[tuple[int, int]]:
     """(team, its fittest member), from the fittest team on; a team without a finite loss has none and is left out.
 
     Args:
         teams: by member.
         order: members whose loss is finite, from the fittest on.
     """
-    captains: dict[int, int] = {}
+    leaders: dict[int, int] = {}
     for member in order:
-        captains.setdefault(teams[member], member)
-    return list(captains.items())
+        leaders.setdefault(teams[member], member)
+    return list(leaders.items())
 
 
 def join(teams: tuple[int, ...], staying: Sequence[int]) -> tuple[int, ...]:

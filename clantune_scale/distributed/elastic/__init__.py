@@ -5,9 +5,9 @@ trusted. So a process that sees another one fail starts itself again in place (`
 process), joins through the same door, and goes on from the last committed round.
 
 - ``failures``: which errors mean that another process is gone.
-- ``pulse``: every rank watches one other by the clan's store, and hears there that somebody has seen a failure.
+- ``heartbeat``: every rank watches one other by the clan's store, and hears there that somebody has seen a failure.
 - ``restart``: this process, started again.
-- ``epoch``: what it remembers of the epoch before, in one environment variable.
-- ``meeting``: who comes to an epoch; the roster of the members that are complete when it closes.
+- ``generation``: what it remembers of the epoch before, in one environment variable.
+- ``rendezvous``: who comes to an epoch; the roster of the members that are complete when it closes.
 - ``guard``: the one object that the clan knows of these.
 """

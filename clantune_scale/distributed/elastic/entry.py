@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import Store
 
-from clantune_scale.distributed.elastic.generation import Epoch
-from clantune_scale.distributed.elastic.quorum import Meeting, Roster
+from clantune_scale.distributed.elastic.generation import Generation
+from clantune_scale.distributed.elastic.quorum import Quorum, Rendezvous
 from clantune_scale.distributed.elastic.supervisor import Guard
 from clantune_scale.distributed.rendezvous import Launched, open_store
 from clantune_scale.distributed.topology import Coordinates, Topology
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loss:
+class MembershipChange:
     """Of members, and how the others went on. Members have the numbers that they were launched with.
 
     Attributes:
@@ -33,7 +33,7 @@ class Loss:
         seconds: from then to the moment at which the others stood together again.
     """
 
-    epoch: int
+    generation: int
     members: dict[int, str]
     left: tuple[int, ...]
     reason: str
@@ -48,11 +48,11 @@ class Entry:
     topology: Topology
     at: Coordinates
     guard: Guard
-    loss: Loss | None = None
+    membership_change: MembershipChange | None = None
 
 
 def enter(
-    epoch: Epoch,
+    generation: Generation,
     launched: Launched,
     topology: Topology,
     *,
@@ -78,14 +78,18 @@ def enter(
     at = topology.coordinates(launched.rank)
     name = f"rank {at.member_rank} of member {at.member}"
     launched_members = tuple(range(topology.population_size))
-    if epoch.number == 0:
+    if generation.number == 0:
         store = open_store(launched, port or launched.port, timeout_s, environ)
-        epoch = replace(epoch, launch_id=store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode())
-        guard, members, loss = Guard(settings, epoch, members=launched_members, name=name, environ=environ), None, None
+        generation = replace(generation, launch_id=store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode())
+        guard, members, loss = (
+            Guard(settings, generation, members=launched_members, name=name, environ=environ),
+            None,
+            None,
+        )
     else:
-        guard = Guard(settings, epoch, members=epoch.members, name=name, environ=environ)
-        store, roster = _come_back(epoch, at, topology, guard)
-        members, loss = roster.members, _loss(epoch, roster)
+        guard = Guard(settings, generation, members=generation.members, name=name, environ=environ)
+        store, quorum = _come_back(generation, at, topology, guard)
+        members, loss = quorum.members, _loss(generation, quorum)
         topology = replace(topology, population_size=len(members))
         at = topology.coordinates(members.index(at.member) * topology.member_size + at.member_rank)
         guard.admit(members)
@@ -99,22 +103,28 @@ def enter(
     return Entry(store, topology, at, guard, loss)
 
 
-def _come_back(epoch: Epoch, at: Coordinates, topology: Topology, guard: Guard) -> tuple[Store, Roster]:
+def _come_back(generation: Generation, at: Coordinates, topology: Topology, guard: Guard) -> tuple[Store, Quorum]:
     settings = guard.settings
-    meeting = Meeting(
-        epoch,
+    rendezvous = Rendezvous(
+        generation,
         member=at.member,
         member_rank=at.member_rank,
         member_size=topology.member_size,
         min_members=settings.min_members or 1,
         rejoin_s=settings.rejoin_s,
     )
-    with guard.within(meeting.patience_s, f"the meeting of epoch {epoch.number}"):
-        return meeting.attend()
+    with guard.within(rendezvous.patience_s, f"the rendezvous of generation {generation.number}"):
+        return rendezvous.attend()
 
 
-def _loss(epoch: Epoch, roster: Roster) -> Loss:
-    return Loss(epoch.number, roster.missing, roster.members, epoch.failure, time.time() - epoch.failed_at)
+def _loss(generation: Generation, quorum: Quorum) -> MembershipChange:
+    return MembershipChange(
+        generation.number,
+        quorum.missing,
+        quorum.members,
+        generation.failure,
+        time.time() - generation.failed_at,
+    )
 
 
 def _no_faults() -> FaultsConfig:

@@ -12,7 +12,7 @@ VARIABLE = "CLANTUNE_EPOCH"
 
 
 @dataclass(frozen=True)
-class Epoch:
+class Generation:
     """The epoch that begins, and how the one before ended. Members have the numbers that they were launched with.
 
     Attributes:
@@ -40,7 +40,7 @@ class Epoch:
     newest: str | None = None
 
     @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Epoch:
+    def read(cls, environ: Mapping[str, str]) -> Generation:
         """The epoch that this process is to join; 0 where nobody restarted it."""
         if VARIABLE not in environ:
             return cls(launch={name: environ.get(name) for name in LAUNCH_VARIABLES + AGENT_VARIABLES})

@@ -15,7 +15,7 @@ from torch.distributed import DistError, Store
 _FAILED = "failed"
 
 
-class Pulse:
+class Heartbeat:
     """Two threads: one talks to the store, and one watches that the store answers it.
 
     Silence is counted in beats of this process and not by the clock: one that was itself suspended has not seen

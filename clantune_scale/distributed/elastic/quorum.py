@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.rendezvous import Address, unset
 from clantune_scale.distributed.store import serve
 from clantune_scale.errors import MembersLostError
@@ -37,7 +37,7 @@ FOLDER = "epochs"
 
 
 @dataclass(frozen=True)
-class Roster:
+class Quorum:
     """Who takes part in an epoch.
 
     Attributes:
@@ -55,13 +55,13 @@ class Roster:
         return json.dumps([self.members, list(self.missing.items()), self.stop])
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Roster:
+    def from_json(cls, text: str | bytes) -> Quorum:
         """What :meth:`to_json` wrote."""
         members, missing, stop = json.loads(text)
         return cls(tuple(members), dict(missing), stop)
 
 
-class Meeting:
+class Rendezvous:
     """One rank's way into an epoch.
 
     Args:
@@ -73,19 +73,31 @@ class Meeting:
     """
 
     def __init__(
-        self, epoch: Epoch, *, member: int, member_rank: int, member_size: int, min_members: int, rejoin_s: float
+        self,
+        generation: Generation,
+        *,
+        member: int,
+        member_rank: int,
+        member_size: int,
+        min_members: int,
+        rejoin_s: float,
     ) -> None:
-        self._epoch, self._member, self._member_rank, self._member_size = epoch, member, member_rank, member_size
+        self._generation, self._member, self._member_rank, self._member_size = (
+            generation,
+            member,
+            member_rank,
+            member_size,
+        )
         self._min_members, self._rejoin_s = min_members, rejoin_s
-        self._place = epoch.members.index(member)
+        self._place = generation.members.index(member)
         self._began = time.monotonic()
 
     @property
     def patience_s(self) -> float:
         """Seconds that it takes at most, if whoever serves the store answers."""
-        return 3 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + 3 * _PATIENCE_S
+        return 3 * self._rejoin_s + (len(self._generation.members) + 1) * _STAGGER_S + 3 * _PATIENCE_S
 
-    def attend(self) -> tuple[Store, Roster]:
+    def attend(self) -> tuple[Store, Quorum]:
         """Finds or serves the store, arrives, and reads the roster when it is closed.
 
         Raises:
@@ -93,30 +105,30 @@ class Meeting:
             DistError: if who serves the store dies meanwhile.
         """
         store, serves = self._enter()
-        arrive(store, self._epoch.members, self._member, self._member_rank, self._member_size)
+        arrive(store, self._generation.members, self._member, self._member_rank, self._member_size)
         if serves:
             store.set("roster", self._claimed(self._close(store)).to_json())
         store.wait(["roster"], timedelta(seconds=self._rejoin_s + _PATIENCE_S))
-        roster = Roster.from_json(store.get("roster"))
-        if roster.stop:
+        quorum = Quorum.from_json(store.get("roster"))
+        if quorum.stop:
             # Who serves the store must not leave before the others have read why.
             within(_ANSWER_S, lambda: _await_readers(store))
-            raise MembersLostError(roster.stop)
-        if self._member not in roster.members:
+            raise MembersLostError(quorum.stop)
+        if self._member not in quorum.members:
             raise MembersLostError(
-                f"epoch {self._epoch.number} began without member {self._member}: "
-                f"{roster.missing.get(self._member, 'it came too late')}. This rank ends; the member may come back "
+                f"generation {self._generation.number} began without member {self._member}: "
+                f"{quorum.missing.get(self._member, 'it came too late')}. This rank ends; the member may come back "
                 f"with a new launch that resumes the run."
             )
-        return store, roster
+        return store, quorum
 
     def _enter(self) -> tuple[Store, bool]:
         """The store, and whether this process serves it."""
         serve_after_s = None
         if self._member_rank == 0:
             serve_after_s = self._place and self._rejoin_s + self._place * _STAGGER_S
-        give_up_s = 2 * self._rejoin_s + (len(self._epoch.members) + 1) * _STAGGER_S + _PATIENCE_S
-        with _asked(self._epoch.addresses, self._epoch.number) as answers:
+        give_up_s = 2 * self._rejoin_s + (len(self._generation.members) + 1) * _STAGGER_S + _PATIENCE_S
+        with _asked(self._generation.addresses, self._generation.number) as answers:
             while time.monotonic() - self._began < give_up_s:
                 with suppress(queue.Empty):
                     return answers.get(timeout=_PAUSE_S), False
@@ -124,53 +136,54 @@ class Meeting:
                     store = self._serve()
                     if store is not None:
                         return store, True
+        asked = [f"{host}:{port}" for host, port in self._generation.addresses]
         raise MembersLostError(
-            f"nobody serves the store of epoch {self._epoch.number}: members {list(self._epoch.members)} were asked at "
-            f"{[f'{host}:{port}' for host, port in self._epoch.addresses]} for {give_up_s:g} s. {self.remedy()}"
+            f"nobody serves the store of generation {self._generation.number}: members "
+            f"{list(self._generation.members)} were asked at {asked} for {give_up_s:g} s. {self.remedy()}"
         )
 
     def _serve(self) -> Store | None:
         """Serves the store where this member's own was; None where the port is not free yet."""
-        host, port = self._epoch.addresses[self._place]
+        host, port = self._generation.addresses[self._place]
         try:
             tcp_store = serve(host, port, timeout_s=self._rejoin_s)
         except (DistError, OSError):
             return None
-        store = PrefixStore(prefix(self._epoch.number), tcp_store)
+        store = PrefixStore(prefix(self._generation.number), tcp_store)
         store.set("open", "")
         return store
 
-    def _close(self, store: Store) -> Roster:
+    def _close(self, store: Store) -> Quorum:
         """Waits until all have come, or not longer than is agreed, and says who is there."""
         # Who serves because another did not has waited already, and the others with it.
         seconds = max(_ANSWER_S, self._rejoin_s - (time.monotonic() - self._began))
         # On the deadline those go on who are there.
         with suppress(DistError):
             store.wait(["arrived/all"], timedelta(seconds=seconds))
-        return close(store, self._epoch, self._member_size, self._min_members, self.remedy())
+        return close(store, self._generation, self._member_size, self._min_members, self.remedy())
 
-    def _claimed(self, roster: Roster) -> Roster:
+    def _claimed(self, quorum: Quorum) -> Quorum:
         """Two halves of a clan that cannot see each other must not both go on: the first to make the file does."""
-        if self._epoch.run_dir is None or roster.stop:
-            return roster
-        folder = Path(self._epoch.run_dir) / FOLDER
+        if self._generation.run_dir is None or quorum.stop:
+            return quorum
+        folder = Path(self._generation.run_dir) / FOLDER
         folder.mkdir(exist_ok=True)
-        path = folder / f"{self._epoch.launch_id}-{self._epoch.number:04d}.json"
+        path = folder / f"{self._generation.launch_id}-{self._generation.number:04d}.json"
         try:
             with open(path, "x") as file:
-                file.write(roster.to_json())
+                file.write(quorum.to_json())
         except FileExistsError:
-            others = Roster.from_json(path.read_bytes()).members
+            others = Quorum.from_json(path.read_bytes()).members
             return replace(
-                roster,
-                stop=f"epoch {self._epoch.number} was begun by members {list(others)} ({path}), and members "
-                f"{list(roster.members)} cannot reach them. These end; look at the network between their hosts.",
+                quorum,
+                stop=f"generation {self._generation.number} was begun by members {list(others)} ({path}), and members "
+                f"{list(quorum.members)} cannot reach them. These end; look at the network between their hosts.",
             )
-        return roster
+        return quorum
 
     def remedy(self) -> str:
         """How the run goes on."""
-        return resume_remedy(self._epoch.run_dir)
+        return resume_remedy(self._generation.run_dir)
 
 
 def resume_remedy(run_dir: str | None) -> str:
@@ -226,25 +239,25 @@ def _await_readers(store: Store) -> None:
         time.sleep(_PAUSE_S)
 
 
-def close(store: Store, epoch: Epoch, member_size: int, min_members: int, remedy: str) -> Roster:
+def close(store: Store, generation: Generation, member_size: int, min_members: int, remedy: str) -> Quorum:
     """The roster of those who have arrived until now."""
     missing = {}
-    for member in epoch.members:
+    for member in generation.members:
         count = store.add(f"arrived/{member}", 0)
         if count == 0:
             missing[member] = "none of its ranks came"
         elif count < member_size:
             ranks = [key.rpartition("/")[2] for key in unset(store, _keys(member, member_size))]
             missing[member] = f"of its {member_size} ranks, {', '.join(ranks[:16])} did not come"
-    present = tuple(member for member in epoch.members if member not in missing)
+    present = tuple(member for member in generation.members if member not in missing)
     stop = ""
     if len(present) < min_members:
         told = "; ".join(f"member {member}: {what}" for member, what in missing.items())
         stop = (
             f"{len(present)} members are left and clantune.faults.min_members is {min_members} ({told}; first seen: "
-            f"{epoch.failure}). {remedy}"
+            f"{generation.failure}). {remedy}"
         )
-    return Roster(present, missing, stop)
+    return Quorum(present, missing, stop)
 
 
 def _keys(member: int, member_size: int) -> list[str]:

@@ -18,8 +18,8 @@ from torch.distributed import Store
 
 from clantune_scale.checkpoint import manifest
 from clantune_scale.distributed.elastic.failures import in_short, peer_failure
-from clantune_scale.distributed.elastic.generation import Epoch
-from clantune_scale.distributed.elastic.heartbeat import Pulse
+from clantune_scale.distributed.elastic.generation import Generation
+from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 from clantune_scale.distributed.elastic.quorum import resume_remedy, within
 from clantune_scale.distributed.elastic.restart import start_again
 from clantune_scale.distributed.rendezvous import Address
@@ -54,20 +54,20 @@ class Guard:
     def __init__(
         self,
         settings: FaultsConfig,
-        epoch: Epoch,
+        generation: Generation,
         *,
         members: tuple[int, ...],
         name: str = "",
         environ: MutableMapping[str, str] = os.environ,
     ) -> None:
-        self.settings, self.epoch, self._environ = settings, epoch, environ
-        self._members, self._addresses, self._name = members, epoch.addresses, name
-        self.run_dir: Path | None = None if epoch.run_dir is None else Path(epoch.run_dir)
+        self.settings, self.generation, self._environ = settings, generation, environ
+        self._members, self._addresses, self._name = members, generation.addresses, name
+        self.run_dir: Path | None = None if generation.run_dir is None else Path(generation.run_dir)
         self.before_restart: list[Callable[[], None]] = []
         self._is_armed = settings.min_members is not None
         self._has_failed = False
         self._lock = threading.Lock()
-        self._pulse: Pulse | None = None
+        self._heartbeat: Heartbeat | None = None
         self._store: Store | None = None
         self._size = 1
         self._previous, self._second = sys.excepthook, sys.excepthook
@@ -80,7 +80,7 @@ class Guard:
             # collective alone, whose error then comes here.
             self._environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             self._store, self._size = store, size
-            self._pulse = Pulse(
+            self._heartbeat = Heartbeat(
                 store.clone(),
                 rank=rank,
                 size=size,
@@ -120,12 +120,12 @@ class Guard:
     def leave(self) -> None:
         """The run is over for this rank: waits, not for ever, until it is for all, because one serves the store."""
         self._is_armed = False
-        if self._pulse is None:
+        if self._heartbeat is None:
             return
         if not self._has_failed:
             within(self.settings.deadline_s, self._wait_for_all)
-        self._pulse.stop()
-        self._pulse = None
+        self._heartbeat.stop()
+        self._heartbeat = None
 
     def _wait_for_all(self) -> None:
         assert self._store is not None
@@ -165,9 +165,9 @@ class Guard:
         self._lock.acquire()
         # The first to see a failure has the best reason: what the others see is its leaving.
         reason = f"{self._name}: {reason}"
-        if self._pulse is not None:
-            pulse, own = self._pulse, reason
-            reason = within(2.0, lambda: pulse.tell(own)) or own
+        if self._heartbeat is not None:
+            heartbeat, own = self._heartbeat, reason
+            reason = within(2.0, lambda: heartbeat.tell(own)) or own
         following = self._following(reason)
         for action in self.before_restart:
             within(_FLUSH_S, action)
@@ -180,14 +180,15 @@ class Guard:
             )
             os._exit(1)
         print(
-            f"clan: {self._name} leaves epoch {self.epoch.number} for epoch {following.number}: {reason}",
+            f"clan: {self._name} leaves generation {self.generation.number} for generation {following.number}: "
+            f"{reason}",
             file=sys.stderr,
             flush=True,
         )
         following.write(self._environ)
         start_again(self._environ)
 
-    def _following(self, reason: str) -> Epoch:
+    def _following(self, reason: str) -> Generation:
         """The epoch after this one, with what it goes on from in the environment."""
         run_dir = self._resumable()
         newest = None
@@ -196,17 +197,17 @@ class Guard:
             newest = manifest.committed(Path(run_dir) / manifest.FOLDER)[0]
         else:
             self._environ.pop(RESUME, None)
-        has_all = self._members == self.epoch.members
-        is_idle = self.epoch.number > 0 and has_all and newest == self.epoch.newest
+        has_all = self._members == self.generation.members
+        is_idle = self.generation.number > 0 and has_all and newest == self.generation.newest
         return replace(
-            self.epoch,
-            number=self.epoch.number + 1,
+            self.generation,
+            number=self.generation.number + 1,
             members=self._members,
             addresses=self._addresses,
             run_dir=run_dir,
             failure=reason,
             failed_at=time.time(),
-            num_idle=self.epoch.num_idle + 1 if is_idle else 0,
+            num_idle=self.generation.num_idle + 1 if is_idle else 0,
             newest=newest,
         )
 

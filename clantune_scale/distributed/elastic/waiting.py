@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from clantune_scale.distributed.elastic.heartbeat import Pulse
+from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 from clantune_scale.distributed.elastic.quorum import resume_remedy
 from clantune_scale.errors import ClanError
 
@@ -34,9 +34,9 @@ def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iter
         ``wait(key)``: waits until the key is in the clan's store; raises ClanError when a rank has died.
     """
     failures: list[str] = []
-    pulse = None
+    heartbeat = None
     if not world.may_lose_members and world.topology.world_size > 1:
-        pulse = Pulse(
+        heartbeat = Heartbeat(
             world.store.clone(),
             rank=world.at.rank,
             size=world.topology.world_size,
@@ -57,5 +57,5 @@ def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iter
     try:
         yield wait
     finally:
-        if pulse is not None:
-            pulse.stop()
+        if heartbeat is not None:
+            heartbeat.stop()

@@ -127,7 +127,11 @@ def members(axes: Axes, run: Run, values: np.ndarray, *, holds: bool = False, jo
         holds: whether a value holds for its whole round (a gene), or was read at its end (a loss).
         joined: whether lines join the marks, where there are marks.
     """
-    points = (lambda column: held(run, column)) if holds else (lambda column: (run.end_steps, column))
+    points = (
+        (lambda replica_group: held(run, replica_group))
+        if holds
+        else (lambda replica_group: (run.end_steps, replica_group))
+    )
     if run.num_members <= thin.MAX_LINES:
         for member in range(run.num_members):
             x, y = thin.thin_line(*points(values[:, member]))

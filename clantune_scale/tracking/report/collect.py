@@ -13,7 +13,7 @@ import numpy as np
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.lineage import undone
 from clantune_scale.core.schedule import gene_from_plain
-from clantune_scale.core.strategies.clan.overfitting import MEMORIZES
+from clantune_scale.core.strategies.clan.overfitting import OVERFITS
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.report.series import Run
@@ -63,7 +63,7 @@ class _Collected:
     throughput: dict[str, np.ndarray] = field(default_factory=dict)
     counted: dict[str, int | None] = field(default_factory=lambda: {"samples": None, "tokens": None})
     stragglers: list[tuple[int, int, float]] = field(default_factory=list)
-    memorizing: list[int] = field(default_factory=list)
+    overfitting: list[int] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -102,8 +102,8 @@ class _Collected:
         self.factors.append(event.get("lr_factor", 1.0))
         self.scheduled.append(event.get("scheduled_rate"))
         self._take_phases(event)
-        if any(MEMORIZES in member["reason"] for member in members):
-            self.memorizing.append(event["step"])
+        if any(OVERFITS in member["reason"] for member in members):
+            self.overfitting.append(event["step"])
         if event.get("straggler"):
             late = event["straggler"]
             self.stragglers.append((event["step"], late["member"], late["seconds"]))
@@ -155,7 +155,7 @@ class _Collected:
             samples=self.counted["samples"],
             tokens=self.counted["tokens"],
             stragglers=self.stragglers,
-            memorizing=self.memorizing,
+            overfitting=self.overfitting,
             warnings=self.warnings,
         )
 

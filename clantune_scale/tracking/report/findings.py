@@ -37,7 +37,7 @@ def of_gene(run: Run, gene: Gene) -> list[str]:
 
 def health(run: Run) -> list[str]:
     """Restores, data learnt by heart, strikes, stragglers, warnings, and what the clan cost."""
-    return [*_restores(run), *_memorizing(run), *_strikes(run), *_stragglers(run), *_cost(run), *_warnings(run)]
+    return [*_restores(run), *_overfitting(run), *_strikes(run), *_stragglers(run), *_cost(run), *_warnings(run)]
 
 
 def next_run(run: Run) -> list[str]:
@@ -135,14 +135,14 @@ def _restores(run: Run) -> Iterator[str]:
     )
 
 
-def _memorizing(run: Run) -> Iterator[str]:
-    if run.memorizing:
-        steps = ", ".join(f"{step:,}" for step in run.memorizing[:4])
-        more = ", and later" if len(run.memorizing) > 4 else ""
+def _overfitting(run: Run) -> Iterator[str]:
+    if run.overfitting:
+        steps = ", ".join(f"{step:,}" for step in run.overfitting[:4])
+        more = ", and later" if len(run.overfitting) > 4 else ""
         yield (
-            f"In {_count(len(run.memorizing), 'round')} the validation loss did not follow the training loss (at steps "
-            f"{steps}{more}): the data were being learnt by heart, and learning rates were held. More data, dropout or "
-            f"a shorter run would serve better than another schedule."
+            f"In {_count(len(run.overfitting), 'round')} the validation loss did not follow the training loss (at "
+            f"steps {steps}{more}): the model overfits, and learning rates were held. More data, dropout or a shorter "
+            f"run would help more than another schedule."
         )
 
 

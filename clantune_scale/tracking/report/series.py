@@ -66,7 +66,7 @@ class Run:
     samples: int | None
     tokens: int | None
     stragglers: list[tuple[int, int, float]]
-    memorizing: list[int]
+    overfitting: list[int]
     warnings: list[tuple[int, str]]
 
     @property

@@ -30,7 +30,7 @@ class Trace:
 
     def __init__(self, clan: Any) -> None:
         self.events: list[str] = []
-        self._groups = (clan.groups.column((0, 1)), clan.groups.gradient((0, 1)))
+        self._groups = (clan.groups.replica_group((0, 1)), clan.groups.gradient((0, 1)))
         self._all_reduce = dist.all_reduce
 
     def begin(self) -> None:

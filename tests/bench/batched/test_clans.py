@@ -166,7 +166,7 @@ def test_a_clan_that_blows_up_goes_back_alone():
         clans.step()
         for twin in twins:
             twin.step()
-    assert [decision.restore for decision in (c.decisions[0] for c in clans.clans)] == [True, False]
+    assert [decision.rolls_back for decision in (c.decisions[0] for c in clans.clans)] == [True, False]
     assert_agree(clans, twins)
     assert clans.clans[0].population.memory["centre"]["lr"] <= -math.log(3)
 

@@ -9,7 +9,7 @@ import pytest
 from clantune_scale.bench.faults import injector
 from clantune_scale.bench.faults.actions import InjectedError
 from clantune_scale.bench.faults.injector import POINTS, Fault, install, to_environ
-from clantune_scale.distributed.elastic.generation import Epoch
+from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def gathering(monkeypatch):
     """A point's function, put back afterwards."""
     module = importlib.import_module("clantune_scale.runtime.clan")
     calls = []
-    monkeypatch.setattr(module, "gather_figures", lambda: calls.append(1))
+    monkeypatch.setattr(module, "gather_diagnostics", lambda: calls.append(1))
     monkeypatch.setattr(module.Clan, "__init__", module.Clan.__init__)
     return module, calls
 
@@ -37,9 +37,9 @@ def test_a_fault_strikes_once_before_or_after(gathering):
     environ = {"RANK": "1", **to_environ([Fault(1, "figures", action="raise"), Fault(0, "figures:after")])}
     assert install(environ) == [Fault(1, "figures", action="raise")]
     with pytest.raises(InjectedError):
-        module.gather_figures()
+        module.gather_diagnostics()
     assert calls == []
-    module.gather_figures()
+    module.gather_diagnostics()
     assert calls == [1]
 
 
@@ -47,7 +47,7 @@ def test_after(gathering):
     module, calls = gathering
     install({"RANK": "0", **to_environ([Fault(0, "figures:after", action="raise")])})
     with pytest.raises(InjectedError):
-        module.gather_figures()
+        module.gather_diagnostics()
     assert calls == [1]
 
 
@@ -55,7 +55,7 @@ def test_another_epoch_is_left_alone(gathering):
     environ = to_environ([Fault(1, "figures", epoch=1)])
     assert install({"RANK": "1", **environ}) == []
     later = {"RANK": "1", **environ}
-    Epoch(1, launch={}).write(later)
+    Generation(1, launch={}).write(later)
     assert install(later) == [Fault(1, "figures", epoch=1)]
 
 
@@ -69,10 +69,10 @@ def test_a_step_is_waited_for(gathering, monkeypatch):
 
     monkeypatch.setattr(injector, "_clans", lambda: [Clan])
     install({"RANK": "0", **to_environ([Fault(0, "figures", 5, "raise")])})
-    module.gather_figures()
+    module.gather_diagnostics()
     Clan.phases.position.step = 5
     with pytest.raises(InjectedError):
-        module.gather_figures()
+        module.gather_diagnostics()
     assert calls == [1]
 
 

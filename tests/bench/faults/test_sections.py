@@ -10,7 +10,7 @@ from clantune_scale.bench.faults import kills, results, survivors
 from clantune_scale.bench.faults.damage import _flip
 from clantune_scale.bench.faults.injector import POINTS
 from clantune_scale.bench.faults.kills import differences
-from clantune_scale.bench.faults.results import Result
+from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.sections import SECTIONS, THREES, WORKLOADS, strikes
 from clantune_scale.bench.faults.workload import Workload, stood
 from clantune_scale.errors import ConfigError
@@ -32,7 +32,11 @@ def test_sections_name_what_they_strike():
 
 
 def test_a_table_counts_what_came_out_right(tmp_path):
-    found = [Result("a kill", "DDP", "one"), Result("a kill", "DDP", "two", "lost"), Result("a kill", "ZeRO", "one")]
+    found = [
+        FaultResult("a kill", "DDP", "one"),
+        FaultResult("a kill", "DDP", "two", "lost"),
+        FaultResult("a kill", "ZeRO", "one"),
+    ]
     lines = results.table(found).splitlines()[2:]
     assert lines == ["| a kill | DDP, ZeRO | 3 | 2 |"]
     results.write(tmp_path / "results", found)

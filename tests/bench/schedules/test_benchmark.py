@@ -32,7 +32,7 @@ def test_a_fixed_start_scores_nothing_and_the_oracle_all():
     result = run([TINY], [FIXED], seeds=(0, 1), say=lambda line: None)
     assert result.scores[0].s1[0] == (0.0, 0.0)
     trial = run_trial(FIXED, best, rates=[oracle.best.rate], seeds=(0, 1))
-    assert result.yardsticks[0].s1(0, trial.losses[0]) == pytest.approx(1.0)
+    assert result.references[0].s1(0, trial.losses[0]) == pytest.approx(1.0)
     assert trial.runs[0][0].rates[0] == (0, oracle.best.rate)
     assert trial.runs[0][0].cost == 1.0
 

@@ -26,8 +26,8 @@ def test_one_right_rate_is_at_least_as_good_as_every_rate_that_is_tried():
         rate = oracle.best.rate * 2**octaves
         same = TINY.variant("same", starts=(*TINY.starts, Start("own", rate / oracle.constant_rate)))
         fixed = run([same], [FIXED], seeds=SEEDS, say=lambda line: None)
-        losses = fixed.yardsticks[0].default_losses
-        assert found[0].s1 >= fixed.yardsticks[0].s1(0, losses[2]) - 1e-9
+        losses = fixed.references[0].default_losses
+        assert found[0].s1 >= fixed.references[0].s1(0, losses[2]) - 1e-9
 
 
 def test_what_a_start_has_besides_its_rate_stays():

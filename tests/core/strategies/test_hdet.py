@@ -100,9 +100,9 @@ def test_softmax_weights_by_hand():
 def test_all_members_are_averaged_in_equal_parts_and_nobody_is_copied():
     hdet = build("hdet", facts(), ALPHA)
     decision = a_round(hdet, hdet.init(START), [1, 2, 3, 4], 0)
-    assert decision.average == (0.25, 0.25, 0.25, 0.25)
+    assert decision.mixing_weights == (0.25, 0.25, 0.25, 0.25)
     assert decision.donors == (0, 1, 2, 3)
-    assert not decision.restore
+    assert not decision.rolls_back
 
 
 @pytest.mark.parametrize("options", [{"adapts": False}, {"warmup_steps": 20}])
@@ -110,7 +110,7 @@ def test_without_adaptation_members_still_spread_and_are_averaged(options):
     hdet = build("hdet", facts(), {**ALPHA, **options})
     decision = a_round(hdet, hdet.init(START), [1, 2, 3, 4], 0)
     assert decision.population.memory == {"base": {"lr": 1.0}, "velocity": {"lr": 0.0}}
-    assert decision.average == (0.25,) * 4
+    assert decision.mixing_weights == (0.25,) * 4
     assert sorted(lrs(decision.population)) == pytest.approx([0.7, 0.9, 1.1, 1.3])
 
 
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_has_no_weight_anywhere():
     # The three others weigh a third each: delta = (-0.3 - 0.1 + 0.1) / 3 = -0.1.
     assert decision.population.memory["base"]["lr"] == pytest.approx(0.9)
     assert all(math.isfinite(lr) for lr in lrs(decision.population))
-    assert decision.average[broken] == 0 and sum(decision.average) == pytest.approx(1)
+    assert decision.mixing_weights[broken] == 0 and sum(decision.mixing_weights) == pytest.approx(1)
     assert decision.donors[broken] == min(set(range(4)) - {broken})  # a fit one's optimizer state
     assert "not finite" in decision.reasons[broken]
     with pytest.raises(EvaluationError, match="round 0: none of the 4 members"):

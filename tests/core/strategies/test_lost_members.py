@@ -49,7 +49,7 @@ def test_the_donor_of_the_fittest_donates_where_the_fittest_itself_receives():
     assert decision.donors == (1, 1, 1)
 
 
-@pytest.mark.parametrize("change", [{"restore": True}, {"average": (0.5, 0.5, 0.0)}])
+@pytest.mark.parametrize("change", [{"rolls_back": True}, {"mixing_weights": (0.5, 0.5, 0.0)}])
 def test_what_replaces_every_state_is_left_alone(change):
     decision = keeping(3, **change)
     assert replace_lost(decision, fitness(1.0, 2.0, math.nan)) is decision

@@ -22,7 +22,7 @@ WHOLE = Gene("accumulation", kind="specialized", bounds=(1, 8), integer=True)
 def test_a_round_is_one_competition_on_the_whole_batch_that_is_kept():
     plan = build("pbt", facts(genes=(LR, DROPOUT))).plan(2, 40)
     assert plan.phases == (Phase(PhaseKind.COMPETITIVE, 20, keeps=True, batch_factor=4),)
-    assert (plan.explores, plan.averages, plan.evolves) == (("lr", "dropout"), False, True)
+    assert (plan.explores, plan.uses_ema, plan.evolves) == (("lr", "dropout"), False, True)
     assert build("pbt", facts(), {"full_batch": False}).plan(0, 0).phases[0].batch_factor == 1
     assert not build("pbt", facts()).plan(49, 980).evolves  # what was copied at the end would be trained no more
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from clantune_scale.core.strategies.teams import captains_of, join
+from clantune_scale.core.strategies.teams import join, leaders_of
 
 
 def test_a_team_is_as_fit_as_its_fittest_member_and_one_without_a_finite_loss_is_left_out():
-    assert captains_of((0, 0, 2, 3, 2), order=[4, 1, 2, 0]) == [(2, 4), (0, 1)]
+    assert leaders_of((0, 0, 2, 3, 2), order=[4, 1, 2, 0]) == [(2, 4), (0, 1)]
 
 
 def test_the_rest_go_one_by_one_to_the_smallest_team_the_fitter_first():

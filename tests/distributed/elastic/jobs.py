@@ -34,7 +34,7 @@ def train(folder: str, settings: dict[str, Any], members: int, dp: int = 1, num_
     run = ddp.start(Setup(members=members, dp=dp), settings)
     run.train(num_steps)
     world = run.clan.world
-    member = world.member if world.loss is None else world.loss.left[world.member]
+    member = world.member if world.membership_change is None else world.membership_change.left[world.member]
     torch.save(run.weights(), f"{folder}/weights-{member}-{world.at.member_rank}.pt")
     run.clan.finish()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from clantune_scale.distributed.elastic.generation import VARIABLE, Epoch
+from clantune_scale.distributed.elastic.generation import VARIABLE, Generation
 
 LAUNCH = {"RANK": "3", "WORLD_SIZE": "6", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
 
 def test_the_first_remembers_what_the_launcher_set():
-    epoch = Epoch.read({**LAUNCH, "TORCHELASTIC_USE_AGENT_STORE": "True"})
-    assert epoch.number == 0 and epoch.launch == {
+    generation = Generation.read({**LAUNCH, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert generation.number == 0 and generation.launch == {
         **LAUNCH,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": None,
@@ -17,7 +17,7 @@ def test_the_first_remembers_what_the_launcher_set():
 
 
 def test_the_next_finds_the_launchers_variables_again():
-    first = Epoch.read(LAUNCH)
+    first = Generation.read(LAUNCH)
     environ = {
         "RANK": "1",
         "WORLD_SIZE": "2",
@@ -25,12 +25,12 @@ def test_the_next_finds_the_launchers_variables_again():
         "MASTER_PORT": "4242",
         "TORCHELASTIC_RUN_ID": "x",
     }
-    Epoch(1, (0, 2), (("node0", 1), ("node2", 2)), first.launch, "abc", "/run", "gone", 1.5, 1, "round-000003").write(
-        environ
-    )
+    Generation(
+        1, (0, 2), (("node0", 1), ("node2", 2)), first.launch, "abc", "/run", "gone", 1.5, 1, "round-000003"
+    ).write(environ)
     kept = environ.pop(VARIABLE)
     assert environ == LAUNCH
-    again = Epoch.read({VARIABLE: kept})
+    again = Generation.read({VARIABLE: kept})
     assert again.members == (0, 2) and again.addresses == (("node0", 1), ("node2", 2))
     assert (again.number, again.run_dir, again.failure, again.num_idle) == (1, "/run", "gone", 1)
     assert again.launch == first.launch and again.newest == "round-000003"

@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
-from clantune_scale.distributed.elastic.heartbeat import Pulse
+from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ class Listener:
 def pulses(served, size, silence_s=1.0):
     listeners = [Listener() for _ in range(size)]
     made = [
-        Pulse(
+        Heartbeat(
             PrefixStore("clan", served).clone(),
             rank=rank,
             size=size,

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clantune_scale.distributed.elastic import quorum
-from clantune_scale.distributed.elastic.generation import Epoch
-from clantune_scale.distributed.elastic.quorum import Meeting, Roster
+from clantune_scale.distributed.elastic.generation import Generation
+from clantune_scale.distributed.elastic.quorum import Quorum, Rendezvous
 from clantune_scale.errors import MembersLostError
 from tests.ranks import free_port
 
@@ -22,8 +22,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(quorum, "_ANSWER_S", 2.0)
 
 
-def epoch(size, *, number=1, run_dir=None):
-    return Epoch(
+def generation(size, *, number=1, run_dir=None):
+    return Generation(
         number,
         tuple(range(size)),
         tuple(("127.0.0.1", free_port()) for _ in range(size)),
@@ -39,7 +39,7 @@ def attend(ranks, began, *, member_size=1, min_members=1, rejoin_s=1.0):
     def come(place):
         member, member_rank, late_s = place
         time.sleep(late_s)
-        meets = Meeting(
+        meets = Rendezvous(
             began,
             member=member,
             member_rank=member_rank,
@@ -60,35 +60,35 @@ def attend(ranks, began, *, member_size=1, min_members=1, rejoin_s=1.0):
 
 def test_all_come_and_nobody_waits_for_the_deadline():
     began = time.monotonic()
-    found = attend([(0, 0, 0), (1, 0, 0), (2, 0, 0.2)], epoch(3), rejoin_s=30)
-    assert found == [Roster((0, 1, 2))] * 3
+    found = attend([(0, 0, 0), (1, 0, 0), (2, 0, 0.2)], generation(3), rejoin_s=30)
+    assert found == [Quorum((0, 1, 2))] * 3
     assert time.monotonic() - began < 10
 
 
 def test_the_missing_one_is_left_out():
-    found = attend([(0, 0, 0), (2, 0, 0)], epoch(3))
-    assert found == [Roster((0, 2), {1: "none of its ranks came"})] * 2
+    found = attend([(0, 0, 0), (2, 0, 0)], generation(3))
+    assert found == [Quorum((0, 2), {1: "none of its ranks came"})] * 2
 
 
 def test_an_incomplete_member_is_left_out_and_its_ranks_are_told():
-    found = attend([(0, 0, 0), (0, 1, 0), (1, 1, 0)], epoch(2), member_size=2)
-    assert found[:2] == [Roster((0,), {1: "of its 2 ranks, 0 did not come"})] * 2
-    assert found[2].startswith("epoch 1 began without member 1: of its 2 ranks, 0 did not come. This rank ends")
+    found = attend([(0, 0, 0), (0, 1, 0), (1, 1, 0)], generation(2), member_size=2)
+    assert found[:2] == [Quorum((0,), {1: "of its 2 ranks, 0 did not come"})] * 2
+    assert found[2].startswith("generation 1 began without member 1: of its 2 ranks, 0 did not come. This rank ends")
 
 
 def test_another_member_serves_where_the_first_is_dead():
-    found = attend([(1, 0, 0), (2, 0, 0)], epoch(3))
-    assert found == [Roster((1, 2), {0: "none of its ranks came"})] * 2
+    found = attend([(1, 0, 0), (2, 0, 0)], generation(3))
+    assert found == [Quorum((1, 2), {0: "none of its ranks came"})] * 2
 
 
 def test_who_comes_when_the_roster_is_closed_is_told():
-    found = attend([(0, 0, 0), (1, 0, 2.5)], epoch(2), rejoin_s=1.0)
-    assert found[0] == Roster((0,), {1: "none of its ranks came"})
-    assert found[1].startswith("epoch 1 began without member 1: none of its ranks came")
+    found = attend([(0, 0, 0), (1, 0, 2.5)], generation(2), rejoin_s=1.0)
+    assert found[0] == Quorum((0,), {1: "none of its ranks came"})
+    assert found[1].startswith("generation 1 began without member 1: none of its ranks came")
 
 
 def test_with_too_few_the_run_stops_and_says_how_it_goes_on(tmp_path):
-    found = attend([(0, 0, 0), (2, 0, 0)], epoch(3, run_dir=str(tmp_path)), min_members=3)
+    found = attend([(0, 0, 0), (2, 0, 0)], generation(3, run_dir=str(tmp_path)), min_members=3)
     assert found[0] == found[1]
     assert found[0].startswith(
         "2 members are left and clantune.faults.min_members is 3 (member 1: none of its ranks came; first seen: "
@@ -99,25 +99,25 @@ def test_with_too_few_the_run_stops_and_says_how_it_goes_on(tmp_path):
 
 def test_of_two_halves_one_goes_on(tmp_path):
     """Servers that cannot see each other: addresses that only their own half knows."""
-    whole = epoch(4, run_dir=str(tmp_path))
-    apart = Epoch(1, whole.members, epoch(4).addresses, launch_id="launch", run_dir=str(tmp_path), failure="")
+    whole = generation(4, run_dir=str(tmp_path))
+    apart = Generation(1, whole.members, generation(4).addresses, launch_id="launch", run_dir=str(tmp_path), failure="")
     first = attend([(0, 0, 0), (1, 0, 0)], whole)
     second = attend([(2, 0, 0), (3, 0, 0)], apart)
-    assert first == [Roster((0, 1), {2: "none of its ranks came", 3: "none of its ranks came"})] * 2
-    assert second[0] == second[1] and "epoch 1 was begun by members [0, 1]" in second[0]
+    assert first == [Quorum((0, 1), {2: "none of its ranks came", 3: "none of its ranks came"})] * 2
+    assert second[0] == second[1] and "generation 1 was begun by members [0, 1]" in second[0]
     assert "members [2, 3] cannot reach them" in second[0]
     # The next launch of the run has epochs of its own.
-    assert attend([(0, 0, 0)], Epoch(1, (0,), epoch(1).addresses, launch_id="other", run_dir=str(tmp_path)))[0] == (
-        Roster((0,))
-    )
+    assert attend([(0, 0, 0)], Generation(1, (0,), generation(1).addresses, launch_id="other", run_dir=str(tmp_path)))[
+        0
+    ] == (Quorum((0,)))
 
 
 def test_a_server_of_another_epoch_is_not_taken():
-    began = epoch(1, number=7)
+    began = generation(1, number=7)
     held = []
     served = threading.Thread(
         target=lambda: held.append(
-            Meeting(began, member=0, member_rank=0, member_size=1, min_members=1, rejoin_s=1).attend()
+            Rendezvous(began, member=0, member_rank=0, member_size=1, min_members=1, rejoin_s=1).attend()
         )
     )
     served.start()
@@ -129,5 +129,5 @@ def test_a_server_of_another_epoch_is_not_taken():
 
 def test_nobody_serves(monkeypatch):
     monkeypatch.setattr(quorum, "_PATIENCE_S", 0.5)
-    (found,) = attend([(0, 1, 0)], epoch(1), member_size=2, rejoin_s=0.2)
-    assert found.startswith("nobody serves the store of epoch 1: members [0] were asked at ['127.0.0.1:")
+    (found,) = attend([(0, 1, 0)], generation(1), member_size=2, rejoin_s=0.2)
+    assert found.startswith("nobody serves the store of generation 1: members [0] were asked at ['127.0.0.1:")

@@ -9,7 +9,7 @@ import pytest
 from clantune_scale.checkpoint import manifest
 from clantune_scale.config.schema import FaultsConfig
 from clantune_scale.distributed.elastic import supervisor
-from clantune_scale.distributed.elastic.generation import VARIABLE, Epoch
+from clantune_scale.distributed.elastic.generation import VARIABLE, Generation
 from clantune_scale.distributed.elastic.supervisor import Guard
 
 GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
@@ -30,11 +30,11 @@ def again(monkeypatch):
     return ended
 
 
-def guarded(run_dir=None, *, epoch=None, min_members=2):
+def guarded(run_dir=None, *, generation=None, min_members=2):
     environ = {"RANK": "0", "CLANTUNE_RESUME": "before"}
     made = Guard(
         FaultsConfig(min_members=min_members),
-        epoch or Epoch(launch={"RANK": "5"}),
+        generation or Generation(launch={"RANK": "5"}),
         members=(0, 1, 2, 3),
         name="rank 1 of member 2",
         environ=environ,
@@ -58,12 +58,12 @@ def test_a_peers_failure_leads_to_the_next_epoch(tmp_path, again, capfd):
     _, environ = guarded(tmp_path)
     with pytest.raises(Again):
         fail(GONE)
-    epoch = Epoch.read(environ)
-    assert (epoch.number, epoch.members, epoch.newest) == (1, (0, 2, 3), "round-000003")
-    assert epoch.addresses == (("node0", 1), ("node2", 2), ("node3", 3))
+    generation = Generation.read(environ)
+    assert (generation.number, generation.members, generation.newest) == (1, (0, 2, 3), "round-000003")
+    assert generation.addresses == (("node0", 1), ("node2", 2), ("node3", 3))
     assert environ["CLANTUNE_RESUME"] == str(tmp_path) and environ["RANK"] == "5" and again == []
     assert (
-        "clan: rank 1 of member 2 leaves epoch 0 for epoch 1: rank 1 of member 2: RuntimeError:"
+        "clan: rank 1 of member 2 leaves generation 0 for generation 1: rank 1 of member 2: RuntimeError:"
         in capfd.readouterr().err
     )
 
@@ -72,7 +72,7 @@ def test_without_a_committed_round_it_begins_anew(tmp_path, again):
     _, environ = guarded(tmp_path)
     with pytest.raises(Again):
         fail(GONE)
-    assert "CLANTUNE_RESUME" not in environ and Epoch.read(environ).run_dir is None
+    assert "CLANTUNE_RESUME" not in environ and Generation.read(environ).run_dir is None
 
 
 def test_a_users_error_ends_the_process(tmp_path, again):
@@ -142,19 +142,19 @@ def test_epochs_that_come_no_further_are_the_last(tmp_path, again, monkeypatch, 
 
     monkeypatch.setattr(supervisor.os, "_exit", leave)
     commit(tmp_path, "round-000003")
-    epoch = Epoch(launch={"RANK": "5"})
+    generation = Generation(launch={"RANK": "5"})
     for number in range(1, 5):
-        _, environ = guarded(tmp_path, epoch=epoch)
+        _, environ = guarded(tmp_path, generation=generation)
         with pytest.raises(Again):
             fail(GONE)
-        epoch = Epoch.read(environ)
-        assert (epoch.number, epoch.num_idle) == (number, number - 1)
+        generation = Generation.read(environ)
+        assert (generation.number, generation.num_idle) == (number, number - 1)
     commit(tmp_path, "round-000004")
-    _, environ = guarded(tmp_path, epoch=epoch)
+    _, environ = guarded(tmp_path, generation=generation)
     with pytest.raises(Again):
         fail(GONE)
-    assert Epoch.read(environ).num_idle == 0
-    _, environ = guarded(tmp_path, epoch=Epoch(5, (0, 2, 3), launch={}, num_idle=3, newest="round-000004"))
+    assert Generation.read(environ).num_idle == 0
+    _, environ = guarded(tmp_path, generation=Generation(5, (0, 2, 3), launch={}, num_idle=3, newest="round-000004"))
     with pytest.raises(Exit, match="1"):
         fail(GONE)
     assert "4 epochs in a row began with all members and failed" in capfd.readouterr().err

@@ -129,14 +129,14 @@ def test_who_hangs_counts_as_dead(tmp_path, stopped):
 def test_a_member_fails_as_a_whole(tmp_path):
     ended = lived(tmp_path, Fault(3, "forward", 7), members=3, dp=2)
     assert [rank.code for rank in ended] == [0, 0, 1, -9, 0, 0], ended[0].text
-    assert "epoch 1 began without member 1: of its 2 ranks, 1 did not come" in ended[2].text
+    assert "generation 1 began without member 1: of its 2 ranks, 1 did not come" in ended[2].text
     reference = tmp_path / "resumed"
     assert not reference.exists()
 
 
 @pytest.mark.slow
 def test_members_die_one_after_the_other(tmp_path):
-    faults = [Fault(3, "forward", 7), Fault(0, "forward", 8, epoch=1)]
+    faults = [Fault(3, "forward", 7), Fault(0, "forward", 8, generation=1)]
     ended = lived(tmp_path, *faults, members=4)
     assert [rank.code for rank in ended] == [-9, 0, 0, -9], ended[1].text
     assert [rank.num_lives for rank in ended] == [2, 3, 3, 1]
@@ -155,7 +155,7 @@ def test_without_a_committed_round_the_others_begin_anew(tmp_path):
 
 @pytest.mark.slow
 def test_a_death_while_survivors_meet(tmp_path):
-    ended = lived(tmp_path, Fault(1, "forward", 7), Fault(3, "join", epoch=1), members=4)
+    ended = lived(tmp_path, Fault(1, "forward", 7), Fault(3, "join", generation=1), members=4)
     assert [rank.code for rank in ended] == [0, -9, 0, -9], ended[0].text
     assert jobs.events(tmp_path, "run_end")[-1]["status"] == "FINISHED"
 

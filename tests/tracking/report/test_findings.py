@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.strategies.clan.overfitting import MEMORIZES
+from clantune_scale.core.strategies.clan.overfitting import OVERFITS
 from clantune_scale.tracking.report import findings
 from clantune_scale.tracking.report.collect import read_run
 from clantune_scale.tracking.report.family import survivors
@@ -67,7 +67,7 @@ def test_data_that_are_learnt_by_heart_are_said_to_be():
     events = list(simulated_run.events(num_rounds=3, num_members=4))
     assert "learnt by heart" not in " ".join(findings.health(read_run(events, where=Path("events.jsonl"))))
     end = [event for event in events if event["kind"] == "round_end"][1]
-    end["members"][0]["reason"] = f"fittest; lr +0.100 (minimum); {MEMORIZES}"
+    end["members"][0]["reason"] = f"fittest; lr +0.100 (minimum); {OVERFITS}"
     said = " ".join(findings.health(read_run(events, where=Path("events.jsonl"))))
     assert f"In 1 round the validation loss did not follow the training loss (at steps {end['step']:,})" in said
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from clantune_scale.core.genome import Gene
-from clantune_scale.core.strategies.clan.lr_trial import races
+from clantune_scale.core.strategies.clan.lr_trial import is_trial_gene
 
 
 def moved(centre: Mapping[str, float], changes: Mapping[str, float], genes: Sequence[Gene]) -> dict[str, float]:
@@ -25,7 +25,7 @@ def moved(centre: Mapping[str, float], changes: Mapping[str, float], genes: Sequ
     for gene in genes:
         change = changes.get(gene.name, 0.0)
         if _decays(gene):
-            rate = next((other.name for other in genes if races(other) and other.groups == gene.groups), "")
+            rate = next((other.name for other in genes if is_trial_gene(other) and other.groups == gene.groups), "")
             change = min(change, 0.0) - changes.get(rate, 0.0)
         low, high = (gene.encode(bound) for bound in gene.bounds)
         after[gene.name] = min(max(centre[gene.name] + change, low), high)

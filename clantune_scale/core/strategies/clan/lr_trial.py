@@ -28,7 +28,7 @@ MIN_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Race:
+class LrTrial:
     """When it is and who runs in it.
 
     Attributes:
@@ -54,12 +54,12 @@ class Race:
         return self.offsets[self.teams[member]]
 
 
-def races(gene: Gene) -> bool:
+def is_trial_gene(gene: Gene) -> bool:
     """Whether the gene is one that a race is about: a learning rate, in factors."""
     return gene.target == "lr" and gene.scale == "log"
 
 
-def race_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
+def trial_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
     """When the race is; None where there is no rate to find, or no time.
 
     The same for clans of all sizes, so that rounds stay where they were when a run goes on with another number of
@@ -71,17 +71,17 @@ def race_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
         cost: extra gradient evaluations of the usual number of contestants, as a share of the run's.
     """
     total = expected_steps(facts.total_steps, facts.round_length_steps)
-    if not cost or not any(map(races, facts.genes)):
+    if not cost or not any(map(is_trial_gene, facts.genes)):
         return None
     start_step, num_steps = max(1, round(at * total)), round(cost / (USUAL - 1) * total)
     return range(start_step, start_step + num_steps) if num_steps >= MIN_STEPS else None
 
 
-def plan_race(steps: range | None, *, population_size: int, reach: float) -> Race | None:
+def plan_trial(steps: range | None, *, population_size: int, reach: float) -> LrTrial | None:
     """Who runs in it; None where there is none, or members are too few for a parabola.
 
     Args:
-        steps: from :func:`race_steps`.
+        steps: from :func:`trial_steps`.
         population_size: of the clan.
         reach: the highest rate over the clan's.
     """
@@ -91,7 +91,7 @@ def plan_race(steps: range | None, *, population_size: int, reach: float) -> Rac
     count = next(count for count in most if population_size % count == 0)
     teams = tuple(member * count // population_size for member in range(population_size))
     offsets = tuple(math.log(reach) * place / (count - 1) for place in range(count))
-    return Race(steps.start, len(steps), teams, offsets)
+    return LrTrial(steps.start, len(steps), teams, offsets)
 
 
 def outcome(offsets: Sequence[float], losses: Sequence[float], *, share: float) -> Move:

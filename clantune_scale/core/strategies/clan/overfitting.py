@@ -16,18 +16,18 @@ from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies.clan.parabola import Move
 
 #: What the round's table says then.
-MEMORIZES = "validation does not follow training: rates are held"
+OVERFITS = "validation does not follow training: rates are held"
 #: Share of training's progress that validation may miss. Problems that generalize stay below 0.08 from the second
 #: round on, those that memorize lie above 0.25 by the time of the race (the benchmark's log, 11).
-MISSED = 0.15
+MAX_SHARE_MISSED = 0.15
 #: Factor within which a first round's two losses are taken for the same measure.
-SAME = 1.25
+SAME_MEASURE_FACTOR = 1.25
 #: How many times the configured learning rates a clan may go that memorizes.
-REACH = 4.0
+MAX_RATE_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class OverfittingDetector:
     """What makes a training loss and a validation loss comparable: they need not be the same measure.
 
     Attributes:
@@ -38,8 +38,8 @@ class Yardstick:
     initial_loss: float
     scale: float
 
-    def memorizes(self, fitness: Fitness) -> bool:
-        """Whether validation misses more than ``MISSED`` of what training has gained.
+    def overfits(self, fitness: Fitness) -> bool:
+        """Whether validation misses more than ``MAX_SHARE_MISSED`` of what training has gained.
 
         False where the training loss is not known, or nothing has been gained.
         """
@@ -47,7 +47,7 @@ class Yardstick:
         if training is None or not math.isfinite(training) or not validation < self.initial_loss:
             return False
         gained = self.initial_loss * self.scale - training
-        return gained > 0 and validation * self.scale - training > MISSED * gained
+        return gained > 0 and validation * self.scale - training > MAX_SHARE_MISSED * gained
 
 
 def scale_of(fitness: Fitness) -> float | None:
@@ -59,7 +59,7 @@ def scale_of(fitness: Fitness) -> float | None:
     if training is None or not (0 < training < math.inf and 0 < validation < math.inf):
         return None
     ratio = training / validation
-    return 1.0 if 1 / SAME < ratio < SAME else ratio
+    return 1.0 if 1 / SAME_MEASURE_FACTOR < ratio < SAME_MEASURE_FACTOR else ratio
 
 
 def regularized(moves: Mapping[str, Move], genes: Sequence[Gene]) -> dict[str, Move]:

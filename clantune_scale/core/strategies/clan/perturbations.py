@@ -28,7 +28,7 @@ def levels(population_size: int) -> np.ndarray:
     return z / math.sqrt(math.fsum(z * z) / population_size) if population_size > 1 else z
 
 
-def spread(population_size: int, names: Sequence[str], *, seed: int, round_: int) -> np.ndarray:
+def perturbations(population_size: int, names: Sequence[str], *, seed: int, round_: int) -> np.ndarray:
     """[members, genes] standardised offsets: a permutation of :func:`levels` per gene.
 
     With several genes the permutation is the one, of a few seeded candidates, whose quadratic design

@@ -10,7 +10,7 @@ from typing import Literal
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import RunFacts
-from clantune_scale.core.strategies.clan.lr_trial import Race, plan_race, race_steps, races
+from clantune_scale.core.strategies.clan.lr_trial import LrTrial, is_trial_gene, plan_trial, trial_steps
 from clantune_scale.core.strategies.lengths import competitive_steps, phases, round_end
 from clantune_scale.core.strategies.options import require
 
@@ -37,11 +37,11 @@ class ClanOptions:
             progress again: what lower rates do not mend was not the rates' fault.
         guard_divisor: what learning rates are divided by when it does; above 1.
         num_reports: rounds (evaluations) after the freeze, at least 1.
-        race_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
+        trial_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
             length follows. 0 for none, as in a clan of two.
-        race_at: share of the run after which the race starts, above 0; before ``freeze_at`` where there is one.
-        race_reach: the race's highest learning rate over the clan's, above 1.
-        race_share: of the rise that the race asks for, in log units, how much is taken, above 0 and at most 1: a
+        trial_at: share of the run after which the race starts, above 0; before ``freeze_at`` where there is one.
+        trial_reach: the race's highest learning rate over the clan's, above 1.
+        trial_share: of the rise that the race asks for, in log units, how much is taken, above 0 and at most 1: a
             short race likes rates that are too high for a long one, and what is missing is climbed in a round or two.
         start_factor: of the configured learning rates, that the clan starts with; above 0. A race only raises
             them, and what a rate too high does in the first steps is slow to mend.
@@ -56,10 +56,10 @@ class ClanOptions:
     guard: float = 0.025
     guard_divisor: float = 3.0
     num_reports: int = 10
-    race_cost: float = 0.08
-    race_at: float = 0.07
-    race_reach: float = 13.0
-    race_share: float = 0.9
+    trial_cost: float = 0.08
+    trial_at: float = 0.07
+    trial_reach: float = 13.0
+    trial_share: float = 0.9
     start_factor: float = 0.7
 
     def __post_init__(self) -> None:
@@ -71,11 +71,11 @@ class ClanOptions:
         require(self.guard > 0, "guard", self.guard, "above 0")
         require(self.guard_divisor > 1, "guard_divisor", self.guard_divisor, "above 1")
         require(self.num_reports >= 1, "num_reports", self.num_reports, "at least 1")
-        require(self.race_cost >= 0, "race_cost", self.race_cost, "at least 0")
-        latest = self.freeze_at if self.race_cost else 1.0
-        require(0 < self.race_at < latest, "race_at", self.race_at, f"above 0 and below {latest}")
-        require(self.race_reach > 1, "race_reach", self.race_reach, "above 1")
-        require(0 < self.race_share <= 1, "race_share", self.race_share, "above 0 and at most 1")
+        require(self.trial_cost >= 0, "trial_cost", self.trial_cost, "at least 0")
+        latest = self.freeze_at if self.trial_cost else 1.0
+        require(0 < self.trial_at < latest, "trial_at", self.trial_at, f"above 0 and below {latest}")
+        require(self.trial_reach > 1, "trial_reach", self.trial_reach, "above 1")
+        require(0 < self.trial_share <= 1, "trial_share", self.trial_share, "above 0 and at most 1")
         require(self.start_factor > 0, "start_factor", self.start_factor, "above 0")
 
 
@@ -92,9 +92,9 @@ class ClanPlanner:
         self._optimizer = [gene for gene in facts.genes if gene.kind == "optimizer"]
         # A specialized gene shows only where members compete.
         self._specialized = [gene for gene in facts.genes if gene.kind == "specialized"] if facts.duty_cycle else []
-        self._race_steps = race_steps(facts, at=options.race_at, cost=options.race_cost)
-        self.race: Race | None = plan_race(
-            self._race_steps, population_size=facts.population_size, reach=options.race_reach
+        self._trial_steps = trial_steps(facts, at=options.trial_at, cost=options.trial_cost)
+        self.trial: LrTrial | None = plan_trial(
+            self._trial_steps, population_size=facts.population_size, reach=options.trial_reach
         )
 
     @property
@@ -119,8 +119,8 @@ class ClanPlanner:
         freeze = self.freeze_step
         if freeze is not None and start_step >= freeze:
             return self._report(index, start_step)
-        if self.races_at(start_step):
-            return self._race(index, self.race)
+        if self.is_trial_at(start_step):
+            return self._trial_plan(index, self.trial)
         length = self._length(start_step)
         explored = self._explored(index, start_step)
         if not explored or start_step + length == self._facts.total_steps:
@@ -139,32 +139,32 @@ class ClanPlanner:
             start_step,
             phases(length, competing, keeps=False),
             explores=tuple(gene.name for gene in explored),
-            averages=True,
-            averaging_window_steps=window,
+            uses_ema=True,
+            ema_window_steps=window,
         )
 
     def _length(self, start_step: int) -> int:
         """Steps of the round that starts there, before the freeze. No round crosses the race's start or end."""
         length = max(self._facts.round_length_steps, int(self._options.growth * start_step))
-        race, boundary = self._race_steps, self.freeze_step
-        if race is not None and start_step in race:
-            return race.stop - start_step
-        if race is not None and start_step < race.start:
-            boundary = race.start
+        trial, boundary = self._trial_steps, self.freeze_step
+        if trial is not None and start_step in trial:
+            return trial.stop - start_step
+        if trial is not None and start_step < trial.start:
+            boundary = trial.start
         return round_end(start_step, length, boundary) - start_step
 
-    def races_at(self, start_step: int) -> bool:
+    def is_trial_at(self, start_step: int) -> bool:
         """Whether the round that starts after so many steps is the race."""
-        return self.race is not None and start_step == self.race.start_step
+        return self.trial is not None and start_step == self.trial.start_step
 
-    def _race(self, index: int, race: Race) -> RoundPlan:
+    def _trial_plan(self, index: int, trial: LrTrial) -> RoundPlan:
         return RoundPlan(
             index,
-            race.start_step,
-            (race.phase,),
-            explores=tuple(gene.name for gene in self._facts.genes if races(gene)),
-            averages=True,
-            averaging_window_steps=max(1, round(self._options.averaging_window * race.num_steps)),
+            trial.start_step,
+            (trial.phase,),
+            explores=tuple(gene.name for gene in self._facts.genes if is_trial_gene(gene)),
+            uses_ema=True,
+            ema_window_steps=max(1, round(self._options.averaging_window * trial.num_steps)),
         )
 
     def _report(self, index: int, start_step: int) -> RoundPlan:
@@ -182,7 +182,7 @@ class ClanPlanner:
         # One window for all these rounds, or the average would follow where they happen to end.
         window = max(1, round(self._options.final_window * (total - freeze)))
         is_last = start_step + length == total
-        return RoundPlan(index, start_step, cooperative, averages=True, averaging_window_steps=window, evolves=is_last)
+        return RoundPlan(index, start_step, cooperative, uses_ema=True, ema_window_steps=window, evolves=is_last)
 
     def _explored(self, index: int, start_step: int) -> list[Gene]:
         """The genes of round ``index``: few enough for a parabola each, in rotation, of one kind.
@@ -194,8 +194,8 @@ class ClanPlanner:
         if not self.can_explore:
             return []
         count = max(1, (self._facts.population_size - 1) // 2)
-        if self.race is not None and start_step < self.race.start_step:
-            return _rotation([gene for gene in self._optimizer if races(gene)], index, count)
+        if self.trial is not None and start_step < self.trial.start_step:
+            return _rotation([gene for gene in self._optimizer if is_trial_gene(gene)], index, count)
         kinds = [kind for kind in (self._optimizer, self._specialized) if kind]
         turn, which = divmod(index, len(kinds))
         return _rotation(kinds[which], turn, count)

@@ -4,7 +4,7 @@ Why this form and not the seed's plain one is measured: while members share grad
 learning rate alone, a round is an exact line search along one common displacement, so that tiny
 spreads are exactly paired; averaged weights take away the reward for a smaller rate's lower noise;
 rounds grow with the age of the run; and genes freeze before the final decay. What a shared line cannot
-show, how much higher a rate could go once its own noise is averaged, one short race shows (``race.py``).
+show, how much higher a rate could go once its own noise is averaged, one short race shows (``trial.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.clan.centre import moved
-from clantune_scale.core.strategies.clan.lr_trial import FEWEST, outcome, races
-from clantune_scale.core.strategies.clan.overfitting import MEMORIZES, REACH, Yardstick, regularized, scale_of
+from clantune_scale.core.strategies.clan.lr_trial import FEWEST, is_trial_gene, outcome
+from clantune_scale.core.strategies.clan.overfitting import (
+    MAX_RATE_FACTOR,
+    OVERFITS,
+    OverfittingDetector,
+    regularized,
+    scale_of,
+)
 from clantune_scale.core.strategies.clan.parabola import Move, fit_moves
-from clantune_scale.core.strategies.clan.perturbations import spread
+from clantune_scale.core.strategies.clan.perturbations import perturbations
 from clantune_scale.core.strategies.clan.plan import ClanOptions, ClanPlanner
 from clantune_scale.errors import EvaluationError
 
@@ -36,26 +42,26 @@ LOST_IN_A_ROW = 2
 #: Times that the clan goes back before it makes progress again, while its loss is below the initial one: it has not
 #: blown up. Where that mends nothing, rates are not to blame (data that shift, a model that overfits), and going back
 #: for ever would stop the run.
-MAX_RESTORES = 2
+MAX_ROLLBACKS = 2
 
 
-class Clan(Strategy):
+class ClanStrategy(Strategy):
     """Line search by a clan.
 
     ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
     ``lost_rounds`` in a row, ``restores`` since the last progress, ``moves`` (the last change of each explored gene,
-    and why), ``kept_loss`` (when a round last kept its state), ``scale`` and ``memorizes`` (see
+    and why), ``snapshot_loss`` (when a round last kept its state), ``scale`` and ``overfits`` (see
     :mod:`~clantune_scale.core.strategies.clan.overfitting`).
     """
 
     Options = ClanOptions
-    averages = True
+    uses_ema = True
 
     def __init__(self, facts: RunFacts, options: ClanOptions | None = None) -> None:
         super().__init__(facts)
         self.options = options or ClanOptions()
         self._planner = ClanPlanner(facts, self.options)
-        self.guards = self.averages = self._planner.can_explore
+        self.guards = self.uses_ema = self._planner.can_explore
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
         return self._planner.plan(index, start_step)
@@ -78,7 +84,7 @@ class Clan(Strategy):
             )
         centre = {gene.name: gene.encode(gene.initial) for gene in self.facts.genes}
         if self.facts.population_size >= FEWEST:  # who cannot see a minimum would hardly climb back
-            for gene in filter(races, self.facts.genes):
+            for gene in filter(is_trial_gene, self.facts.genes):
                 centre[gene.name] = gene.encode(max(gene.initial * self.options.start_factor, gene.bounds[0]))
         memory = {
             "centre": centre,
@@ -86,10 +92,10 @@ class Clan(Strategy):
             "best_loss": {},
             "moves": {},
             "lost_rounds": 0,
-            "restores": 0,
-            "kept_loss": loss,
+            "rollbacks": 0,
+            "snapshot_loss": loss,
             "scale": None,
-            "memorizes": False,
+            "overfits": False,
         }
         return self._population(memory, self.plan(0, 0))
 
@@ -106,58 +112,58 @@ class Clan(Strategy):
         is_lost = self._has_lost_ground(best, memory, kind)
         memory = {**memory, "lost_rounds": memory["lost_rounds"] + 1 if is_lost else 0}
         if is_lost and self._is_undone(memory, best):
-            return self._go_back(memory, plan, next_plan, best)
+            return self._roll_back(memory, plan, next_plan, best)
         moves = self._moves(population, plan, fitness)
-        if memory["memorizes"]:
+        if memory["overfits"]:
             moves = regularized(moves, self.facts.genes)
         reference = memory["best_loss"].get(kind, memory["initial_loss"])
         memory = {
             **memory,
-            **self._seen_of_memorizing(memory, plan, fitness),
+            **self._seen_of_overfitting(memory, plan, fitness),
             "centre": moved(memory["centre"], {name: move.change for name, move in moves.items()}, self.facts.genes),
             "best_loss": {**memory["best_loss"], kind: min(best, reference)},
-            "restores": 0 if best < reference else memory["restores"],
-            "kept_loss": memory["kept_loss"] if is_lost else best,
+            "rollbacks": 0 if best < reference else memory["rollbacks"],
+            "snapshot_loss": memory["snapshot_loss"] if is_lost else best,
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
         memory = self._reined_in(memory)
         donor = fitness.ranking[0]
         said = [f"{name} {move.change:+.3f} ({move.why})" for name, move in moves.items()]
-        said += [MEMORIZES] if memory["memorizes"] else []
+        said += [OVERFITS] if memory["overfits"] else []
         reasons = [f"takes member {donor}'s state"] * fitness.num_members
         reasons[donor] = "; ".join(["fittest", *said])
         donors = (donor,) * fitness.num_members
-        return Decision(self._population(memory, next_plan), donors, keeps=not is_lost, reasons=tuple(reasons))
+        return Decision(self._population(memory, next_plan), donors, takes_snapshot=not is_lost, reasons=tuple(reasons))
 
     def idle(self, population: Population) -> Decision:
         """As for all, but what a clan that memorizes does after the freeze is not to go back to."""
-        return replace(super().idle(population), keeps=not population.memory["memorizes"])
+        return replace(super().idle(population), takes_snapshot=not population.memory["overfits"])
 
     def _last_word(self, population: Population, next_plan: RoundPlan, fitness: Fitness) -> Decision:
         """At the end of the run: back to the last good state from what is not finite, or has been learnt by heart."""
         memory, best = population.memory, float(fitness.mean.min())
         idle = self.idle(self._population(memory, next_plan))
-        kept = memory["kept_loss"]
-        if np.isfinite(best) and not (memory["memorizes"] and kept < best):
+        kept = memory["snapshot_loss"]
+        if np.isfinite(best) and not (memory["overfits"] and kept < best):
             return idle
         reason = "restored: no member's loss is finite at the end of the run"
-        if memory["memorizes"]:
+        if memory["overfits"]:
             reason = f"restored: the last good state's loss, {kept:.4g}, is better than {best:.4g}"
-        return replace(idle, restore=True, reasons=(reason,) * fitness.num_members)
+        return replace(idle, rolls_back=True, reasons=(reason,) * fitness.num_members)
 
-    def _seen_of_memorizing(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
+    def _seen_of_overfitting(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
         """What the round adds to memory about it; nothing where members trained apart, or no sample is seen twice."""
         if self.facts.sees_samples_once or any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases):
             return {}
         if memory["scale"] is None:
             return {"scale": scale_of(fitness)}
-        return {"memorizes": Yardstick(memory["initial_loss"], memory["scale"]).memorizes(fitness)}
+        return {"overfits": OverfittingDetector(memory["initial_loss"], memory["scale"]).overfits(fitness)}
 
     def _reined_in(self, memory: dict[str, Any]) -> dict[str, Any]:
         """Memory with the learning rates that a clan which memorizes may have: none far above the configured ones."""
         centre = dict(memory["centre"])
-        for gene in self._learning_rates if memory["memorizes"] else ():
-            centre[gene.name] = min(centre[gene.name], gene.encode(min(REACH * gene.initial, gene.bounds[1])))
+        for gene in self._learning_rates if memory["overfits"] else ():
+            centre[gene.name] = min(centre[gene.name], gene.encode(min(MAX_RATE_FACTOR * gene.initial, gene.bounds[1])))
         return {**memory, "centre": centre}
 
     @staticmethod
@@ -165,17 +171,17 @@ class Clan(Strategy):
         """Whether a round that lost ground is gone back from; not where data are learnt by heart, but for a blow-up."""
         if best > memory["initial_loss"]:
             return True
-        if memory["memorizes"]:
+        if memory["overfits"]:
             return False
-        return memory["lost_rounds"] >= LOST_IN_A_ROW and memory["restores"] < MAX_RESTORES
+        return memory["lost_rounds"] >= LOST_IN_A_ROW and memory["rollbacks"] < MAX_ROLLBACKS
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """Everyone around the centre, which is the clan's and no member's."""
         return self._population(population.memory, plan)
 
     def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
-        if self._races(plan, population.memory):
-            return self._race_moves(plan, fitness)
+        if self._is_trial_round(plan, population.memory):
+            return self._trial_moves(plan, fitness)
         genes = [self.facts.gene(name) for name in plan.explores]
         centre = population.memory["centre"]
         offsets = [
@@ -191,18 +197,18 @@ class Clan(Strategy):
         )
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
 
-    def _races(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
+    def _is_trial_round(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
         """Whether members are set apart in this round: in the race, unless rates climb well without, or must not."""
-        if not self._planner.races_at(plan.start_step) or memory["memorizes"]:
+        if not self._planner.is_trial_at(plan.start_step) or memory["overfits"]:
             return False
         return all(memory["moves"].get(name, {"change": 0.0})["change"] < CLIMBING for name in plan.explores)
 
-    def _race_moves(self, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
+    def _trial_moves(self, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
         """All learning rates rise together, by what the race says of its contestants."""
-        race = self._planner.race
-        assert race is not None
-        captains = [race.teams.index(team) for team in range(len(race.offsets))]
-        move = outcome(race.offsets, fitness.mean[captains].tolist(), share=self.options.race_share)
+        trial = self._planner.trial
+        assert trial is not None
+        leaders = [trial.teams.index(team) for team in range(len(trial.offsets))]
+        move = outcome(trial.offsets, fitness.mean[leaders].tolist(), share=self.options.trial_share)
         return dict.fromkeys(plan.explores, move)
 
     def _round_kind(self, plan: RoundPlan) -> str:
@@ -215,7 +221,7 @@ class Clan(Strategy):
         tolerated = self.options.guard * max(0.0, initial - reference) + 1e-3 * abs(initial)
         return best > reference + tolerated
 
-    def _go_back(self, memory: Mapping[str, Any], plan: RoundPlan, next_plan: RoundPlan, best: float) -> Decision:
+    def _roll_back(self, memory: Mapping[str, Any], plan: RoundPlan, next_plan: RoundPlan, best: float) -> Decision:
         """Restores the last good state and lowers every learning rate; no other gene moves."""
         centre, moves = dict(memory["centre"]), {}
         for gene in self._learning_rates:
@@ -233,13 +239,13 @@ class Clan(Strategy):
             **memory,
             "centre": centre,
             "moves": moves,
-            "restores": memory["restores"] + 1,
+            "rollbacks": memory["rollbacks"] + 1,
         }
         population = self._population(memory, next_plan)
         members = range(self.facts.population_size)
         rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"
         reason = f"restored: best loss {best:.4g} lost too much ground; {rates}"
-        return Decision(population, tuple(members), restore=True, reasons=tuple(reason for _ in members))
+        return Decision(population, tuple(members), rolls_back=True, reasons=tuple(reason for _ in members))
 
     @property
     def _learning_rates(self) -> list[Gene]:
@@ -251,22 +257,22 @@ class Clan(Strategy):
         at_centre = {gene.name: gene.decode(centre[gene.name]) for gene in genes}
         steps = {gene.name: gene.step_size for gene in genes}
         values = [dict(at_centre) for _ in range(self.facts.population_size)]
-        race = self._planner.race
-        if race is not None and self._races(plan, memory):
+        trial = self._planner.trial
+        if trial is not None and self._is_trial_round(plan, memory):
             for member, own in enumerate(values):
-                apart = moved(centre, dict.fromkeys(plan.explores, race.offset(member)), genes)
+                apart = moved(centre, dict.fromkeys(plan.explores, trial.offset(member)), genes)
                 own.update({gene.name: gene.decode(apart[gene.name]) for gene in genes})
         elif plan.explores:
-            z = spread(len(values), plan.explores, seed=self.facts.seed, round_=plan.index)
+            z = perturbations(len(values), plan.explores, seed=self.facts.seed, round_=plan.index)
             for column, name in enumerate(plan.explores):
                 gene = self.facts.gene(name)
                 for member, own in enumerate(values):
-                    x = centre[name] + _reach(gene, at_centre[name]) * z[member, column]
+                    x = centre[name] + _perturbation_size(gene, at_centre[name]) * z[member, column]
                     own[name] = gene.decode(gene.reflect(x))
         return Population(tuple(Genome(own, steps) for own in values), memory)
 
 
-def _reach(gene: Gene, value: float) -> float:
+def _perturbation_size(gene: Gene, value: float) -> float:
     """The spread of a gene's members: its step size, or one whole number where that is more."""
     if not gene.integer:
         return gene.step_size

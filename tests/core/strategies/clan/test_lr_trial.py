@@ -7,7 +7,7 @@ import pytest
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.core.strategies import build
-from clantune_scale.core.strategies.clan.lr_trial import outcome, plan_race, race_steps
+from clantune_scale.core.strategies.clan.lr_trial import outcome, plan_trial, trial_steps
 from tests.core.strategies.clan.test_plan import plans
 from tests.core.strategies.facts import facts
 
@@ -15,11 +15,11 @@ OFFSETS = (0.0, 1.0, 2.0, 3.0)
 
 
 def steps_of(**changes):
-    return race_steps(facts(**{"total_steps": 10_000, **changes}), at=0.07, cost=0.09)
+    return trial_steps(facts(**{"total_steps": 10_000, **changes}), at=0.07, cost=0.09)
 
 
 def race_of(size: int):
-    return plan_race(steps_of(), population_size=size, reach=8.0)
+    return plan_trial(steps_of(), population_size=size, reach=8.0)
 
 
 def test_its_cost_is_what_contestants_train_besides_the_clans_batch():
@@ -37,17 +37,17 @@ def test_a_clan_of_two_cannot_race_and_its_rounds_end_where_others_do():
 
 @pytest.mark.parametrize(("size", "count"), [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 4), (9, 9), (10, 5), (16, 4)])
 def test_contestants_are_teams_of_one_size(size, count):
-    race = race_of(size)
-    assert {race.teams.count(team) for team in range(count)} == {size // count}
-    assert len(race.offsets) == count
+    trial = race_of(size)
+    assert {trial.teams.count(team) for team in range(count)} == {size // count}
+    assert len(trial.offsets) == count
 
 
 def test_offsets_rise_evenly_from_the_clans_own_rate():
-    race = race_of(8)
-    assert [race.offset(member) for member in range(8)] == pytest.approx(
+    trial = race_of(8)
+    assert [trial.offset(member) for member in range(8)] == pytest.approx(
         [math.log(2) * place for place in (0, 0, 1, 1, 2, 2, 3, 3)]
     )
-    assert race.phase.kind is PhaseKind.COMPETITIVE and race.phase.keeps
+    assert trial.phase.kind is PhaseKind.COMPETITIVE and trial.phase.keeps
 
 
 def test_only_a_rate_in_factors_is_raced_for():

@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from clantune_scale.core.strategies.clan.overfitting import Yardstick, regularized, scale_of
+from clantune_scale.core.strategies.clan.overfitting import OverfittingDetector, regularized, scale_of
 from clantune_scale.core.strategies.clan.parabola import Move
 from tests.core.strategies.facts import DROPOUT, LR, fitness_of
 
 
 @pytest.mark.parametrize(
-    ("training", "validation", "memorizes"),
+    ("training", "validation", "overfits"),
     [
         (1.0, 1.44, False),
         (1.0, 1.46, True),  # training gained 3.0, of which 0.15 is 0.45
@@ -22,15 +22,13 @@ from tests.core.strategies.facts import DROPOUT, LR, fitness_of
         (4.2, 3.9, False),
     ],
 )
-def test_it_memorizes_where_validation_misses_more_than_a_share_of_what_training_gained(
-    training, validation, memorizes
-):
+def test_it_memorizes_where_validation_misses_more_than_a_share_of_what_training_gained(training, validation, overfits):
     fitness = fitness_of([validation + 0.3, validation], training_loss=training)
-    assert Yardstick(initial_loss=4.0, scale=1.0).memorizes(fitness) is memorizes
+    assert OverfittingDetector(initial_loss=4.0, scale=1.0).overfits(fitness) is overfits
 
 
 def test_losses_in_other_units_say_the_same():
-    same = [Yardstick(4.0, 10.0).memorizes(fitness_of([loss], training_loss=10.0)) for loss in (1.44, 1.46)]
+    same = [OverfittingDetector(4.0, 10.0).overfits(fitness_of([loss], training_loss=10.0)) for loss in (1.44, 1.46)]
     assert same == [False, True]
 
 

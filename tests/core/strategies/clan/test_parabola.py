@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clantune_scale.core.strategies.clan.parabola import fit_moves
-from clantune_scale.core.strategies.clan.perturbations import spread
+from clantune_scale.core.strategies.clan.perturbations import perturbations
 
 X = np.array([[-0.15], [-0.05], [0.05], [0.15]])
 
@@ -30,7 +30,7 @@ def test_a_concave_one_sends_it_downhill_by_the_largest_change():
 
 
 def test_each_of_several_genes_gets_its_own_minimum():
-    x = 0.1 * spread(8, ["a", "b", "c"], seed=1, round_=0)
+    x = 0.1 * perturbations(8, ["a", "b", "c"], seed=1, round_=0)
     best = np.array([0.3, -0.2, 0.05])
     moves = fit_moves(x, ((x - best) ** 2) @ np.array([1.0, 5.0, 2.0]) + 4.0, [0.8] * 3)
     assert [m.change for m in moves] == pytest.approx(best)
@@ -51,7 +51,7 @@ def test_two_members_give_a_slope_and_one_gives_nothing():
 
 
 def test_three_members_cannot_tell_three_genes_apart():
-    x = 0.1 * spread(3, ["a", "b", "c"], seed=1, round_=0)
+    x = 0.1 * perturbations(3, ["a", "b", "c"], seed=1, round_=0)
     moves = fit_moves(x, np.array([1.0, 2.0, 4.0]), [0.8] * 3)
     assert all(move.change == 0 and "tell genes apart" in move.why for move in moves)
 
@@ -69,7 +69,7 @@ def test_a_symmetric_hilltop_decides_nothing():
 def test_noise_leaves_the_minimum_unbiased():
     # Losses with noise of a tenth of their range over the members. The mean of 400 fits has a standard
     # error of about 0.003, so that a bias of 0.015 (a tenth of the spread) is found with power above 0.99.
-    x = 0.1 * spread(8, ["a"], seed=1, round_=0)
+    x = 0.1 * perturbations(8, ["a"], seed=1, round_=0)
     rng = np.random.default_rng(0)
     clean = 3.0 * (x[:, 0] - 0.05) ** 2
     noise = 0.1 * np.ptp(clean)
@@ -93,7 +93,7 @@ def test_downward_the_parabola_in_log_rate_is_the_nearer_one():
 
 def test_caution_moves_little_for_what_noise_may_be_and_as_far_as_before_for_what_it_cannot():
     rng = np.random.default_rng(0)
-    x = 0.1 * spread(8, ["a"], seed=1, round_=0)
+    x = 0.1 * perturbations(8, ["a"], seed=1, round_=0)
 
     def changes(slope: float, caution: float) -> np.ndarray:
         losses = [-slope * x + 0.1 * rng.standard_normal((8, 16)) for _ in range(50)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clantune_scale.core.strategies.clan.least_squares import MIN_INDEPENDENCE, independence
-from clantune_scale.core.strategies.clan.perturbations import levels, regressors, spread
+from clantune_scale.core.strategies.clan.perturbations import levels, perturbations, regressors
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 16])
@@ -19,17 +19,17 @@ def test_levels_are_centred_and_as_wide_as_asked(size):
 def test_every_round_gives_a_design_that_a_parabola_per_gene_can_be_solved_for(size, num_genes):
     names = [f"g{i}" for i in range(num_genes)]
     for round_ in range(20):
-        z = spread(size, names, seed=0, round_=round_)
+        z = perturbations(size, names, seed=0, round_=round_)
         # Random deals to so few members are often nearly alike; the picked ones keep well clear of the
         # limit at which the fit falls back to slopes.
         assert min(independence(regressors(z, quadratic=True))) > 20 * MIN_INDEPENDENCE
 
 
 def test_chance_deals_the_levels_and_the_seed_fixes_them():
-    deals = [spread(4, ["lr"], seed=0, round_=r)[:, 0] for r in range(10)]
+    deals = [perturbations(4, ["lr"], seed=0, round_=r)[:, 0] for r in range(10)]
     assert all(np.array_equal(np.sort(deal), levels(4)) for deal in deals)
     assert len({tuple(deal) for deal in deals}) > 3
-    assert np.array_equal(spread(4, ["lr"], seed=0, round_=3)[:, 0], deals[3])
+    assert np.array_equal(perturbations(4, ["lr"], seed=0, round_=3)[:, 0], deals[3])
 
 
 def test_a_clan_of_one_stays_at_the_centre():

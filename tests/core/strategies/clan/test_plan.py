@@ -7,7 +7,7 @@ from clantune_scale.core.rounds import PhaseKind, RoundClock
 from clantune_scale.core.strategies import build
 from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts, fitness_of
 
-NO_RACE = {"race_cost": 0.0}
+NO_RACE = {"trial_cost": 0.0}
 
 
 def plans(clan, total=1000):
@@ -21,8 +21,8 @@ def test_rounds_grow_with_the_age_of_the_run_until_the_freeze():
     before = [p for p in plans(build("clan", FACTS, NO_RACE)) if p.start_step < 400]
     assert [p.num_steps for p in before] == [20, 20, 20, 20, 20, 25, 31, 39, 48, 60, 97]
     assert before[-1].end_step == 400
-    assert all(p.evolves and p.averages and p.explores == ("lr",) for p in before)
-    assert [p.averaging_window_steps for p in before[:1] + before[-1:]] == [12, 58]
+    assert all(p.evolves and p.uses_ema and p.explores == ("lr",) for p in before)
+    assert [p.ema_window_steps for p in before[:1] + before[-1:]] == [12, 58]
 
 
 def test_one_round_is_a_race_on_the_whole_batch_each_whose_cost_sets_its_length():
@@ -30,7 +30,7 @@ def test_one_round_is_a_race_on_the_whole_batch_each_whose_cost_sets_its_length(
     assert [p.num_steps for p in found[:6]] == [20, 20, 20, 10, 27, 24]
     (phase,) = found[4].phases
     assert (phase.kind, phase.keeps, phase.batch_factor) == (PhaseKind.COMPETITIVE, True, 4)
-    assert (found[4].averages, found[4].averaging_window_steps, found[4].explores) == (True, 16, ("lr",))
+    assert (found[4].uses_ema, found[4].ema_window_steps, found[4].explores) == (True, 16, ("lr",))
     assert sum(phase.kind is PhaseKind.COMPETITIVE for p in found for phase in p.phases) == 1
 
 
@@ -67,15 +67,15 @@ def test_after_the_freeze_progress_is_reported_a_moderate_number_of_times_and_th
     assert [p.num_steps for p in after] == [60] * 10
     assert not any(p.explores for p in after)
     assert [p.evolves for p in after] == [False] * 9 + [True]
-    assert {p.averaging_window_steps for p in after} == {72}  # a champion's average is of the last steps
+    assert {p.ema_window_steps for p in after} == {72}  # a champion's average is of the last steps
     assert all(phase.kind is PhaseKind.COOPERATIVE for p in after for phase in p.phases)
 
 
 def test_until_the_race_only_learning_rates_are_explored():
     found = plans(build("clan", facts(genes=(WEIGHT_DECAY, LR, DROPOUT))))
-    races = next(i for i, p in enumerate(found) if p.phases[0].kind is PhaseKind.COMPETITIVE)
-    assert {p.explores for p in found[: races + 1]} == {("lr",)}
-    assert {name for p in found[races + 1 :] for name in p.explores} == {"lr", "weight_decay", "dropout"}
+    is_trial_gene = next(i for i, p in enumerate(found) if p.phases[0].kind is PhaseKind.COMPETITIVE)
+    assert {p.explores for p in found[: is_trial_gene + 1]} == {("lr",)}
+    assert {name for p in found[is_trial_gene + 1 :] for name in p.explores} == {"lr", "weight_decay", "dropout"}
 
 
 def test_a_clan_of_four_explores_one_gene_at_a_time_in_rotation():
@@ -100,7 +100,7 @@ def test_specialized_rounds_alternate_end_with_a_competition_that_is_rolled_back
     cooperative, competitive = found[1].phases
     assert (cooperative.num_steps, competitive.num_steps) == (16, 4)
     assert (competitive.kind, competitive.keeps) == (PhaseKind.COMPETITIVE, False)
-    assert (found[1].averages, found[1].averaging_window_steps) == (True, 2)
+    assert (found[1].uses_ema, found[1].ema_window_steps) == (True, 2)
 
 
 def test_the_run_never_ends_in_competition():
@@ -119,8 +119,8 @@ def test_nothing_is_explored_without_genes_or_without_company():
     for run in (facts(genes=()), facts(population_size=1)):
         clan = build("clan", run)
         assert not any(p.explores or p.evolves for p in plans(clan))
-        assert not clan.guards and not clan.averages  # nothing to keep a copy for
-    assert build("clan", FACTS).guards and build("clan", FACTS).averages
+        assert not clan.guards and not clan.uses_ema  # nothing to keep a copy for
+    assert build("clan", FACTS).guards and build("clan", FACTS).uses_ema
 
 
 def test_a_run_of_unknown_length_never_freezes_or_decays():

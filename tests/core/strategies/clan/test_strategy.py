@@ -14,7 +14,7 @@ from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts,
 
 START = fitness_of([4.0] * 4)
 #: For tests of the line search alone.
-NO_RACE = {"race_cost": 0.0, "start_factor": 1.0}
+NO_RACE = {"trial_cost": 0.0, "start_factor": 1.0}
 WHOLE = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, step_size=0.01, integer=True)
 
 
@@ -76,7 +76,7 @@ def test_memory_is_plain_json_so_that_a_resume_decides_the_same():
 def test_the_guard_goes_back_and_divides_learning_rates_by_three_and_moves_nothing_else(losses):
     clan = build("clan", facts(genes=(LR, WEIGHT_DECAY)), NO_RACE)
     decision = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of(losses))
-    assert decision.restore
+    assert decision.rolls_back
     assert decision.donors == (0, 1, 2, 3)
     centre = decision.population.memory["centre"]
     assert (centre["lr"], centre["weight_decay"]) == (pytest.approx(-math.log(3)), 0.0)
@@ -87,9 +87,9 @@ def test_the_guard_tolerates_a_fortieth_of_the_progress():
     first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
     plan = clan.plan(1, 20)  # progress 2.0 so far: 0.05, and a thousandth of the initial 4.0, may be lost
     tolerated = clan.evolve(first.population, plan, fitness_of([2.05, 2.6, 2.6, 2.6]))
-    assert tolerated.keeps
+    assert tolerated.takes_snapshot
     assert tolerated.population.memory["best_loss"] == {"optimizer": 2.0}  # or ground would be lost bit by bit
-    assert not clan.evolve(first.population, plan, fitness_of([2.06, 2.6, 2.6, 2.6])).keeps
+    assert not clan.evolve(first.population, plan, fitness_of([2.06, 2.6, 2.6, 2.6])).takes_snapshot
 
 
 def test_a_single_round_may_lose_ground_by_chance():
@@ -98,8 +98,8 @@ def test_a_single_round_may_lose_ground_by_chance():
     decision, restored = clan.evolve(clan.init(START), clan.plan(0, 0), good), []
     for index, fitness in enumerate([bad, good, bad, bad, good], start=1):
         decision = clan.evolve(decision.population, clan.plan(index, 20 * index), fitness)
-        restored.append(decision.restore)
-        assert decision.keeps is (fitness is good or decision.restore)
+        restored.append(decision.rolls_back)
+        assert decision.takes_snapshot is (fitness is good or decision.rolls_back)
     assert restored == [False, False, False, True, False]
 
 
@@ -110,23 +110,23 @@ def test_the_guard_goes_back_twice_and_then_takes_what_lower_rates_did_not_mend(
     restored = []
     for index in range(1, 5):
         decision = clan.evolve(decision.population, clan.plan(index, 20 * index), bad)
-        restored.append(decision.restore)
+        restored.append(decision.rolls_back)
     assert restored == [False, True, True, False]
-    assert not decision.keeps  # what is gone back to stays the good state
+    assert not decision.takes_snapshot  # what is gone back to stays the good state
     assert decision.population.memory["best_loss"] == {"optimizer": 2.0}
     assert decision.population.memory["centre"]["lr"] < -2 * math.log(3) + 0.9  # and rates as low as they were put
-    assert not clan.evolve(decision.population, clan.plan(5, 100), bad).restore
+    assert not clan.evolve(decision.population, clan.plan(5, 100), bad).rolls_back
     for blown_up in ([math.nan] * 4, [4.1, 4.2, 4.3, 4.4]):  # not finite, or worse than before training
-        assert clan.evolve(decision.population, clan.plan(4, 80), fitness_of(blown_up)).restore
+        assert clan.evolve(decision.population, clan.plan(4, 80), fitness_of(blown_up)).rolls_back
     better = clan.evolve(decision.population, clan.plan(4, 80), fitness_of([1.9, 2.0, 2.1, 2.2]))
-    assert better.population.memory["restores"] == 0 and better.keeps
+    assert better.population.memory["rollbacks"] == 0 and better.takes_snapshot
 
 
 def test_the_guard_measures_specialized_rounds_against_their_own_kind():
     clan = build("clan", facts(genes=(LR, DROPOUT)), NO_RACE)  # before a race no round is specialized
     first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([2.0, 2.1, 2.2, 2.3]))
     second = clan.evolve(first.population, clan.plan(1, 20), fitness_of([3.0, 3.1, 3.2, 3.3]))
-    assert not second.restore
+    assert not second.rolls_back
     assert second.population.memory["best_loss"] == {"optimizer": 2.0, "specialized": 3.0}
 
 
@@ -233,10 +233,10 @@ def test_rates_that_climb_by_themselves_need_no_race():
     assert clan.evolve(population, plan, fitness_of(bowl)).population.memory["moves"]["lr"]["why"] == "minimum"
 
 
-def memorizing(clan, *, validation=2.0, training=1.0):
+def overfitting(clan, *, validation=2.0, training=1.0):
     """The population after two rounds, in the second of which validation missed half of what training had gained."""
     first = clan.evolve(clan.init(START), clan.plan(0, 0), fitness_of([3.0] * 4, training_loss=3.1))
-    assert first.population.memory["scale"] == 1.0 and not first.population.memory["memorizes"]
+    assert first.population.memory["scale"] == 1.0 and not first.population.memory["overfits"]
     return clan.evolve(first.population, clan.plan(1, 20), fitness_of([validation] * 4, training_loss=training))
 
 
@@ -245,7 +245,7 @@ def test_a_clan_that_memorizes_does_not_race():
     plan = next(p for p in rounds(clan) if p.start_step == 70)
     before = rounds(clan)[plan.index - 1]
     for training, distance in ((1.0, 1.0), (2.0, 13.0)):
-        population = memorizing(clan, training=training).population
+        population = overfitting(clan, training=training).population
         entered = clan.evolve(population, before, fitness_of([1.9] * 4, training_loss=training - 0.1)).population
         rates = [genome.values["lr"] for genome in entered.genomes]
         assert max(rates) / min(rates) == pytest.approx(distance, rel=0.4)  # 0.1 of spread either way, or the race's
@@ -253,25 +253,25 @@ def test_a_clan_that_memorizes_does_not_race():
 
 def test_a_clan_that_memorizes_goes_no_higher_than_four_times_the_configured_rates():
     clan = build("clan", FACTS, {"start_factor": 20.0})
-    held = memorizing(clan)
+    held = overfitting(clan)
     assert math.exp(held.population.memory["centre"]["lr"]) == pytest.approx(4.0)
     assert held.reasons[held.donors[0]].endswith("; validation does not follow training: rates are held")
-    assert math.exp(memorizing(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
+    assert math.exp(overfitting(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
 
 
 def test_the_guard_does_not_send_back_a_clan_that_memorizes_but_for_a_blow_up():
     clan = build("clan", FACTS, NO_RACE)
-    held = memorizing(clan).population
+    held = overfitting(clan).population
     lost = clan.evolve(held, clan.plan(2, 40), fitness_of([3.0] * 4, training_loss=0.9))
-    assert (lost.restore, lost.keeps) == (False, False)
+    assert (lost.rolls_back, lost.takes_snapshot) == (False, False)
     assert lost.population.memory["centre"] == held.memory["centre"]
-    assert clan.evolve(held, clan.plan(2, 40), fitness_of([4.5] * 4, training_loss=0.9)).restore
+    assert clan.evolve(held, clan.plan(2, 40), fitness_of([4.5] * 4, training_loss=0.9)).rolls_back
 
 
 def test_a_clan_that_memorizes_raises_dropout_by_its_largest_change_whatever_a_round_says():
     clan = build("clan", facts(genes=(LR, DROPOUT)), NO_RACE)
     for training, change in ((1.0, 0.1), (2.0, None)):
-        population = memorizing(clan, training=training).population
+        population = overfitting(clan, training=training).population
         same = fitness_of([1.95] * 4, training_loss=training)
         population = clan.evolve(population, clan.plan(2, 40), same).population
         plan = clan.plan(3, 60)
@@ -298,10 +298,12 @@ def test_a_clan_that_memorizes_raises_dropout_by_its_largest_change_whatever_a_r
 )
 def test_what_was_learnt_by_heart_or_is_not_finite_is_not_what_a_run_ends_with(training, end, restores):
     clan = build("clan", FACTS)
-    population = memorizing(clan, training=training).population
-    assert clan.idle(population).keeps is (training == 2.0)  # reports of a clan that memorizes are not gone back to
+    population = overfitting(clan, training=training).population
+    assert clan.idle(population).takes_snapshot is (
+        training == 2.0
+    )  # no rollback to the reports of a clan that overfits
     decision = clan.evolve(population, rounds(clan)[-1], fitness_of(end))
-    assert decision.restore is restores
+    assert decision.rolls_back is restores
     assert decision.donors == (0, 1, 2, 3)
     if restores:
         # Reports are kept without a decision: their losses are not the one that is remembered.
