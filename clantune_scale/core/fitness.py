@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,3 +95,12 @@ class Fitness:
             return Comparison(mean, 0.0, 1.0 if mean == 0 else 0.0)
         p_value = float(stats.ttest_rel(self.losses[first], self.losses[second]).pvalue)
         return Comparison(mean, float(stats.sem(difference)), p_value)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for one value), by exactly rounded sums, so that all hosts agree."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
