@@ -62,7 +62,7 @@ def final_losses(engine: Any, corpus: Corpus, *, num_windows: int) -> dict[str, 
 
 @torch.no_grad()
 def mean_loss(engine: Any, dataset: Dataset, *, num_windows: int) -> float:
-    """The model's mean loss on windows spread evenly over a dataset, as a clan chooses them; each rank runs them all."""
+    """The model's mean loss on windows spread evenly over a dataset, as a clan chooses them; each rank runs all."""
     batch_size = engine.train_micro_batch_size_per_gpu()
     count = min(num_windows, len(dataset)) // batch_size * batch_size
     chosen = torch.linspace(0, len(dataset) - 1, count, dtype=torch.float64).round().long().tolist()

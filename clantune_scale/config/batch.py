@@ -80,9 +80,9 @@ def split_batch(
     train, micro, accumulation = (_read(ds_config, key) for key in (TRAIN, MICRO, ACCUMULATION))
     num_ranks = population_size * dp_size * counted
     ranks = f"population_size({population_size}) x dp({dp_size})" + (f" x tp({counted})" if counted > 1 else "")
-    if train is None and micro is None:
-        raise ConfigError(f"the DeepSpeed config has neither {TRAIN} nor {MICRO}. Give one of them.")
     if micro is None:
+        if train is None:
+            raise ConfigError(f"the DeepSpeed config has neither {TRAIN} nor {MICRO}. Give one of them.")
         accumulation = accumulation or 1
         micro = _divide(train, accumulation * num_ranks, f"{ACCUMULATION}({accumulation}) x {ranks}")
     elif accumulation is None:

@@ -175,25 +175,26 @@ def _backend(
     """
     # torch.compile's module around a model is not an instance of what it compiles.
     module = getattr(model, "_orig_mod", model)
-    is_ddp = isinstance(module, DistributedDataParallel)
-    if not is_ddp and not any(isinstance(part, FSDPModule) for part in module.modules()):
-        raise ConfigError(
-            f"the model is a plain {type(module).__name__}, whose gradients nothing averages. Apply fully_shard() to "
-            f"it or wrap it in DistributedDataParallel, also if a member has one rank."
-        )
-    dp_size = dist.get_world_size() if is_ddp else data_parallel_size(module)
+    if isinstance(module, DistributedDataParallel):
+        options = _batch_and_clip(settings, population_size, dp_size=dist.get_world_size())
+        return DDPBackend(model, module, optimizer, scheduler, **options)
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        options = _batch_and_clip(settings, population_size, dp_size=data_parallel_size(module))
+        return FSDPBackend(model, module, optimizer, scheduler, **options)
+    raise ConfigError(
+        f"the model is a plain {type(module).__name__}, whose gradients nothing averages. Apply fully_shard() to it or "
+        f"wrap it in DistributedDataParallel, also if a member has one rank."
+    )
+
+
+def _batch_and_clip(settings: Mapping[str, Any], population_size: int, *, dp_size: int) -> dict[str, Any]:
     # Members that died since the start do not change the share of those that are left.
     _, batch = split_batch(settings, population_size=population_size, dp_size=dp_size)
-    kind = DDPBackend if is_ddp else FSDPBackend
-    return kind(
-        model,
-        module,
-        optimizer,
-        scheduler,
-        micro_batch_size=batch.micro_batch,
-        accumulation=batch.accumulation,
-        gradient_clipping=clipping_of(settings) or 0.0,
-    )
+    return {
+        "micro_batch_size": batch.micro_batch,
+        "accumulation": batch.accumulation,
+        "gradient_clipping": clipping_of(settings) or 0.0,
+    }
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
