@@ -1,4 +1,10 @@
-"""Clan Training: a population of model replicas that tunes its own schedules while it pretrains."""
+"""Clan Training: a population of model replicas that tunes its own schedules while it pretrains.
+
+Messages go to ``logging.getLogger("clantune_scale")`` and the loggers below it; all of them are warnings or errors. The
+package adds no handler. Python prints warnings of a logger without handlers to standard error, so that a user who
+configures nothing sees them. A handler on that logger, or on the root, routes them; a level above ``CRITICAL`` silences
+them. The table of rounds and the lines of steps are not messages: they go to standard output.
+"""
 
 from __future__ import annotations
 
