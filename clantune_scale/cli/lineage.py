@@ -9,7 +9,6 @@ from typing import Any
 
 from clantune_scale.cli.command import Answer, Command
 from clantune_scale.cli.opened_run import add_run_argument, open_run
-from clantune_scale.core.extras import require
 from clantune_scale.core.lineage import Lineage, RoundRecord
 
 
@@ -19,12 +18,8 @@ def family_graph(lineage: Lineage) -> Any:
     Nodes hold round, member, steps, loss and each gene (``gene_<name>``); edges say whether they are clones, and
     how large a share of the heir's weights they are (below 1 where members were averaged). After a restored
     round, members descend from the last one whose state was kept.
-
-    Raises:
-        ClanError: if networkx is not installed.
     """
-    require("networkx", needed_by="a lineage as a graph")
-    # It takes a third of a second to import; most commands do not need it.
+    # networkx takes a third of a second to import; most commands do not need it.
     import networkx
 
     graph = networkx.DiGraph()
@@ -86,10 +81,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
     lineage = open_run(arguments.run_path).lineage()
     plain = lineage.to_json()
     if arguments.format == "graphml":
-        graph = family_graph(lineage)
         import networkx
 
-        text = "\n".join(networkx.generate_graphml(graph, named_key_ids=True))
+        text = "\n".join(networkx.generate_graphml(family_graph(lineage), named_key_ids=True))
         data: dict[str, Any] = {**plain, "graphml": text}
     else:
         text, data = json.dumps(plain, indent=1), plain

@@ -12,7 +12,6 @@ EXTRAS = {
     "megatron.core": ("Megatron-core", "megatron"),
     "mlflow": ("MLflow", "mlflow"),
     "matplotlib": ("matplotlib", "report"),
-    "networkx": ("networkx", "report"),
     "argcomplete": ("argcomplete", "completion"),
 }
 
