@@ -82,6 +82,14 @@ def test_both_commands_are_on_the_front_page():
         assert re.search(rf"^{command}\b", README, re.MULTILINE), command
 
 
+def test_the_workflow_calls_both_commands_and_the_hooks_fetch_nothing():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "launch/test.sh" in workflow and "launch/quickstart.sh" in workflow
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"repo: *(\S+)", hooks) == ["local"]
+    assert set(re.findall(r"entry: \.venv/bin/(\w+)", hooks)) == {"ruff", "mypy"}
+
+
 def test_every_extra_that_is_named_can_be_installed():
     # Read as text: Python 3.10 has no TOML parser.
     block = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
