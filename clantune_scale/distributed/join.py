@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
-from typing import Any
 
-from clantune_scale.config.deepspeed_file import BLOCK, extract, load_ds_config, parse_block
+from clantune_scale.config.deepspeed_file import BLOCK, ConfigSource, load_config
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.distributed import world
 from clantune_scale.errors import ConfigError
 
 
-def read_block(config: str | os.PathLike[str] | Mapping[str, Any] | ClanConfig) -> ClanConfig:
+def read_block(config: ConfigSource) -> ClanConfig:
     """The ``clantune`` block of a config.
 
     Args:
@@ -22,10 +19,15 @@ def read_block(config: str | os.PathLike[str] | Mapping[str, Any] | ClanConfig) 
     Raises:
         ConfigError: if there is none, it cannot be used, or it says ``"enabled": false``.
     """
-    block = config if isinstance(config, ClanConfig) else None
-    if block is None:
-        loaded = load_ds_config(config)
-        block = parse_block(loaded) if "population_size" in loaded else extract(loaded)[1]
+    return require_block(load_config(config)[1])
+
+
+def require_block(block: ClanConfig | None) -> ClanConfig:
+    """The block of a config that has to hold one.
+
+    Raises:
+        ConfigError: if there is none, or it says ``"enabled": false``.
+    """
     if block is None:
         raise ConfigError(f'the config has no "{BLOCK}" block. Write at least "{BLOCK}": {{"population_size": 4}}.')
     if not block.enabled:
@@ -37,7 +39,7 @@ def read_block(config: str | os.PathLike[str] | Mapping[str, Any] | ClanConfig) 
 
 
 def join(
-    config: int | str | os.PathLike[str] | Mapping[str, Any] | ClanConfig,
+    config: int | ConfigSource,
     *,
     timeout_s: float | None = None,
     port: int | None = None,

@@ -23,12 +23,15 @@ from clantune_scale.runtime.validation_window import Evaluate
 AnyClan = TypeVar("AnyClan", bound=Clan)
 
 
-def require_examples(eval_data: Dataset | None, function: str) -> None:
+def require_examples(eval_data: Dataset[Any] | None, function: str) -> Dataset[Any]:
     """Refuses a clan that has nothing to compare its members on, before ranks wait for each other.
 
     Args:
         eval_data: what the user gave.
         function: to which, for the message.
+
+    Returns:
+        The same.
 
     Raises:
         ConfigError: if it is None.
@@ -38,6 +41,7 @@ def require_examples(eval_data: Dataset | None, function: str) -> None:
             f"a clan compares its members on common examples and there are none. Pass eval_data=... to {function}(), "
             f"a map-style dataset apart from the training and test data."
         )
+    return eval_data
 
 
 def attach_to(

@@ -111,6 +111,9 @@ class Backend(Protocol):
     def optimizer_name(self) -> str:
         """The class of the optimizer that applies the update."""
 
+    def update_rule(self) -> str:
+        """How that optimizer updates, by :func:`clantune_scale.config.default_genes.update_rule`."""
+
     def counters(self) -> dict[str, int]:
         """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from clantune_scale.tracking.lifecycle import FAILED, FINISHED, KILLED, Lifecycl
 from clantune_scale.tracking.run_dir import create_run_dir
 from clantune_scale.tracking.sender import Sender
 from clantune_scale.tracking.terminal import Terminal
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "Tracking", "create_run_dir", "read_events"]
 
@@ -101,7 +103,7 @@ class Tracking:
         self._log = None
         log.close()
         if log.num_waiting:
-            _say(f"the last {log.num_waiting:,} bytes of {log.path} are lost: the disk is full.")
+            logger.error("clan: the last %d bytes of %s are lost: the disk is full.", log.num_waiting, log.path)
         lifecycle.release()
         if self._terminal is not None and self._end is not None:
             self._terminal.show(self._end)
@@ -139,14 +141,11 @@ class Tracking:
         if bool(log.num_waiting) != self._has_told_of_disk:
             self._has_told_of_disk = not self._has_told_of_disk
             if self._has_told_of_disk:
-                _say(
-                    f"the disk of {self._run_dir} is full. Events wait in memory and training goes on; rounds are not "
-                    f"written. Make room before the run ends."
+                logger.warning(
+                    "clan: the disk of %s is full. Events wait in memory and training goes on; rounds are not "
+                    "written. Make room before the run ends.",
+                    self._run_dir,
                 )
-
-
-def _say(message: str) -> None:
-    print(f"clan: {message}", file=sys.stderr, flush=True)
 
 
 def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> EventConsumer:

@@ -14,6 +14,7 @@ from clantune_scale.backends.deepspeed import sharing, weights
 from clantune_scale.backends.deepspeed import state as training_state
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
+from clantune_scale.config.default_genes import update_rule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientSharing, replace_method
@@ -224,6 +225,9 @@ class DeepSpeedBackend:
 
     def optimizer_name(self) -> str:
         return type(self.engine.basic_optimizer).__name__
+
+    def update_rule(self) -> str:
+        return update_rule(self.engine.basic_optimizer)
 
     def counters(self) -> dict[str, int]:
         return training_state.counters(self.engine)

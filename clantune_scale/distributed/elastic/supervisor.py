@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -26,6 +27,8 @@ from clantune_scale.distributed.rendezvous import Address
 
 if TYPE_CHECKING:
     from clantune_scale.config.schema import FaultsConfig
+
+logger = logging.getLogger(__name__)
 
 RESUME = "CLANTUNE_RESUME"
 #: Epochs in a row that lost nobody and came to no further round: what fails then would fail again.
@@ -145,7 +148,7 @@ class Guard:
             if self._is_armed:
                 self._restart(in_short(failure))
             if self.settings.min_members is None:
-                print(f"clan: a member is lost. {resume_remedy(self._resumable())}", file=sys.stderr, flush=True)
+                logger.error("clan: a member is lost. %s", resume_remedy(self._resumable()))
         # What ends this process is its own affair, and its member's.
         self._is_armed, self._has_failed = False, True
         self._previous(kind, error, trace)
@@ -172,18 +175,20 @@ class Guard:
         for action in self.before_restart:
             within(_FLUSH_S, action)
         if following.num_idle > _MOST_IDLE:
-            print(
-                f"clan: {following.num_idle} epochs in a row began with all members and failed before a further round "
-                f"was committed: no member's death is the reason. It is: {reason}. {resume_remedy(self._resumable())}",
-                file=sys.stderr,
-                flush=True,
+            logger.error(
+                "clan: %d generations in a row began with all members and failed before a further round was committed: "
+                "no member's death is the reason. It is: %s. %s",
+                following.num_idle,
+                reason,
+                resume_remedy(self._resumable()),
             )
             os._exit(1)
-        print(
-            f"clan: {self._name} leaves generation {self.generation.number} for generation {following.number}: "
-            f"{reason}",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            "clan: %s leaves generation %d for generation %d: %s",
+            self._name,
+            self.generation.number,
+            following.number,
+            reason,
         )
         following.write(self._environ)
         start_again(self._environ)
