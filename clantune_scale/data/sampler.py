@@ -117,7 +117,7 @@ class ClanBatchSampler(Sampler[list[int]]):
         self._member, self._population_size = member, population_size
         self._plan = plan
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        self.place = StreamPosition()
+        self.position = StreamPosition()
         self._counts = False
 
     @property
@@ -132,18 +132,18 @@ class ClanBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Micro-batches from the consumed place on."""
-        place = self.place
+        position = self.position
         while True:
-            yield self._indices(self._start(place))
-            place = self._after(place)
+            yield self._indices(self._start(position))
+            position = self._after(position)
 
     def consume(self) -> None:
         """Counts one micro-batch as handed to training."""
         self._counts = True
-        self.place = self._after(self.place)
+        self.position = self._after(self.position)
 
     def state_dict(self) -> dict[str, int]:
-        return {"step": self.place.step, "cursor": self.place.cursor}
+        return {"step": self.position.step, "cursor": self.position.cursor}
 
     def progress(self, step: int) -> dict[str, int]:
         """The place after ``step`` optimizer steps of the run: what was counted, or the step where nobody counts.
@@ -153,29 +153,29 @@ class ClanBatchSampler(Sampler[list[int]]):
         """
         if not self._counts:
             return {"step": step}
-        if self.place == StreamPosition(step + 1, self.place.cursor):
-            return {"step": step, "cursor": self.place.cursor - self._advance(self._plan(step))}
+        if self.position == StreamPosition(step + 1, self.position.cursor):
+            return {"step": step, "cursor": self.position.cursor - self._advance(self._plan(step))}
         return self.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a saved place; without its ``"cursor"``, to where the plans of all steps before lead."""
         step = state["step"]
         cursor = state["cursor"] if "cursor" in state else sum(self._advance(self._plan(s)) for s in range(step))
-        self.place = StreamPosition(step, cursor)
+        self.position = StreamPosition(step, cursor)
         self._counts = "cursor" in state
 
-    def _start(self, place: StreamPosition) -> int:
+    def _start(self, position: StreamPosition) -> int:
         """The global position at which this rank's micro-batch begins."""
-        plan = self._plan(place.step)
+        plan = self._plan(position.step)
         split = (plan.team_size, plan.team_index) if plan.is_common else (self._population_size, self._member)
-        block = place.micro * split[0] + split[1]
-        return place.cursor + (block * self._dp_size + self._dp_rank) * self._micro_batch_size
+        block = position.micro * split[0] + split[1]
+        return position.cursor + (block * self._dp_size + self._dp_rank) * self._micro_batch_size
 
-    def _after(self, place: StreamPosition) -> StreamPosition:
-        plan = self._plan(place.step)
-        if place.micro + 1 < plan.num_micro_batches:
-            return StreamPosition(place.step, place.cursor, place.micro + 1)
-        return StreamPosition(place.step + 1, place.cursor + self._advance(plan))
+    def _after(self, position: StreamPosition) -> StreamPosition:
+        plan = self._plan(position.step)
+        if position.micro + 1 < plan.num_micro_batches:
+            return StreamPosition(position.step, position.cursor, position.micro + 1)
+        return StreamPosition(position.step + 1, position.cursor + self._advance(plan))
 
     def _advance(self, plan: StepPlan) -> int:
         """Positions that a step takes from the global order."""

@@ -21,7 +21,7 @@ class LossMeter:
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
         self._round_total: torch.Tensor | None = None
-        self._not_finite: torch.Tensor | None = None
+        self._nonfinite_count: torch.Tensor | None = None
         self._count = self._round_count = 0
         self._since = time.perf_counter()
 
@@ -31,14 +31,16 @@ class LossMeter:
             value = loss.detach().float().reshape(())
             self._total = value if self._total is None else self._total + value
             self._round_total = value.double() if self._round_total is None else self._round_total + value
-            strike = (~value.isfinite()).long()
-            self._not_finite = strike if self._not_finite is None else self._not_finite + strike
+            is_nonfinite = (~value.isfinite()).long()
+            self._nonfinite_count = (
+                is_nonfinite if self._nonfinite_count is None else self._nonfinite_count + is_nonfinite
+            )
             self._count += 1
             self._round_count += 1
 
     def read_nonfinite_counts(self) -> int:
         """Micro-batches since the last call whose loss was not finite."""
-        nonfinite_counts, self._not_finite = self._not_finite, None
+        nonfinite_counts, self._nonfinite_count = self._nonfinite_count, None
         return 0 if nonfinite_counts is None else int(nonfinite_counts)
 
     @property

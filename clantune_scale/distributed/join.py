@@ -58,9 +58,9 @@ def join(
     block = ClanConfig(population_size=config) if isinstance(config, int) else read_block(config)
     if "deepspeed" in sys.modules:
         # A script that joins by itself starts DeepSpeed by itself too, before initialize() could prepare it.
-        from clantune_scale.backends.deepspeed.quiet import quieten
+        from clantune_scale.backends.deepspeed.engine import suppress_start_up_noise
 
-        quieten()
+        suppress_start_up_noise()
     return world.join(
         block.population_size,
         timeout_s=timeout_s or block.join.timeout_s,

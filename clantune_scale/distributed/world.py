@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from clantune_scale.config.batch import BatchPlan
+from clantune_scale.distributed.bootstrap import Launched, enter_member, open_replica_group
 from clantune_scale.distributed.elastic.entry import MembershipChange, enter
 from clantune_scale.distributed.elastic.generation import Generation
-from clantune_scale.distributed.elastic.supervisor import Guard
+from clantune_scale.distributed.elastic.supervisor import Supervisor
 from clantune_scale.distributed.groups import ReplicaGroup, stand_alone_group
-from clantune_scale.distributed.rendezvous import Launched, enter_member, open_replica_group
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import TopologyError
 from clantune_scale.gradients.nonfinite_mask import NonfiniteMask
@@ -55,7 +55,7 @@ class ClanWorld:
     timeout_s: float
     member_store: Store | None = field(default=None, repr=False)
     launched: int = 0
-    guard: Guard | None = field(default=None, repr=False)
+    supervisor: Supervisor | None = field(default=None, repr=False)
     membership_change: MembershipChange | None = None
 
     @property
@@ -79,19 +79,19 @@ class ClanWorld:
     @property
     def may_lose_members(self) -> bool:
         """Whether the run goes on when members die."""
-        return self.guard is not None and self.guard.settings.min_members is not None
+        return self.supervisor is not None and self.supervisor.settings.min_members is not None
 
     def follow(self, run_dir: Path, flush: Callable[[], None]) -> None:
         """From now on a survivor goes on with the run in this folder; before it starts again it calls ``flush``."""
-        if self.guard is not None:
-            self.guard.run_dir = run_dir
-            self.guard.before_restart.append(flush)
-            self.guard.come_first()
+        if self.supervisor is not None:
+            self.supervisor.run_dir = run_dir
+            self.supervisor.before_restart.append(flush)
+            self.supervisor.precede_other_hooks()
 
     def leave(self) -> None:
         """The run is over for this rank; it waits, where members may die, until it is for all."""
-        if self.guard is not None:
-            self.guard.leave()
+        if self.supervisor is not None:
+            self.supervisor.leave()
 
     def arrange(self, *, pp: int, tp: int, stands: tuple[int, int, int]) -> None:
         """Takes up the member's inner degrees, which its engine knows and :func:`join` need not.
@@ -175,7 +175,7 @@ def join(
     topology = Topology.from_world(launched.world_size, population_size=population_size, pp=pp, tp=tp)
     entry = enter(generation, launched, topology, faults=faults, timeout_s=timeout_s, port=port, environ=environ)
     member_store, addresses = enter_member(entry.store, entry.topology, entry.at, launched.address, timeout_s, environ)
-    entry.guard.know(addresses)
+    entry.supervisor.set_addresses(addresses)
     limit_s = faults.deadline_s if faults is not None and faults.min_members is not None else timeout_s
     replica_group = open_replica_group(entry.store, entry.topology, entry.at, limit_s)
     _joined = ClanWorld(
@@ -186,7 +186,7 @@ def join(
         limit_s,
         member_store,
         population_size,
-        entry.guard,
+        entry.supervisor,
         entry.membership_change,
     )
     atexit.register(_leave)
@@ -199,9 +199,9 @@ def _check_alike(joined: ClanWorld, population_size: int, faults: FaultsConfig |
             f"this process has joined a clan of {joined.launched} members and is asked to join "
             f"one of {population_size}. Give join() and the config the same population_size."
         )
-    if faults is not None and joined.guard is not None and joined.guard.settings != faults:
+    if faults is not None and joined.supervisor is not None and joined.supervisor.settings != faults:
         raise TopologyError(
-            f"this process has joined a clan with faults {joined.guard.settings!r}, and the config says {faults!r}. "
+            f"this process has joined a clan with faults {joined.supervisor.settings!r}, and the config says {faults!r}. "
             f"Give join() the config that initialize() or attach() gets."
         )
 
@@ -214,8 +214,8 @@ def _leave() -> None:
     launcher takes a finished run for a failed one; letting go of the group joins its threads.
     """
     global _joined
-    if _joined is not None and _joined.guard is not None:
-        _joined.guard.leave()
+    if _joined is not None and _joined.supervisor is not None:
+        _joined.supervisor.leave()
     for groups in _made:
         groups.close()
     if _joined is not None:
@@ -254,9 +254,9 @@ class ClanGroups:
         ranks = [
             rank - begin for rank in topology.gradient_ranks(at.rank) if topology.coordinates(rank).member == at.member
         ]
-        return self.spread(team, ranks)
+        return self.across_members(team, ranks)
 
-    def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+    def across_members(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
         """A group of this rank's member, and its like in all members of a team, as one group ranked member-major.
 
         Args:
@@ -296,13 +296,13 @@ class ClanGroups:
         if name not in self._groups:
             place = ranks.index(self._world.at.rank)
             # Where members may die, a sign of life that is missing says who it is; NCCL's watchdog only that some is.
-            patience = 2 if device_type == "cuda" and self._world.may_lose_members else 1
+            factor = 2 if device_type == "cuda" and self._world.may_lose_members else 1
             self._groups[name] = stand_alone_group(
                 self._world.store,
                 name,
                 place,
                 len(ranks),
                 device_type=device_type,
-                timeout_s=patience * self._world.timeout_s,
+                timeout_s=factor * self._world.timeout_s,
             )
         return self._groups[name]

@@ -43,9 +43,9 @@ class GradientSharing:
     groups: GradientGroups
     probe: GradientProbe
 
-    def spread(self, team: tuple[int, ...], group: Any) -> Any:
+    def across_members(self, team: tuple[int, ...], group: Any) -> Any:
         """A group of the member's that an engine reduces over, and its like in the other members of the team."""
-        return self.groups.spread(team, dist.get_process_group_ranks(group))
+        return self.groups.across_members(team, dist.get_process_group_ranks(group))
 
 
 @contextmanager

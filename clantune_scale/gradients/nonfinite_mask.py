@@ -76,8 +76,8 @@ class NonfiniteMask:
         self._scale = torch.where(is_out[self._member], 0.0, len(team) / num_finite.clamp(min=1))
         self._is_bad = None
 
-    def _count_nonfinite(self, is_struck: torch.Tensor) -> None:
-        count = is_struck.long()
+    def _count_nonfinite(self, is_nonfinite: torch.Tensor) -> None:
+        count = is_nonfinite.long()
         self._nonfinite_counts = count if self._nonfinite_counts is None else self._nonfinite_counts + count
 
     def read_nonfinite_counts(self) -> int:

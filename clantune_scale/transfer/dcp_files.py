@@ -17,7 +17,14 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from clantune_scale.transfer.dcp_plans import Named, WatchedLoadPlanner, load_alone, named, reason, save_alone
+from clantune_scale.transfer.dcp_plans import (
+    Named,
+    WatchedLoadPlanner,
+    load_one_process,
+    named,
+    reason,
+    save_one_process,
+)
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 from clantune_scale.transfer.transport import OnReceived
@@ -86,7 +93,7 @@ class DcpFilesTransport:
             self._directory.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f"transfer-{place}-", dir=self._directory))
             # Nothing here outlives the transfer: it need not be on the disk, only seen by all.
-            save_alone(tensors, FileSystemWriter(folder, sync_files=False))
+            save_one_process(tensors, FileSystemWriter(folder, sync_files=False))
             digest = _digest((folder / _METADATA).read_bytes())
         except (OSError, CheckpointException) as error:
             return folder, {"folder": "", "metadata": "", "complaint": f"it could not be saved: {reason(error)}"}
@@ -97,7 +104,7 @@ class DcpFilesTransport:
         if not folder.is_dir():
             return f"{folder} is not seen from here: transfer.directory has to be on a file system that all hosts share"
         try:
-            load_alone(tensors, CheckedReader(folder, offer["metadata"]), WatchedLoadPlanner(self.on_received))
+            load_one_process(tensors, CheckedReader(folder, offer["metadata"]), WatchedLoadPlanner(self.on_received))
         except (OSError, CheckpointException) as error:
             return f"it could not be loaded: {reason(error)}"
         return None

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, reason, save_alone
+from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_one_process, named, reason, save_one_process
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 from clantune_scale.transfer.transport import OnReceived
@@ -35,7 +35,7 @@ _TAG = 72
 Item = tuple[str, str, list[int], list[int], list[int]]
 
 
-class Line:
+class Neighbours:
     """The messages between neighbours of a chain.
 
     Args:
@@ -47,15 +47,15 @@ class Line:
         self.before, self.after = route.before, route.after
         self._route, self._bucket_bytes = route, bucket_bytes
 
-    def tell(self, member: int, value: Any) -> None:
+    def send_json(self, member: int, value: Any) -> None:
         """Sends what JSON holds."""
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         group = self._route.group_for("cpu")
         group.send([torch.tensor([payload.numel()])], member, _TAG).wait()
         group.send([payload], member, _TAG).wait()
 
-    def hear(self, member: int) -> Any:
-        """Receives what :meth:`tell` sent."""
+    def receive_json(self, member: int) -> Any:
+        """Receives what :meth:`send_json` sent."""
         group = self._route.group_for("cpu")
         size = torch.zeros(1, dtype=torch.int64)
         group.recv([size], member, _TAG).wait()
@@ -76,7 +76,7 @@ class Line:
             message.wait()
 
 
-class _Alike:
+class _WithoutAddress:
     """What a storage that has no address and changes no plan answers."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -93,15 +93,15 @@ class _Alike:
         return True
 
 
-class PeerWriter(_Alike, StorageWriter):
+class PeerWriter(_WithoutAddress, StorageWriter):
     """What a donor saves goes to the next in the chain, in the order of the plan.
 
     Args:
-        line: to the next.
+        neighbours: to the next.
     """
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, neighbours: Neighbours) -> None:
+        self._neighbours = neighbours
         self._parts: list[tuple[Item, torch.Tensor]] = []
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -122,32 +122,32 @@ class PeerWriter(_Alike, StorageWriter):
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        assert self._line.after is not None, "a donor has a recipient"
-        self._line.tell(self._line.after, [entry for entry, _ in self._parts])
-        complaint = self._line.hear(self._line.after)
-        self._line.tell(self._line.after, complaint)
+        assert self._neighbours.after is not None, "a donor has a recipient"
+        self._neighbours.send_json(self._neighbours.after, [entry for entry, _ in self._parts])
+        complaint = self._neighbours.receive_json(self._neighbours.after)
+        self._neighbours.send_json(self._neighbours.after, complaint)
         if complaint is None:
             for _, tensor in self._parts:
-                self._line.stream(tensor)
+                self._neighbours.stream(tensor)
 
 
-class PeerReader(_Alike, StorageReader):
+class PeerReader(_WithoutAddress, StorageReader):
     """What a recipient loads comes from the one before in the chain, and is passed on.
 
     Args:
-        line: from the one before and to the next.
+        neighbours: from the one before and to the next.
     """
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, neighbours: Neighbours) -> None:
+        self._neighbours = neighbours
         self._items: list[Item] = []
         self.has_agreed = False
 
     def read_metadata(self, *args: Any) -> Metadata:
-        assert self._line.before is not None, "a recipient has a donor"
-        self._items = self._line.hear(self._line.before)
-        if self._line.after is not None:
-            self._line.tell(self._line.after, self._items)
+        assert self._neighbours.before is not None, "a recipient has a donor"
+        self._items = self._neighbours.receive_json(self._neighbours.before)
+        if self._neighbours.after is not None:
+            self._neighbours.send_json(self._neighbours.after, self._items)
         return _metadata(self._items)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +170,7 @@ class PeerReader(_Alike, StorageReader):
         if complaint is not None:
             raise ValueError(complaint)
         for item, target in targets:
-            self._line.stream(target)
+            self._neighbours.stream(target)
             planner.commit_tensor(item, target)
         return _done(None)
 
@@ -184,13 +184,13 @@ class PeerReader(_Alike, StorageReader):
             The first complaint in the chain, or None: then bytes come.
         """
         self.has_agreed = True
-        before, after = self._line.before, self._line.after
+        before, after = self._neighbours.before, self._neighbours.after
         assert before is not None, "a recipient has a donor"
-        behind = self._line.hear(after) if after is not None else None
-        self._line.tell(before, complaint or behind)
-        verdict = self._line.hear(before)
+        behind = self._neighbours.receive_json(after) if after is not None else None
+        self._neighbours.send_json(before, complaint or behind)
+        verdict = self._neighbours.receive_json(before)
         if after is not None:
-            self._line.tell(after, verdict)
+            self._neighbours.send_json(after, verdict)
         return verdict
 
 
@@ -206,15 +206,15 @@ class DcpPeerTransport:
         self.on_received: OnReceived | None = None
 
     def move(self, state: MemberState, route: Route) -> str | None:
-        line = Line(route, self._bucket_bytes)
+        neighbours = Neighbours(route, self._bucket_bytes)
         tensors = named(state, route.place)
-        if line.before is None:
-            if line.after is not None:
-                save_alone(tensors, PeerWriter(line))
+        if neighbours.before is None:
+            if neighbours.after is not None:
+                save_one_process(tensors, PeerWriter(neighbours))
             return None
-        reader = PeerReader(line)
+        reader = PeerReader(neighbours)
         try:
-            load_alone(tensors, reader, WatchedLoadPlanner(self.on_received))
+            load_one_process(tensors, reader, WatchedLoadPlanner(self.on_received))
         except CheckpointException as error:
             complaint = reason(error)
             return complaint if reader.has_agreed else reader.agree(complaint)

@@ -56,16 +56,16 @@ class WatchedLoadPlanner(DefaultLoadPlanner):
         super().commit_tensor(read_item, tensor)
 
 
-def save_alone(tensors: Mapping[str, torch.Tensor], writer: StorageWriter) -> None:
+def save_one_process(tensors: Mapping[str, torch.Tensor], writer: StorageWriter) -> None:
     """``dcp.save`` of this process alone."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _knowing_that_it_is_alone():
+    with _without_warning():
         save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
 
 
-def load_alone(tensors: Named, reader: StorageReader, planner: WatchedLoadPlanner) -> None:
+def load_one_process(tensors: Named, reader: StorageReader, planner: WatchedLoadPlanner) -> None:
     """``dcp.load`` into live tensors, of this process alone."""
-    with _knowing_that_it_is_alone():
+    with _without_warning():
         load(tensors, storage_reader=reader, planner=planner, no_dist=True)
 
 
@@ -77,7 +77,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _knowing_that_it_is_alone() -> Iterator[None]:
+def _without_warning() -> Iterator[None]:
     # DCP warns that it takes the process to be alone, which is what it was told.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

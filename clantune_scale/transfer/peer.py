@@ -41,10 +41,10 @@ class PeerTransport:
         if before is None and after is None:
             return None
         sending: Any = None
-        rooms = _Rooms(min(_PACKED_BYTES, self.bucket_bytes))
+        buffers = _SendBuffers(min(_PACKED_BYTES, self.bucket_bytes))
         for number, pieces in enumerate(messages(state, self.bucket_bytes)):
             group = route.group_for(pieces[0].device.type)
-            buffer = rooms.next(pieces)
+            buffer = buffers.next(pieces)
             if before is None:
                 _gather(pieces, buffer)
             else:
@@ -75,7 +75,7 @@ def messages(state: MemberState, bucket_bytes: int) -> Iterator[list[torch.Tenso
             yield together
 
 
-class _Rooms:
+class _SendBuffers:
     """Two buffers in turns: one is still being sent while the next is filled.
 
     They are kept over the whole transfer: allocated for each bucket, freed ones would add up in the host's allocator.

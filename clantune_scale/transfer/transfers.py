@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from clantune_scale.config.schema import TransferConfig
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import TransferError
-from clantune_scale.transfer.mixing import average_members, averaged
 from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport, messages
 from clantune_scale.transfer.route import Route, agree, donors_of_retry
 from clantune_scale.transfer.state import MemberState, bytes_digest
@@ -93,7 +93,7 @@ class Transfers:
         """Whether this rank's live state is partly another member's."""
         return self._inconsistent is not None
 
-    def require_whole(self) -> None:
+    def require_consistent(self) -> None:
         """Called wherever a live state is read.
 
         Raises:
@@ -116,7 +116,7 @@ class Transfers:
             TransferError: on all ranks, if what arrived is not what was sent, twice.
         """
         start = time.perf_counter()
-        self.require_whole()
+        self.require_consistent()
         agree(state, donors, self._replica_group)
         if all(member == donor for member, donor in enumerate(donors)):
             return TransferReport(0, time.perf_counter() - start)
@@ -127,7 +127,7 @@ class Transfers:
                 f"{when}member {member} (rank {self._ranks[member]}) was receiving member {donor}'s state"
             )
         scalars, first, failed = self._move(state, donors)
-        inconsistent = self._tell_the_member(failed)
+        inconsistent = self._gather_failures(failed)
         if member != donor and member not in inconsistent:
             state.load_scalars(scalars[donor])
             state.refresh()
@@ -149,14 +149,14 @@ class Transfers:
         Raises:
             TransferError: on all ranks, if members do not hold the same mean.
         """
-        self.require_whole()
+        self.require_consistent()
         average_members(state, weights, self._replica_group, self._group_for)
         digests = [bytes_digest(tensor.reshape(-1).view(torch.uint8)) for tensor in averaged(state) if tensor.numel()]
         said = self._replica_group.gather_json(digests)
         # Which of two is right nobody can tell: whoever is not as most are is named.
         usual = max(said, key=said.count)
         failed = {member: "its mean is not the others'" for member, one in enumerate(said) if one != usual}
-        inconsistent = self._tell_the_member(failed)
+        inconsistent = self._gather_failures(failed)
         if inconsistent:
             when = f"round {round_index}: " if round_index is not None else ""
             self._inconsistent = f"{when}members {sorted(inconsistent)} did not get the clan's mean"
@@ -193,7 +193,7 @@ class Transfers:
             for pieces in messages(state, self._bucket_bytes)
         ]
 
-    def _tell_the_member(self, failed: Mapping[int, str]) -> dict[int, tuple[int, str]]:
+    def _gather_failures(self, failed: Mapping[int, str]) -> dict[int, tuple[int, str]]:
         """(rank, what was wrong) by torn member, over all columns; equal on all ranks of the clan.
 
         One torn shard makes its member torn as a whole.
@@ -216,6 +216,37 @@ def transfer(
 ) -> TransferReport:
     """One transfer from peer to peer, outside a clan; see :meth:`Transfers.run`."""
     return Transfers(replica_group, group_for, bucket_bytes=bucket_bytes).run(state, donors)
+
+
+def averaged(state: MemberState) -> list[torch.Tensor]:
+    """What all members have alike after an average."""
+    return [tensor for name, tensor in state.tensors if name.startswith(("master.", "average."))]
+
+
+@torch.no_grad()
+def average_members(
+    state: MemberState, weights: Sequence[float], replica_group: ReplicaGroup, group_for: Callable[[str], Any]
+) -> None:
+    """Every member's fp32 weights, and averaged weights where it keeps them, become the clan's weighted mean.
+
+    Shards are averaged down their columns, never over ranks that hold different ones. Optimizer states stay their
+    own. All ranks of the clan call it.
+
+    Args:
+        state: this rank's live state.
+        weights: by member, summing to 1. A member of weight 0 may hold values that are not finite.
+        column: this rank's control column.
+        group_for: device type to the column's group on that device.
+    """
+    weight = weights[replica_group.member]
+    for tensor in averaged(state):
+        if weight:
+            tensor.mul_(weight)
+        else:
+            tensor.zero_()
+        if replica_group.size > 1:
+            dist.all_reduce(tensor, group=group_for(tensor.device.type))
+    state.refresh()
 
 
 _REMEDY = (

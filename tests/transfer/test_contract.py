@@ -103,7 +103,7 @@ def _damaged(transfers: Transfers, donors: list[int], member_rank: int, kind: st
     exact = _same_bits(state, make_state(10.0 + donors[joined.member])[0])
     later = None
     try:
-        transfers.require_whole()
+        transfers.require_consistent()
     except TransferError as raised:
         later = str(raised)
     retries = report.num_retries if report is not None else None

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.dcp_files import CheckedReader, DcpFilesTransport, _digest
 from clantune_scale.transfer.dcp_peer import DcpPeerTransport
-from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, save_alone
+from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_one_process, named, save_one_process
 from clantune_scale.transfer.route import Route
 
 
@@ -36,14 +36,14 @@ class Harmful:
 
 def test_metadata_of_another_digest_is_never_unpickled(tmp_path):
     folder, traces = tmp_path / "saved", tmp_path / "traces"
-    save_alone(named(_state(a=torch.ones(3)), "pp0"), FileSystemWriter(folder))
+    save_one_process(named(_state(a=torch.ones(3)), "pp0"), FileSystemWriter(folder))
     digest = _digest((folder / ".metadata").read_bytes())
     target = named(_state(a=torch.zeros(3)), "pp0")
-    load_alone(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
+    load_one_process(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
     assert torch.equal(target["pp0/a"], torch.ones(3))
     (folder / ".metadata").write_bytes(pickle.dumps(Harmful(traces)))
     with pytest.raises(CheckpointException, match="it was not opened"):
-        load_alone(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
+        load_one_process(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
     assert not traces.exists()
     # The test's pickle does what it says.
     pickle.loads((folder / ".metadata").read_bytes())

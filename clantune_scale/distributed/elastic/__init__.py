@@ -9,5 +9,5 @@ process), joins through the same door, and goes on from the last committed round
 - ``restart``: this process, started again.
 - ``generation``: what it remembers of the epoch before, in one environment variable.
 - ``rendezvous``: who comes to an epoch; the roster of the members that are complete when it closes.
-- ``guard``: the one object that the clan knows of these.
+- ``supervisor``: the one object that the clan knows of these.
 """

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import Store
 
+from clantune_scale.distributed.bootstrap import Launched, open_store
 from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.elastic.quorum import Quorum, Rendezvous
-from clantune_scale.distributed.elastic.supervisor import Guard
-from clantune_scale.distributed.rendezvous import Launched, open_store
+from clantune_scale.distributed.elastic.supervisor import Supervisor
 from clantune_scale.distributed.topology import Coordinates, Topology
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Entry:
     store: Store
     topology: Topology
     at: Coordinates
-    guard: Guard
+    supervisor: Supervisor
     membership_change: MembershipChange | None = None
 
 
@@ -81,30 +81,32 @@ def enter(
     if generation.number == 0:
         store = open_store(launched, port or launched.port, timeout_s, environ)
         generation = replace(generation, launch_id=store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode())
-        guard, members, loss = (
-            Guard(settings, generation, members=launched_members, name=name, environ=environ),
+        supervisor, members, change = (
+            Supervisor(settings, generation, members=launched_members, name=name, environ=environ),
             None,
             None,
         )
     else:
-        guard = Guard(settings, generation, members=generation.members, name=name, environ=environ)
-        store, quorum = _come_back(generation, at, topology, guard)
-        members, loss = quorum.members, _loss(generation, quorum)
+        supervisor = Supervisor(settings, generation, members=generation.members, name=name, environ=environ)
+        store, quorum = _rejoin(generation, at, topology, supervisor)
+        members, change = quorum.members, _membership_change(generation, quorum)
         topology = replace(topology, population_size=len(members))
         at = topology.coordinates(members.index(at.member) * topology.member_size + at.member_rank)
-        guard.admit(members)
+        supervisor.set_members(members)
     present = members or launched_members
 
     def name_of(rank: int) -> str:
         member, member_rank = divmod(rank, topology.member_size)
         return f"rank {member_rank} of member {present[member]}"
 
-    guard.watch(store, rank=at.rank, size=topology.world_size, name=name_of)
-    return Entry(store, topology, at, guard, loss)
+    supervisor.watch(store, rank=at.rank, size=topology.world_size, name=name_of)
+    return Entry(store, topology, at, supervisor, change)
 
 
-def _come_back(generation: Generation, at: Coordinates, topology: Topology, guard: Guard) -> tuple[Store, Quorum]:
-    settings = guard.settings
+def _rejoin(
+    generation: Generation, at: Coordinates, topology: Topology, supervisor: Supervisor
+) -> tuple[Store, Quorum]:
+    settings = supervisor.settings
     rendezvous = Rendezvous(
         generation,
         member=at.member,
@@ -113,11 +115,11 @@ def _come_back(generation: Generation, at: Coordinates, topology: Topology, guar
         min_members=settings.min_members or 1,
         rejoin_s=settings.rejoin_s,
     )
-    with guard.within(rendezvous.patience_s, f"the rendezvous of generation {generation.number}"):
+    with supervisor.within(rendezvous.longest_s, f"the rendezvous of generation {generation.number}"):
         return rendezvous.attend()
 
 
-def _loss(generation: Generation, quorum: Quorum) -> MembershipChange:
+def _membership_change(generation: Generation, quorum: Quorum) -> MembershipChange:
     return MembershipChange(
         generation.number,
         quorum.missing,

@@ -34,7 +34,7 @@ def peer_failure(error: BaseException) -> BaseException | None:
     return peer_failure(error.__context__) if is_loggers and error.__context__ is not None else None
 
 
-def in_short(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException, limit: int = 300) -> str:
     """An error in one line."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 
-from clantune_scale.distributed.rendezvous import AGENT_VARIABLES, LAUNCH_VARIABLES, Address
+from clantune_scale.distributed.bootstrap import AGENT_VARIABLES, LAUNCH_VARIABLES, Address
 
-VARIABLE = "CLANTUNE_EPOCH"
+VARIABLE = "CLANTUNE_GENERATION"
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ class Heartbeat:
         last, same = -1, 0
         while not self._is_over.is_set():
             try:
-                self._store.add(f"pulse/{self._rank}", 1)
-                seen = self._store.add(f"pulse/{self._next}", 0)
+                self._store.add(f"heartbeat/{self._rank}", 1)
+                seen = self._store.add(f"heartbeat/{self._next}", 0)
                 failure = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else None
             except DistError as error:
                 self._fail(f"the clan's store is gone ({str(error).splitlines()[0]})")

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from clantune_scale.distributed.bootstrap import Address, unset
 from clantune_scale.distributed.elastic.generation import Generation
-from clantune_scale.distributed.rendezvous import Address, unset
 from clantune_scale.distributed.store import serve
 from clantune_scale.errors import MembersLostError
 
@@ -32,8 +32,8 @@ _PAUSE_S = 0.25
 # Candidates that start at the same moment must not begin to serve at the same moment.
 _STAGGER_S = 2.0
 #: Seconds more than it should take, after which there is no use in waiting.
-_PATIENCE_S = 30.0
-FOLDER = "epochs"
+_MARGIN_S = 30.0
+FOLDER = "generations"
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class Rendezvous:
         self._began = time.monotonic()
 
     @property
-    def patience_s(self) -> float:
+    def longest_s(self) -> float:
         """Seconds that it takes at most, if whoever serves the store answers."""
-        return 3 * self._rejoin_s + (len(self._generation.members) + 1) * _STAGGER_S + 3 * _PATIENCE_S
+        return 3 * self._rejoin_s + (len(self._generation.members) + 1) * _STAGGER_S + 3 * _MARGIN_S
 
     def attend(self) -> tuple[Store, Quorum]:
         """Finds or serves the store, arrives, and reads the roster when it is closed.
@@ -107,9 +107,9 @@ class Rendezvous:
         store, serves = self._enter()
         arrive(store, self._generation.members, self._member, self._member_rank, self._member_size)
         if serves:
-            store.set("roster", self._claimed(self._close(store)).to_json())
-        store.wait(["roster"], timedelta(seconds=self._rejoin_s + _PATIENCE_S))
-        quorum = Quorum.from_json(store.get("roster"))
+            store.set("quorum", self._claimed(self._close(store)).to_json())
+        store.wait(["quorum"], timedelta(seconds=self._rejoin_s + _MARGIN_S))
+        quorum = Quorum.from_json(store.get("quorum"))
         if quorum.stop:
             # Who serves the store must not leave before the others have read why.
             within(_ANSWER_S, lambda: _await_readers(store))
@@ -127,8 +127,8 @@ class Rendezvous:
         serve_after_s = None
         if self._member_rank == 0:
             serve_after_s = self._place and self._rejoin_s + self._place * _STAGGER_S
-        give_up_s = 2 * self._rejoin_s + (len(self._generation.members) + 1) * _STAGGER_S + _PATIENCE_S
-        with _asked(self._generation.addresses, self._generation.number) as answers:
+        give_up_s = 2 * self._rejoin_s + (len(self._generation.members) + 1) * _STAGGER_S + _MARGIN_S
+        with _probes(self._generation.addresses, self._generation.number) as answers:
             while time.monotonic() - self._began < give_up_s:
                 with suppress(queue.Empty):
                     return answers.get(timeout=_PAUSE_S), False
@@ -195,7 +195,7 @@ def resume_remedy(run_dir: str | None) -> str:
 
 def prefix(number: int) -> str:
     """Under which an epoch's keys are: a server of another epoch is not taken for this one's."""
-    return f"clan/epoch/{number}"
+    return f"clan/generation/{number}"
 
 
 def arrive(store: Store, members: tuple[int, ...], member: int, member_rank: int, member_size: int) -> None:
@@ -207,7 +207,7 @@ def arrive(store: Store, members: tuple[int, ...], member: int, member_rank: int
 
 
 @contextmanager
-def _asked(addresses: Sequence[Address], number: int) -> Iterator[queue.SimpleQueue[Store]]:
+def _probes(addresses: Sequence[Address], number: int) -> Iterator[queue.SimpleQueue[Store]]:
     """Inside, each address is asked again and again, on a thread of its own; yields the stores that answer.
 
     One after the other, a frozen one would hold up the question to the next by so much that two candidates begin to
@@ -218,7 +218,7 @@ def _asked(addresses: Sequence[Address], number: int) -> Iterator[queue.SimpleQu
 
     def ask(address: Address) -> None:
         while not is_over.is_set():
-            store = look(address, number)
+            store = probe(address, number)
             if store is not None:
                 answers.put(store)
                 return
@@ -264,7 +264,7 @@ def _keys(member: int, member_size: int) -> list[str]:
     return [f"arrived/{member}/{rank}" for rank in range(member_size)]
 
 
-def look(address: Address, number: int) -> Store | None:
+def probe(address: Address, number: int) -> Store | None:
     """The store at an address, if it serves this epoch."""
 
     def ask() -> Store | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 _STARTED_IN = os.getcwd()
 
 
-def start_again(environ: MutableMapping[str, str] = os.environ) -> None:
+def restart_process(environ: MutableMapping[str, str] = os.environ) -> None:
     """Replaces this process by a new one of the same command; returns never."""
     sys.stdout.flush()
     sys.stderr.flush()

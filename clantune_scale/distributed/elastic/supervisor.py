@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from torch.distributed import Store
 
 from clantune_scale.checkpoint import manifest
-from clantune_scale.distributed.elastic.failures import in_short, peer_failure
+from clantune_scale.distributed.bootstrap import Address
+from clantune_scale.distributed.elastic.failures import one_line, peer_failure
 from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 from clantune_scale.distributed.elastic.quorum import resume_remedy, within
-from clantune_scale.distributed.elastic.restart import start_again
-from clantune_scale.distributed.rendezvous import Address
+from clantune_scale.distributed.elastic.restart import restart_process
 
 if TYPE_CHECKING:
     from clantune_scale.config.schema import FaultsConfig
@@ -33,7 +33,7 @@ _MOST_IDLE = 3
 _FLUSH_S = 15.0
 
 
-class Guard:
+class Supervisor:
     """Stands between a failed collective and the end of the process.
 
     It does nothing where ``faults.min_members`` is null, but say how the run goes on.
@@ -41,7 +41,7 @@ class Guard:
     Args:
         settings: the block's ``faults`` part.
         epoch: that this process is in.
-        members: that were launched, or were in the epoch before; :meth:`admit` tells who is in this one.
+        members: that were launched, or were in the epoch before; :meth:`set_members` tells who is in this one.
         name: what this process calls itself in messages.
         environ: the environment of the next start.
 
@@ -89,11 +89,11 @@ class Guard:
                 on_failure=self._on_failure,
             )
 
-    def admit(self, members: tuple[int, ...]) -> None:
+    def set_members(self, members: tuple[int, ...]) -> None:
         """The epoch has begun, with these members."""
         self._members = members
 
-    def know(self, addresses: tuple[Address, ...]) -> None:
+    def set_addresses(self, addresses: tuple[Address, ...]) -> None:
         """The members have stores, and these are their addresses."""
         self._addresses = addresses
 
@@ -108,12 +108,12 @@ class Guard:
         finally:
             timer.cancel()
 
-    def come_first(self) -> None:
+    def precede_other_hooks(self) -> None:
         """Looks at an error before the hooks do that were set since: they would end the run."""
         self._second = sys.excepthook
         sys.excepthook = self._before_others
 
-    def stand_down(self) -> None:
+    def withdraw(self) -> None:
         """From now on a failure ends this process: it is about to end anyway."""
         self._is_armed = False
 
@@ -136,14 +136,14 @@ class Guard:
     def _before_others(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = peer_failure(error)
         if self._is_armed and failure is not None:
-            self._restart(in_short(failure))
+            self._restart(one_line(failure))
         self._second(kind, error, trace)
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = peer_failure(error)
         if failure is not None:
             if self._is_armed:
-                self._restart(in_short(failure))
+                self._restart(one_line(failure))
             if self.settings.min_members is None:
                 print(f"clan: a member is lost. {resume_remedy(self._resumable())}", file=sys.stderr, flush=True)
         # What ends this process is its own affair, and its member's.
@@ -186,7 +186,7 @@ class Guard:
             flush=True,
         )
         following.write(self._environ)
-        start_again(self._environ)
+        restart_process(self._environ)
 
     def _following(self, reason: str) -> Generation:
         """The epoch after this one, with what it goes on from in the environment."""

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
     from clantune_scale.distributed.world import ClanWorld
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 
 
 @contextmanager
-def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iterator[Callable[[str], None]]:
+def wait_while_ranks_live(
+    world: ClanWorld, *, silence_s: float, run_dir: Path | None
+) -> Iterator[Callable[[str], None]]:
     """Inside, ranks tell each other that they live, however long one of them works; all ranks of the clan enter.
 
-    Where members may die, the guard watches already, and starts a rank again that waits in vain.
+    Where members may die, the supervisor watches already, and starts a rank again that waits in vain.
 
     Args:
         world: the clan's.
@@ -52,7 +54,7 @@ def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iter
             if failures:
                 remedy = resume_remedy(None if run_dir is None else str(run_dir))
                 raise ClanError(f"{failures[0]}, while the others waited for it. {remedy}")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     try:
         yield wait

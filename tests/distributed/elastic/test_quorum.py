@@ -122,12 +122,12 @@ def test_a_server_of_another_epoch_is_not_taken():
     )
     served.start()
     served.join()
-    assert quorum.look(began.addresses[0], 7) is not None
-    assert quorum.look(began.addresses[0], 8) is None
-    assert quorum.look(("127.0.0.1", free_port()), 7) is None
+    assert quorum.probe(began.addresses[0], 7) is not None
+    assert quorum.probe(began.addresses[0], 8) is None
+    assert quorum.probe(("127.0.0.1", free_port()), 7) is None
 
 
 def test_nobody_serves(monkeypatch):
-    monkeypatch.setattr(quorum, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(quorum, "_MARGIN_S", 0.5)
     (found,) = attend([(0, 1, 0)], generation(1), member_size=2, rejoin_s=0.2)
     assert found.startswith("nobody serves the store of generation 1: members [0] were asked at ['127.0.0.1:")

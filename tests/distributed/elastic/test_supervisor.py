@@ -10,7 +10,7 @@ from clantune_scale.checkpoint import manifest
 from clantune_scale.config.schema import FaultsConfig
 from clantune_scale.distributed.elastic import supervisor
 from clantune_scale.distributed.elastic.generation import VARIABLE, Generation
-from clantune_scale.distributed.elastic.supervisor import Guard
+from clantune_scale.distributed.elastic.supervisor import Supervisor
 
 GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 
@@ -24,7 +24,7 @@ def again(monkeypatch):
     def start(environ):
         raise Again
 
-    monkeypatch.setattr(supervisor, "start_again", start)
+    monkeypatch.setattr(supervisor, "restart_process", start)
     ended = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: ended.append(error))
     return ended
@@ -32,15 +32,15 @@ def again(monkeypatch):
 
 def guarded(run_dir=None, *, generation=None, min_members=2):
     environ = {"RANK": "0", "CLANTUNE_RESUME": "before"}
-    made = Guard(
+    made = Supervisor(
         FaultsConfig(min_members=min_members),
         generation or Generation(launch={"RANK": "5"}),
         members=(0, 1, 2, 3),
         name="rank 1 of member 2",
         environ=environ,
     )
-    made.admit((0, 2, 3))
-    made.know((("node0", 1), ("node2", 2), ("node3", 3)))
+    made.set_members((0, 2, 3))
+    made.set_addresses((("node0", 1), ("node2", 2), ("node3", 3)))
     made.run_dir = run_dir
     return made, environ
 
@@ -103,7 +103,7 @@ def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
         below(kind, error, traceback)
 
     sys.excepthook = hook
-    made.come_first()
+    made.precede_other_hooks()
     with pytest.raises(Again):
         fail(GONE)
     assert seen == []
@@ -118,7 +118,7 @@ def test_a_users_error_passes_all_hooks_once(tmp_path, again):
         below(kind, error, traceback)
 
     sys.excepthook = hook
-    made.come_first()
+    made.precede_other_hooks()
     error = ValueError("of the user")
     fail(error)
     assert seen == [error] and again == [error]
