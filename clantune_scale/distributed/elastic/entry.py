@@ -1,4 +1,4 @@
-"""Through the door: into the launch's epoch, or into one that begins with those that are left."""
+"""A rank's entry into a generation: the launch's, or a later one with the members that are left."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MembershipChange:
-    """Of members, and how the others went on. Members have the numbers that they were launched with.
+    """A loss of members. Members have the numbers that they were launched with.
 
     Attributes:
-        epoch: that began with it.
-        members: that are lost, and what is known of each.
-        left: those that go on, in the order of their present numbers.
-        reason: what was seen first.
-        seconds: from then to the moment at which the others stood together again.
+        generation: the number of the generation that began with this change.
+        members: the lost members, and what is known of each.
+        left: the members that continue, in the order of their present numbers.
+        reason: the first failure that was seen.
+        seconds: from that failure until the quorum closed.
     """
 
     generation: int
@@ -42,7 +42,14 @@ class MembershipChange:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a rank has when it is inside: its place among those that are there."""
+    """What a rank holds after its entry.
+
+    Attributes:
+        store: the clan's store in this generation.
+        topology, at: the grid of the present members, and this rank's coordinates in it.
+        supervisor: watches the other ranks.
+        membership_change: the loss that led to this generation; None in the first one.
+    """
 
     store: Store
     topology: Topology
@@ -61,18 +68,18 @@ def enter(
     port: int | None,
     environ: MutableMapping[str, str] = os.environ,
 ) -> Entry:
-    """Meets the other ranks, and begins to watch them.
+    """Finds the other ranks and starts to watch them.
 
     Args:
-        epoch: that begins.
-        launched, topology: this process's place among all that were launched, and their grid.
-        faults: the block's part of that name.
-        timeout_s, port: as for :func:`clantune_scale.distributed.world.join`.
+        generation: the one that begins.
+        launched, topology: this process's rank in the launcher's world, and the grid of that world.
+        faults: the block's ``faults`` section.
+        timeout_s, port: see :func:`clantune_scale.distributed.world.join`.
         environ: of this process.
 
     Raises:
         TopologyError: if ranks of the launch do not arrive.
-        MembersLostError: if a later epoch begins without this rank's member, or cannot begin.
+        MembersLostError: if a later generation begins without this rank's member, or cannot begin.
     """
     settings = faults or _no_faults()
     at = topology.coordinates(launched.rank)
@@ -81,19 +88,16 @@ def enter(
     if generation.number == 0:
         store = open_store(launched, port or launched.port, timeout_s, environ)
         generation = replace(generation, launch_id=store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode())
-        supervisor, members, change = (
-            Supervisor(settings, generation, members=launched_members, name=name, environ=environ),
-            None,
-            None,
-        )
+        supervisor = Supervisor(settings, generation, members=launched_members, name=name, environ=environ)
+        present, change = launched_members, None
     else:
         supervisor = Supervisor(settings, generation, members=generation.members, name=name, environ=environ)
         store, quorum = _rejoin(generation, at, topology, supervisor)
-        members, change = quorum.members, _membership_change(generation, quorum)
-        topology = replace(topology, population_size=len(members))
-        at = topology.coordinates(members.index(at.member) * topology.member_size + at.member_rank)
-        supervisor.set_members(members)
-    present = members or launched_members
+        present, change = quorum.members, _membership_change(generation, quorum)
+        # The grid has no gaps: members are numbered anew from 0, in the order of their launched numbers.
+        topology = replace(topology, population_size=len(present))
+        at = topology.coordinates(present.index(at.member) * topology.member_size + at.member_rank)
+        supervisor.set_members(present)
 
     def name_of(rank: int) -> str:
         member, member_rank = divmod(rank, topology.member_size)
