@@ -9,7 +9,7 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import Store, TCPStore
 
 
 def serve(address: str, port: int, *, timeout_s: float, multi_tenant: bool = False) -> TCPStore:
@@ -35,6 +35,11 @@ def serve(address: str, port: int, *, timeout_s: float, multi_tenant: bool = Fal
         address, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
         multi_tenant=multi_tenant, **options,
     )  # fmt: skip
+
+
+def own_connection(store: Store) -> Store:
+    """A new connection to the same store. A call on a shared one would block behind another thread's call."""
+    return store.clone()  # type: ignore[attr-defined]  # torch's stub of Store lacks the method.
 
 
 def _listener(address: str, port: int) -> socket.socket | None:

@@ -32,7 +32,7 @@ def _end_workers() -> None:
 
 
 def _close_on_exec() -> None:
-    """Closes all connections on ``exec``, so that peers see that this process is gone. Torch leaves some of them open."""
+    """Marks all descriptors to close on ``exec``: peers notice a dead process by its connections, and torch leaves some."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if int(name) > 2:

@@ -1,4 +1,4 @@
-"""What leads to another start, and what ends the process."""
+"""What restarts a process, and what ends it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by
 
 
 class Again(BaseException):
-    """In place of another start."""
+    """Raised in place of a restart."""
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def fail(error):
     sys.excepthook(type(error), error, None)
 
 
-def test_a_peers_failure_leads_to_the_next_epoch(tmp_path, again, capfd):
+def test_a_peers_failure_leads_to_the_next_generation(tmp_path, again, capfd):
     commit(tmp_path, "round-000003")
     _, environ = guarded(tmp_path)
     with pytest.raises(Again):
@@ -91,7 +91,7 @@ def test_where_members_may_not_die_the_end_says_how_the_run_goes_on(tmp_path, ag
     _, environ = guarded(tmp_path, min_members=None)
     fail(GONE)
     assert again == [GONE] and VARIABLE not in environ
-    assert f"a member is lost. Launch again, as before and with CLANTUNE_RESUME={tmp_path}" in capfd.readouterr().err
+    assert f"a member is lost. Launch again with CLANTUNE_RESUME={tmp_path}" in capfd.readouterr().err
 
 
 def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
@@ -133,7 +133,7 @@ def test_what_is_queued_is_sent_before(tmp_path, again):
     assert sent == [1]
 
 
-def test_epochs_that_come_no_further_are_the_last(tmp_path, again, monkeypatch, capfd):
+def test_generations_without_progress_are_the_last(tmp_path, again, monkeypatch, capfd):
     class Exit(BaseException):
         pass
 
@@ -157,4 +157,4 @@ def test_epochs_that_come_no_further_are_the_last(tmp_path, again, monkeypatch, 
     _, environ = guarded(tmp_path, generation=Generation(5, (0, 2, 3), launch={}, num_idle=3, newest="round-000004"))
     with pytest.raises(Exit, match="1"):
         fail(GONE)
-    assert "4 epochs in a row began with all members and failed" in capfd.readouterr().err
+    assert "4 generations in a row began with all members and failed" in capfd.readouterr().err
