@@ -1,4 +1,4 @@
-"""The rendezvous of a generation after the first: one member serves the store, the quorum closes, and all ranks read it.
+"""The rendezvous of a generation after the first: one member serves the store, the quorum closes, all ranks read it.
 
 The store is at the address of a member's store of the generation before: all ranks know these addresses, and the ports
 are free again. The first member serves it. If that member is gone, the next one serves it after it has probed all

@@ -32,7 +32,7 @@ def _end_workers() -> None:
 
 
 def _close_on_exec() -> None:
-    """Marks all descriptors to close on ``exec``: peers notice a dead process by its connections, and torch leaves some."""
+    """Closes all descriptors on ``exec``. Torch leaves some open, and peers would not see that this process is gone."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if int(name) > 2:
