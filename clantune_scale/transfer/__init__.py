@@ -1,4 +1,4 @@
-"""Moving a member's training state: onto another member, or aside and back."""
+"""Moving a member's training state: to another member, or into a snapshot and back."""
 
 from clantune_scale.transfer.state import MemberState, Snapshot
 from clantune_scale.transfer.transfers import TransferReport, Transfers, average_members, transfer

@@ -1,8 +1,8 @@
-"""Torch's distributed checkpoint (DCP) as a transport from rank to rank, without a file.
+"""Torch's distributed checkpoint (DCP) as a transport from peer to peer, without a file.
 
-A storage writer and a storage reader face each other over the column: DCP's planner compares names, sizes and
-offsets on the recipient before it asks for a byte, and gives out the live tensors into which bytes are received.
-What DCP keeps as a pickle travels as JSON.
+A storage writer on the donor sends to a storage reader on the recipient. The recipient's DCP planner compares names,
+sizes and offsets before it requests a byte, and provides the live tensors that the bytes are received into. The
+metadata, which DCP pickles, travels as JSON.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Item = tuple[str, str, list[int], list[int], list[int]]
 
 
 class Neighbours:
-    """The messages between neighbours of a chain.
+    """Messages to the previous and the next member of a chain.
 
     Args:
-        route: who gives to whom.
+        route: the chain.
         bucket_bytes: most bytes in one message.
     """
 
@@ -48,14 +48,14 @@ class Neighbours:
         self._route, self._bucket_bytes = route, bucket_bytes
 
     def send_json(self, member: int, value: Any) -> None:
-        """Sends what JSON holds."""
+        """Sends a value that JSON represents."""
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         group = self._route.group_for("cpu")
         group.send([torch.tensor([payload.numel()])], member, _TAG).wait()
         group.send([payload], member, _TAG).wait()
 
     def receive_json(self, member: int) -> Any:
-        """Receives what :meth:`send_json` sent."""
+        """Receives a value from :meth:`send_json`."""
         group = self._route.group_for("cpu")
         size = torch.zeros(1, dtype=torch.int64)
         group.recv([size], member, _TAG).wait()
@@ -64,7 +64,7 @@ class Neighbours:
         return json.loads(payload.numpy().tobytes())
 
     def stream(self, tensor: torch.Tensor) -> None:
-        """Receives into a contiguous tensor where there is one before, and passes on where there is one after."""
+        """Receives a contiguous tensor from the previous member and forwards it to the next, as far as they exist."""
         group = self._route.group_for(tensor.device.type)
         sending = []
         for part in tensor.view(-1).view(torch.uint8).split(self._bucket_bytes):
@@ -77,7 +77,7 @@ class Neighbours:
 
 
 class _WithoutAddress:
-    """What a storage that has no address and changes no plan answers."""
+    """The methods of a storage that has no address and does not change plans."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -94,10 +94,10 @@ class _WithoutAddress:
 
 
 class PeerWriter(_WithoutAddress, StorageWriter):
-    """What a donor saves goes to the next in the chain, in the order of the plan.
+    """Sends what the donor saves to the next member of the chain, in the order of the plan.
 
     Args:
-        neighbours: to the next.
+        neighbours: the next member of the chain.
     """
 
     def __init__(self, neighbours: Neighbours) -> None:
@@ -114,7 +114,7 @@ class PeerWriter(_WithoutAddress, StorageWriter):
         results = []
         for item in plan.items:
             data, tensor = item.tensor_data, planner.resolve_data(item)
-            assert data is not None and isinstance(tensor, torch.Tensor), "scalars do not travel by DCP"
+            assert data is not None and isinstance(tensor, torch.Tensor), "DCP does not move the scalars"
             dtype = str(tensor.dtype).removeprefix("torch.")
             entry = (item.index.fqn, dtype, list(data.size), list(data.chunk.offsets), list(data.chunk.sizes))
             self._parts.append((entry, tensor.detach()))
@@ -132,10 +132,10 @@ class PeerWriter(_WithoutAddress, StorageWriter):
 
 
 class PeerReader(_WithoutAddress, StorageReader):
-    """What a recipient loads comes from the one before in the chain, and is passed on.
+    """Receives what the recipient loads from the previous member of the chain, and forwards it to the next.
 
     Args:
-        neighbours: from the one before and to the next.
+        neighbours: the previous and the next member of the chain.
     """
 
     def __init__(self, neighbours: Neighbours) -> None:
@@ -159,13 +159,13 @@ class PeerReader(_WithoutAddress, StorageReader):
         for name, dtype, _, offsets, sizes in self._items:
             item = wanted.pop((name, tuple(offsets)), None)
             target = None if item is None else planner.resolve_tensor(item).detach()
-            if item is None or item.type is not LoadItemType.TENSOR or list(target.shape) != sizes:
-                raise ValueError(f"{name}{offsets} of {sizes} arrives and has no place of this size here")
+            if target is None or item is None or item.type is not LoadItemType.TENSOR or list(target.shape) != sizes:
+                raise ValueError(f"{name}{offsets} of {sizes} arrives, and this rank has no tensor of this size for it")
             if str(target.dtype) != f"torch.{dtype}":
-                raise ValueError(f"{name} arrives as {dtype} and is {target.dtype} here")
+                raise ValueError(f"{name} arrives as {dtype} and is {target.dtype} on this rank")
             targets.append((item, target))
         if wanted:
-            raise ValueError(f"{sorted(wanted)[0]} is wanted here and does not arrive")
+            raise ValueError(f"this rank expects {sorted(wanted)[0]}, which does not arrive")
         complaint = self.agree(None)
         if complaint is not None:
             raise ValueError(complaint)
@@ -175,13 +175,15 @@ class PeerReader(_WithoutAddress, StorageReader):
         return _done(None)
 
     def agree(self, complaint: str | None) -> str | None:
-        """Before a byte is sent: whether all of the chain can take it. Answers go up to the donor, its word comes down.
+        """Agrees with the chain, before a byte is sent, on whether all its members can receive.
+
+        Answers travel up the chain to the donor, and the donor's verdict travels down.
 
         Args:
-            complaint: why this rank cannot, or None.
+            complaint: why this rank cannot receive; None if it can.
 
         Returns:
-            The first complaint in the chain, or None: then bytes come.
+            The first complaint in the chain; None if the bytes follow.
         """
         self.has_agreed = True
         before, after = self._neighbours.before, self._neighbours.after
@@ -195,7 +197,7 @@ class PeerReader(_WithoutAddress, StorageReader):
 
 
 class DcpPeerTransport:
-    """DCP's writer and reader over the column.
+    """DCP's writer and reader between peers.
 
     Args:
         bucket_bytes: most bytes in one message.

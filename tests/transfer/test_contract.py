@@ -193,7 +193,7 @@ def _broken_by_an_exception(directory: str) -> tuple[str | None, bool, bool]:
         said = str(raised)
     was_torn = transfers.is_inconsistent
     if was_torn:
-        with pytest.raises(TransferError, match="was receiving member 0's state, and no transfer after that"):
+        with pytest.raises(TransferError, match="was receiving member 0's state, and no later transfer"):
             transfers.run(state, [0, 0])
         transfers = make_transfers("peer", directory, 2)
     transfers.run(make_state(1.0)[0], [0, 0])
