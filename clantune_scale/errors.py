@@ -21,7 +21,7 @@ class TransferError(ClanError):
     """State that was copied from one member to another did not arrive as it was sent.
 
     Attributes:
-        members: those whose state is torn, equal on all ranks; empty where the error is about this rank alone.
+        members: those whose state is inconsistent, equal on all ranks; empty if only this rank is concerned.
     """
 
     members: tuple[int, ...] = ()

@@ -43,8 +43,8 @@ class MemberState:
     Sixteen-bit weights are not part of it. ``refresh`` makes them from the masters.
 
     Attributes:
-        tensors: live tensors: fp32 masters, optimizer moments, averaged weights, frozen parameters, buffers. Their order
-            is equal on all peers.
+        tensors: live tensors: fp32 masters, optimizer moments, averaged weights, frozen parameters, buffers. All
+            peers have them in the same order.
         scalars: values that JSON represents, in two parts. ``"optimizer"`` (step counts, loss scale) is restored by a
             rollback. ``"schedule"`` (the learning-rate scheduler) is taken over by a clone only.
         load_scalars: writes such a mapping into the engine.
@@ -109,7 +109,7 @@ _DIGEST_WORDS = 1 << 17
 def bytes_digest(buffer: torch.Tensor) -> list[int]:
     """Two 64-bit sums over the words of a uint8 buffer, computed on its device without a host copy.
 
-    The plain sum changes with any single flipped bit. The sum with weights 1, 3, 5, ... changes when words change places.
+    The plain sum changes with any single flipped bit. The sum with weights 1, 3, 5, ... changes when words swap.
     The digest detects faults and does not protect against an adversary.
     """
     if buffer.storage_offset() % 8:
