@@ -167,7 +167,7 @@ class ClanBatchSampler(Sampler[list[int]]):
         return self.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position. Without ``"cursor"`` in ``state``, the plans of all steps before give the cursor."""
+        """Goes to a saved position. Without a ``"cursor"``, the plans of all steps before give it."""
         step = state["step"]
         cursor = state["cursor"] if "cursor" in state else sum(self._advance(self._plan(s)) for s in range(step))
         self.position = StreamPosition(step, cursor)

@@ -101,7 +101,7 @@ class BatchWatch:
         self._has_warned: set[str] = set()
 
     def begin(self, phase: Phase) -> None:
-        """Starts a phase, whose first batch is the next one. Phases with teams are not compared: teams split the data."""
+        """Starts a phase. Its first batch is the next one. Teams split the data, so their phases are not compared."""
         self._pending = phase.kind if phase.teams is None else None
 
     def on_batch(self, args: tuple, kwargs: dict) -> None:
