@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(Path(options.script).resolve().parent))
     import deepspeed
 
-    from clantune_scale.backends.deepspeed.quiet import quieten
+    from clantune_scale.backends.deepspeed.engine import suppress_start_up_noise
 
     # The script may start DeepSpeed before it calls initialize().
-    quieten()
+    suppress_start_up_noise()
     engines: list[Any] = []
     initialize = deepspeed.initialize
     deepspeed.initialize = _replacement(options.eval_data, engines)

@@ -181,7 +181,7 @@ class Clan:
         Raises:
             TransferError: if it is torn: a transfer into it failed.
         """
-        self.transfers.require_whole()
+        self.transfers.require_consistent()
         state = self.backend.state()
         if self.measurement.uses_ema is not None:
             uses_ema = self.measurement.uses_ema.tensors

@@ -18,7 +18,7 @@ class GradientGroups(Protocol):
     def gradient(self, team: tuple[int, ...]) -> Any:
         """All (member, data) ranks of a team that hold this rank's part of the model."""
 
-    def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+    def across_members(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
         """The ranks with these places in their member's world, in all members of the team."""
 
     def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from clantune_scale.backends.deepspeed import sharing, weights
@@ -22,6 +24,14 @@ from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
+
+
+def suppress_start_up_noise() -> None:
+    """Stops DeepSpeed from compiling an extension and from warning about its own calls. Call it before it starts."""
+    # These shared-memory collectives for the CPU need a C++ compiler and take 20 s at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls names that torch 2.13 deprecates. A user cannot change that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 class DeepSpeedBackend:
