@@ -111,6 +111,7 @@ def _batch_of_runs(
         strategies=[method.build(problem, own, seed) for own, seed in zip(settings, seeds, strict=True)],
         settings=settings,
         seeds=seeds,
+        members=method.members,
     )
     clans.run(problem.total_steps)
     return [

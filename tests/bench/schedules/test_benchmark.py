@@ -121,6 +121,25 @@ def test_the_command_writes_a_table_its_json_and_figures(tmp_path, capsys):
     assert "tuning seeds 0, 1, 2" in (out / "table.md").read_text()
 
 
+def test_both_forms_of_members_stand_side_by_side_in_one_table(tmp_path):
+    methods = named(["clan", "clan-line", "fixed"], 4)
+    assert [method.name for method in methods] == ["clan P=4", "clan-line P=4", "fixed"]
+    assert [method.members for method in methods] == ["groups", "line", "groups"]
+    assert [method.strategy for method in methods[:2]] == ["clan", "clan"]
+    assert [method.name for method in named(["clan", "fixed"], 4, members="line")] == ["clan-line P=4", "fixed"]
+
+    result = run([TINY], methods[:2], seeds=(0,), say=lambda line: None)
+    (groups,), (line,) = result.trials
+    assert groups.runs[0][0].cost == line.runs[0][0].cost
+    # Noise of one sample a member, at rates near the stable one: nearly the same, and not the same run twice.
+    assert groups.runs[0][0].loss == pytest.approx(line.runs[0][0].loss, rel=0.1)
+    assert groups.runs[0][0].loss != line.runs[0][0].loss
+
+    out = ["--problems", f"{PLUG_IN}:TINY", "--population", "4", "--out", str(tmp_path)]
+    assert main([*out, "--methods", "clan", "--members", "line"]) == 0
+    assert "| clan-line P=4 |" in (tmp_path / "table.md").read_text()
+
+
 def test_what_there_is_not_is_refused_with_the_nearest_that_there_is(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"no method 'warmup-linaer'. Did you mean 'warmup-linear'\?"):
         named(["warmup-linaer"], 4)
