@@ -6,7 +6,7 @@ import torch
 
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import RunFacts, Strategy, build
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 
 LR = Gene("lr", relative=True)
 DROPOUT = Gene("dropout", kind="specialized", scale="linear", bounds=(0.0, 0.5), initial=0.1, step_size=0.05)

@@ -12,7 +12,7 @@ from clantune_scale.config.gene_catalogue import build_gene
 from clantune_scale.config.schema import ClanConfig, GeneConfig
 from clantune_scale.core.strategies import RunFacts, build
 from clantune_scale.data.sampler import ClanBatchSampler
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.backends.small_runs import MICRO, Net, ds_config, flat_weights, in_member_worlds
 from tests.ranks import run_ranks
 from tests.small_clans import NUM_TRAIN, clan_config, datasets, start, train

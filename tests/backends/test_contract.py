@@ -15,7 +15,7 @@ from clantune_scale.config.gene_catalogue import build_gene
 from clantune_scale.config.schema import GeneConfig
 from clantune_scale.core.strategies import RunFacts, build
 from clantune_scale.data.sampler import ClanBatchSampler
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.backends.families import FAMILIES, Setup, family
 from tests.ranks import run_ranks
 

@@ -1,6 +1,6 @@
 """The fast twin: many clans on one problem as one tensor program, decided by the same strategies.
 
-:class:`~clantune_scale.reference.ReferenceClan` trains one member after another and takes any module; here
+:class:`~clantune_scale.reference.clan.ReferenceClan` trains one member after another and takes any module; here
 all members of all clans are rows of the same tensors, and a run of a small model takes a tenth of a second.
 """
 

@@ -1,4 +1,4 @@
-"""The clan's loop over many clans at once; :mod:`clantune_scale.reference` says the same slowly."""
+"""The clan's loop over many clans at once; :mod:`clantune_scale.reference.clan` says the same slowly."""
 
 from __future__ import annotations
 

@@ -184,8 +184,8 @@ class Supervisor:
             within(_FLUSH_S, action)
         if following.num_idle > _MOST_IDLE:
             logger.error(
-                "clan: %d generations in a row began with all members and failed before a round was committed. The death "
-                "of a member is not the cause. The cause is: %s. %s",
+                "clan: %d generations in a row began with all members and failed before a round was committed. "
+                "The death of a member is not the cause. The cause is: %s. %s",
                 following.num_idle,
                 reason,
                 resume_remedy(self._resumable()),

@@ -11,7 +11,7 @@ from clantune_scale.bench.batched.expression import rate_factor
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import STRATEGIES, RunFacts, build
 from clantune_scale.errors import ConfigError
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.bench.batched.small_model import BATCH, NUM_EVAL_BATCHES, AsModule, Regression
 
 P = 4

@@ -11,7 +11,7 @@ import torch
 from clantune_scale.core.mutation import CLAN
 from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.core.schedule import ClanSchedule
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.small_references import (
     DROPOUT,
     LR,

@@ -10,7 +10,7 @@ import torch
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.errors import ConfigError
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.small_references import (
     DROPOUT,
     LR,
@@ -99,8 +99,8 @@ def test_a_whole_run_decides_nearly_what_real_members_decide(genes):
 def test_a_trial_in_turns_is_the_trial_of_real_members():
     """Contestants never meet: up to the trial's end nothing but the cooperative rounds before it differs."""
     groups, line = both("clan", LR, num_steps=42, **RACE)
-    race = next(i for i, record in enumerate(line.lineage) if record.phases[0].kind is PhaseKind.COMPETITIVE)
-    ours, theirs = line.lineage[race], groups.lineage[race]
+    trial = next(i for i, record in enumerate(line.lineage) if record.phases[0].kind is PhaseKind.COMPETITIVE)
+    ours, theirs = line.lineage[trial], groups.lineage[trial]
     assert len(set(ours.losses)) == 4 and ours.donors == theirs.donors
     # Starts differ by the distance from the line after three rounds: seen 1e-4.
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)

@@ -19,7 +19,7 @@ from clantune_scale.core.line import Line, Point, obstacle, successor
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies.base import Decision
 from clantune_scale.errors import ConfigError
-from clantune_scale.reference_member import Member, Saved
+from clantune_scale.reference.member import Member, Saved
 from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.line.points import Points
 
@@ -83,7 +83,7 @@ class OnTheLine:
         if self._line.varies_rate or self._line.varies_decay:
             self._points = Points(
                 lambda: self._model.parameters,
-                self._model.average if plan.averages else None,
+                self._model.average if plan.uses_ema else None,
                 group_of=self._group_of,
                 line=self._line,
                 plan=plan,
@@ -195,7 +195,7 @@ class OnTheLine:
         return self._calls.losses(averaged)
 
     def _average(self, plan: RoundPlan, step: int) -> None:
-        if plan.averages:
+        if plan.uses_ema:
             self._model.update_average(step + 1, plan.ema_window_steps)
 
     def _schedule(self) -> tuple[Any, list[dict[str, Any]]]:

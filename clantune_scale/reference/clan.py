@@ -24,8 +24,8 @@ from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, R
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
 from clantune_scale.core.strategies.lost_members import replace_lost
 from clantune_scale.data.sampler import StepPlan
-from clantune_scale.reference_line import Calls, OnTheLine
-from clantune_scale.reference_member import Member, Saved
+from clantune_scale.reference.line import Calls, OnTheLine
+from clantune_scale.reference.member import Member, Saved
 
 
 class ReferenceClan:

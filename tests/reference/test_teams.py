@@ -14,7 +14,7 @@ from clantune_scale.core.mutation import CLAN
 from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
 from clantune_scale.core.strategies.control import Control
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.small_references import LR, averaged_weights, clan_of, network, samples, squared_error, strategy_of, weights
 
 

@@ -11,7 +11,7 @@ from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies import Strategy
 from clantune_scale.core.strategies.control import Control
-from clantune_scale.reference import ReferenceClan
+from clantune_scale.reference.clan import ReferenceClan
 from tests.small_references import (
     DROPOUT,
     LR,
