@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import RandomState
 
 _ENGINE = "engine."
 
@@ -28,7 +28,7 @@ class RandomStreams:
     numbers: dict[str, Any]
 
     @classmethod
-    def capture(cls, backend: Backend) -> RandomStreams:
+    def capture(cls, backend: RandomState) -> RandomStreams:
         """The streams as they are."""
         name, words, place, has_gauss, gauss = np.random.get_state()
         version, inner, gauss_next = random.getstate()
@@ -42,7 +42,7 @@ class RandomStreams:
         }
         return cls(tensors, numbers)
 
-    def restore(self, backend: Backend) -> None:
+    def restore(self, backend: RandomState) -> None:
         """The streams go on from here."""
         torch.set_rng_state(self.tensors["torch"])
         if "cuda" in self.tensors and backend.device.type == "cuda":

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import DivergenceError
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import EnginePlace
 
 
 def check_world(world: ClanWorld, device: torch.device) -> None:
@@ -35,7 +35,7 @@ def parameter_layout(module: torch.nn.Module) -> list[list]:
     ]
 
 
-def check_parameters(world: ClanWorld, backend: Backend) -> None:
+def check_parameters(world: ClanWorld, backend: EnginePlace) -> None:
     """Names, shapes, dtypes and what trains are equal down the column.
 
     Raises:

@@ -19,7 +19,7 @@ def _clan_run(rank, config, num_steps, options=None):
     engine, loader = start(config, **(options or {}))
     losses = train(engine, loader, num_steps)
     clan = engine.clan
-    history = [(r.genomes, r.losses, r.donors, r.restored) for r in clan.recorder.lineage]
+    history = [(r.genomes, r.losses, r.donors, r.restored) for r in clan.progress.lineage]
     return flat_weights(engine), losses, history, clan.population, str(clan.recorder.run_dir)
 
 
