@@ -1,4 +1,4 @@
-"""The state of a run on one rank at the end of an optimizer step, copied so that training can go on while it is written."""
+"""A copy of a run's state on one rank at the end of an optimizer step: training goes on while it is written."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Capture:
 
 
 def pieces_of(state: MemberState) -> dict[str, list[list[Any]]] | None:
-    """Where each tensor's elements lie whatever the number of ranks, as JSON holds it; None if the engine does not know."""
+    """Where each tensor's elements lie in the whole model, as JSON holds it; None if the engine does not know."""
     known = state.logical() if state.logical is not None else None
     if known is None:
         return None

@@ -242,7 +242,7 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
         return
     scheduled = group[key] if place is None else group[key][place]
     # Megatron-core's groups say which share of a common value they take; norms and biases take no weight decay.
-    wanted = scheduled * value if gene.relative else value * group.get(_SHARES.get(key), 1.0)
+    wanted = scheduled * value if gene.relative else value * group.get(_SHARES.get(key, ""), 1.0)
     if isinstance(group[key], torch.Tensor):
         group[key] = torch.full_like(group[key], float(wanted))
     else:
