@@ -1,23 +1,43 @@
-"""Clan Training: a population of model replicas that tunes its own schedules while it pretrains."""
+"""Clan Training: a population of model replicas that tunes its own schedules while it pretrains.
+
+Messages go to ``logging.getLogger("clantune_scale")`` and the loggers below it; all of them are warnings or errors. The
+package adds no handler. Python prints warnings of a logger without handlers to standard error, so that a user who
+configures nothing sees them. A handler on that logger, or on the root, routes them; a level above ``CRITICAL`` silences
+them. The table of rounds and the lines of steps are not messages: they go to standard output.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import (
+    CheckpointError,
     ClanError,
     ConfigError,
     DivergenceError,
     EvaluationError,
+    MembersLostError,
     NoEffectWarning,
+    RecordingStopped,
     TopologyError,
     TransferError,
 )
 
+if TYPE_CHECKING:
+    from clantune_scale.backends.deepspeed.attach import initialize
+    from clantune_scale.backends.megatron.attach import attach_megatron
+    from clantune_scale.backends.torch.attach import attach
+    from clantune_scale.config.deepspeed_file import load_config
+    from clantune_scale.core.schedule import ClanSchedule
+    from clantune_scale.distributed.join import join
+    from clantune_scale.results.replay import ClanScheduleLR
+    from clantune_scale.runtime.recorder import Summary
+
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "ClanConfig",
     "ClanError",
     "ClanSchedule",
@@ -25,24 +45,30 @@ __all__ = [
     "ConfigError",
     "DivergenceError",
     "EvaluationError",
+    "MembersLostError",
     "NoEffectWarning",
+    "RecordingStopped",
+    "Summary",
     "TopologyError",
     "TransferError",
     "attach",
     "attach_megatron",
     "initialize",
     "join",
+    "load_config",
 ]
 
 
-# Imported when first used: DeepSpeed alone takes seconds, and who validates a config need not wait for it.
+# Imported at the first use: DeepSpeed takes seconds, and a script that validates a config need not wait for it.
 _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
     "ClanScheduleLR": "clantune_scale.results.replay",
+    "Summary": "clantune_scale.runtime.recorder",
     "attach": "clantune_scale.backends.torch.attach",
     "attach_megatron": "clantune_scale.backends.megatron.attach",
     "initialize": "clantune_scale.backends.deepspeed.attach",
     "join": "clantune_scale.distributed.join",
+    "load_config": "clantune_scale.config.deepspeed_file",
 }
 
 
@@ -50,3 +76,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

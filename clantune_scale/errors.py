@@ -1,4 +1,4 @@
-"""What can go wrong, as a user meets it: one sentence with the values in it, one that says what to change."""
+"""Every exception of this package. A message says what is wrong, with the values, and then what to change."""
 
 
 class ClanError(RuntimeError):
@@ -6,11 +6,11 @@ class ClanError(RuntimeError):
 
 
 class ConfigError(ClanError, ValueError):
-    """The ``clantune`` block, or what was passed beside it, cannot be used as it is."""
+    """The ``clantune`` block, or an argument beside it, cannot be used."""
 
 
 class TopologyError(ClanError, ValueError):
-    """The ranks that the launcher started do not form the clan that the config asks for."""
+    """The launcher's ranks do not form the clan that the config asks for."""
 
 
 class EvaluationError(ClanError):
@@ -18,26 +18,30 @@ class EvaluationError(ClanError):
 
 
 class TransferError(ClanError):
-    """State that was copied from one member to another did not arrive as it was sent.
+    """A state that one member copied from another did not arrive as it was sent.
 
     Attributes:
-        members: those whose state is torn, equal on all ranks; empty where the error is about this rank alone.
+        members: those whose state is inconsistent, equal on all ranks; empty if only this rank is concerned.
     """
 
     members: tuple[int, ...] = ()
 
 
 class DivergenceError(ClanError):
-    """Ranks that must agree (on a decision, a layout, a genome) do not."""
+    """Ranks that must agree on a decision, a layout or a genome do not."""
+
+
+class CheckpointError(ClanError):
+    """A round cannot be written, or a written round cannot be continued from."""
+
+
+class MembersLostError(ClanError):
+    """Members died, and the run cannot go on with the members that are left, or this process is not among them."""
+
+
+class RecordingStopped(ClanError):
+    """A recorder cannot go on; the message is the reason, for the user."""
 
 
 class NoEffectWarning(UserWarning):
     """A setting was accepted and changes nothing."""
-
-
-class CheckpointError(ClanError):
-    """A round cannot be written down, or what was written cannot be continued from."""
-
-
-class MembersLostError(ClanError):
-    """Members died, and the run cannot go on with those that are left, or this process is not among them."""

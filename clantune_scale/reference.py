@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
@@ -24,63 +24,8 @@ from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, R
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
 from clantune_scale.core.strategies.lost_members import replace_lost
 from clantune_scale.data.sampler import StepPlan
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A member's training state, copied: weights and buffers, the optimizer's state, the averaged weights."""
-
-    module: dict[str, Any]
-    optimizer: dict[int, Any]
-    average: list[torch.Tensor]
-
-
-class Member:
-    """A module, its optimizer and the average of its weights.
-
-    Args:
-        module: its own copy.
-        optimizer: over the module's parameters.
-        scheduler: the user's, stepped after every step; or None.
-        clip: largest global norm of the gradient; 0 for no clipping.
-
-    Attributes:
-        scheduled: [groups] learning rates by the user's own schedule, in the last step before the final decay.
-    """
-
-    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, clip: float) -> None:
-        self.module, self.optimizer, self.scheduler, self.clip = module, optimizer, scheduler, clip
-        self.scheduled = [float(group["lr"]) for group in optimizer.param_groups]
-        self.parameters = list(module.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
-
-    def save(self) -> Saved:
-        """A copy of its whole training state."""
-        state = (self.module.state_dict(), self.optimizer.state_dict()["state"], self.average)
-        return Saved(*copy.deepcopy(state))
-
-    def load(self, saved: Saved) -> None:
-        """Takes a saved state; hyperparameters and the schedule go on, because they belong to the step."""
-        saved = copy.deepcopy(saved)
-        self.module.load_state_dict(saved.module)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
-        self.average = saved.average
-
-    @torch.no_grad()
-    def update_average(self, num_steps: int, window_steps: int) -> None:
-        """Takes in the weights after a step; early on, the window is 0.9 of the steps done."""
-        weight = 1.0 / max(1.0, min(0.9 * num_steps, window_steps))
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            average.lerp_(parameter, weight)
-
-    @torch.no_grad()
-    def swap_average(self) -> None:
-        """Exchanges weights and averaged weights; a second call undoes the first."""
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            held = average.clone()
-            average.copy_(parameter)
-            parameter.copy_(held)
+from clantune_scale.reference_line import Calls, OnTheLine
+from clantune_scale.reference_member import Member, Saved
 
 
 class ReferenceClan:
@@ -98,6 +43,8 @@ class ReferenceClan:
         num_micro_batches: of a member in a step, before any gene or ``batch_factor``.
         clip: largest global norm of the gradient that is applied; 0 for no clipping.
         setters: by target, (module, value) for genes that the user registers.
+        members: ``"groups"`` trains them all; ``"line"`` computes them from one (``reference_line.py``), the only one
+            in ``members`` then.
 
     Attributes:
         num_steps: optimizer steps done.
@@ -119,22 +66,27 @@ class ReferenceClan:
         num_micro_batches: int = 1,
         clip: float = 0.0,
         setters: Mapping[str, Callable[[torch.nn.Module, float], None]] | None = None,
+        members: Literal["groups", "line"] = "groups",
     ) -> None:
         self.strategy, self.genes = strategy, strategy.facts.genes
         self._loss_fn, self._batch, self._eval_batches = loss_fn, batch, eval_batches
         self._num_micro_batches, self._clip, self._setters = num_micro_batches, clip, dict(setters or {})
         self.members = []
-        for _ in range(strategy.facts.population_size):
+        size = strategy.facts.population_size
+        for _ in range(size if members == "groups" else 1):
             own = copy.deepcopy(module)
             own_optimizer = optimizer(own.parameters())
             self.members.append(Member(own, own_optimizer, scheduler and scheduler(own_optimizer), clip))
+        self._line = None
+        if members == "line":
+            self._line = OnTheLine(self.members[0], genes=self.genes, population_size=size, calls=self._calls())
         self.clock = RoundClock(strategy.plan)
         self.num_steps = 0
         self.lineage, self.decisions = Lineage(), list[Decision | None]()
         self.population: Population = strategy.init(self.evaluate())
         self.clock.regroup(0, self.population.teams)
         self._values: list[dict[str, float]] = []
-        self._training_losses: list[list[float]] = [[] for _ in self.members]
+        self._training_losses: list[list[float]] = [[] for _ in range(size)]
         self._before_phase: list[Saved] | None = None
         self._last_good = self._save()
 
@@ -148,22 +100,31 @@ class ReferenceClan:
         position = self.clock.at(self.num_steps)
         if position.starts_phase:
             self._begin_phase(position)
-        for index, member in enumerate(self.members):
-            self._backward(index, member, position.phase)
-        for team in self._teams(position.phase):
-            self._share_gradients(team)
-        for index, member in enumerate(self.members):
-            self._update(index, member)
+        if self._line is None:
+            self._step_all(position)
+        else:
+            self._line.step(position, self._values)
         self.num_steps += 1
-        if position.plan.uses_ema:
-            for member in self.members:
-                member.update_average(self.num_steps, position.plan.ema_window_steps)
         if position.ends_round:
             self._end_round(position.plan)
 
     def evaluate(self, *, averaged: bool = False) -> Fitness:
         """The clan's losses on the common window, of averaged weights or of those that train."""
+        if self._line is not None:
+            return Fitness.from_losses(self._line.losses(averaged))
         return Fitness.from_losses([self._losses(member, averaged) for member in self.members])
+
+    def _step_all(self, position: Position) -> None:
+        """Every member's own gradient, what is shared of them, and every member's own update."""
+        for index, member in enumerate(self.members):
+            member.optimizer.zero_grad()
+            self._backward(index, member, position.phase, self.num_steps)
+        for team in self._teams(position.phase):
+            self._share_gradients(team)
+        for member, values in zip(self.members, self._values, strict=True):
+            self._update(member, values, self.num_steps)
+            if position.plan.uses_ema:
+                member.update_average(self.num_steps + 1, position.plan.ema_window_steps)
 
     def _begin_phase(self, position: Position) -> None:
         phase, plan = position.phase, position.plan
@@ -173,17 +134,20 @@ class ReferenceClan:
         if not phase.keeps and self._before_phase is None:
             self._before_phase = self._save()
         self._values = values_in_effect(self.population.genomes, self.genes, phase.kind)
+        if self._line is not None:
+            if position.starts_round:
+                self._line.begin_round(plan, self.population.genomes)
+            return
         for member, values in zip(self.members, self._values, strict=True):
             self._express_between_steps(member, values)
 
-    def _backward(self, index: int, member: Member, phase: Phase) -> None:
-        """The member's gradient: the mean over its micro-batches."""
+    def _backward(self, index: int, member: Member, phase: Phase, step: int, share: float = 1.0) -> None:
+        """Adds ``share`` of the gradient at a member's place: the mean over its micro-batches."""
         plan = StepPlan.of(phase, [self._micro_batches(values) for values in self._values], index)
-        member.optimizer.zero_grad()
         for micro in range(plan.num_micro_batches):
-            loss = self._loss_fn(member.module, self._batch(self.num_steps, index, micro, plan))
+            loss = self._loss_fn(member.module, self._batch(step, index, micro, plan))
             self._training_losses[index].append(float(loss.detach()))
-            (loss / plan.num_micro_batches).backward()
+            (loss * (share / plan.num_micro_batches)).backward()
 
     def _teams(self, phase: Phase) -> list[list[Member]]:
         """The members who share gradients with each other: all of them, a team's, or nobody."""
@@ -203,11 +167,11 @@ class ReferenceClan:
                 for parameter in same:
                     parameter.grad.copy_(mean)
 
-    def _update(self, index: int, member: Member) -> None:
+    def _update(self, member: Member, values: Mapping[str, float], step: int) -> None:
         """Clips, applies the member's own optimizer genes for the update alone, steps the user's schedule."""
         if member.clip > 0:
             torch.nn.utils.clip_grad_norm_(member.parameters, member.clip)
-        with self._optimizer_genes(member, self._values[index]):
+        with self._optimizer_genes(member, values, step):
             member.optimizer.step()
         if member.scheduler is not None:
             member.scheduler.step()
@@ -225,15 +189,21 @@ class ReferenceClan:
         self.decisions.append(decision if plan.evolves else None)
         if decision.rolls_back:
             self._load(self._last_good)
+        if self._line is None:
+            self._transfer(decision)
+        else:
+            self._line.go_on(decision, rolled_back=not plan.phases[-1].keeps)
+        if decision.takes_snapshot and not decision.rolls_back:
+            self._last_good = self._save()
+        self.population = decision.population
+        self.clock.regroup(plan.index + 1, self.population.teams)
+
+    def _transfer(self, decision: Decision) -> None:
         for member, donor in enumerate(decision.donors):
             if donor != member:
                 self.members[member].load(self.members[donor].save())
         if decision.mixing_weights is not None:
             self._average(decision.mixing_weights)
-        if decision.takes_snapshot and not decision.rolls_back:
-            self._last_good = self._save()
-        self.population = decision.population
-        self.clock.regroup(plan.index + 1, self.population.teams)
 
     @torch.no_grad()
     def _average(self, weights: Sequence[float]) -> None:
@@ -246,10 +216,27 @@ class ReferenceClan:
                     tensor.copy_(mean)
 
     def _read_training_loss(self) -> float:
-        """Mean over members of each one's mean since the last call."""
-        means = [sum(losses) / len(losses) for losses in self._training_losses]
-        self._training_losses = [[] for _ in self.members]
+        """Mean over members of each one's mean since the last call; equals on the line train as one of them."""
+        means = [sum(losses) / len(losses) for losses in self._training_losses if losses]
+        self._training_losses = [[] for _ in self._training_losses]
         return sum(means) / len(means)
+
+    def _calls(self) -> Calls:
+        """What one model on the line asks of the clan."""
+        model = self.members[0]
+
+        def rates(values: Mapping[str, float], step: int) -> tuple[list[float], list[float]]:
+            with self._optimizer_genes(model, values, step):
+                groups = model.optimizer.param_groups
+                return [float(g["lr"]) for g in groups], [float(g.get("weight_decay", 0.0)) for g in groups]
+
+        return Calls(
+            backward=lambda member, step, phase, share: self._backward(member, model, phase, step, share),
+            update=lambda values, step: self._update(model, values, step),
+            express=lambda values: self._express_between_steps(model, values),
+            rates=rates,
+            losses=lambda averaged: self._losses(model, averaged),
+        )
 
     def _save(self) -> list[Saved]:
         return [member.save() for member in self.members]
@@ -272,11 +259,11 @@ class ReferenceClan:
         return losses
 
     @contextmanager
-    def _optimizer_genes(self, member: Member, values: Mapping[str, float]) -> Iterator[None]:
+    def _optimizer_genes(self, member: Member, values: Mapping[str, float], step: int) -> Iterator[None]:
         """Inside, the optimizer's groups hold the genes; outside, what the user's schedule says."""
         groups = member.optimizer.param_groups
         scheduled = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        if self.strategy.lr_factor(self.num_steps) == 1.0:
+        if self.strategy.lr_factor(step) == 1.0:
             member.scheduled = [float(group["lr"]) for group in groups]
         for index, group in enumerate(groups):
             own = float(group["lr"])
@@ -284,7 +271,7 @@ class ReferenceClan:
             for gene in chosen:
                 if gene.target in GROUP_KEYS:
                     _write(group, gene, values[gene.name])
-            factor = self.strategy.lr_factor(self.num_steps)
+            factor = self.strategy.lr_factor(step)
             if not any(gene.target == "lr" and not gene.relative for gene in chosen):
                 factor = decay.under_ceiling(factor, reference=member.scheduled[index], scheduled=own)
             group["lr"] = group["lr"] * factor  # not in place: it may be a tensor

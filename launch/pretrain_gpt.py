@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, then tells the losses on validation and test text."""
+    """Trains, then prints the losses on validation and test text."""
     arguments = parse_arguments()
     is_first_rank = os.environ.get("RANK", "0") == "0"
     corpus, model = load_corpus(arguments), build_gpt(arguments)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def final_losses(engine: Any, corpus: Corpus, *, num_windows: int) -> dict[str, float]:
-    """By split, the champion's losses where there is a clan; neither training nor selection has seen the test text."""
+    """By split, the champion's losses if there is a clan; neither training nor selection has seen the test text."""
     splits = {"validation": corpus.validation, "test": corpus.test}
     clan = getattr(engine, "clan", None)
     if clan is None:
@@ -62,7 +62,7 @@ def final_losses(engine: Any, corpus: Corpus, *, num_windows: int) -> dict[str, 
 
 @torch.no_grad()
 def mean_loss(engine: Any, dataset: Dataset, *, num_windows: int) -> float:
-    """The model's mean loss on windows spread evenly over a dataset, as a clan takes them; each rank on all of them."""
+    """The model's mean loss on windows spread evenly over a dataset, as a clan chooses them; each rank runs all."""
     batch_size = engine.train_micro_batch_size_per_gpu()
     count = min(num_windows, len(dataset)) // batch_size * batch_size
     chosen = torch.linspace(0, len(dataset) - 1, count, dtype=torch.float64).round().long().tolist()

@@ -17,8 +17,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import add_arguments, build_gpt, load_corpus
 
 import clantune_scale
-from clantune_scale.config.batch import split_batch
-from clantune_scale.config.deepspeed_file import extract, load_ds_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,24 +30,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, then tells the champion's test loss."""
+    """Trains, then prints the champion's test loss."""
     arguments = parse_arguments()
-    settings, block = extract(load_ds_config(arguments.config))
     world = clantune_scale.join(arguments.config)
     # From here on the world is the member's: its process group, its mesh, its shards.
     device = start_torch()
     model = shard(build_gpt(arguments).to(device), arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.1)
     corpus = load_corpus(arguments)
-    _, batch = split_batch(settings, population_size=block.population_size, dp_size=dist.get_world_size())
     clan = clantune_scale.attach(
         model,
         optimizer,
         config=arguments.config,
         eval_data=corpus.validation,
-        micro_batch_size=batch.micro_batch,
-        accumulation=batch.accumulation,
-        gradient_clipping=settings.get("gradient_clipping", 0.0),
         num_samples=len(corpus.train),
     )
     for step in clan.steps(clan.loader(corpus.train), until=arguments.steps):

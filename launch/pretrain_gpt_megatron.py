@@ -32,8 +32,6 @@ from torch import Tensor
 from training import add_arguments, forever, load_corpus
 
 import clantune_scale
-from clantune_scale.config.batch import split_batch
-from clantune_scale.config.deepspeed_file import extract, load_ds_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,16 +47,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, then tells the champion's test loss."""
+    """Trains, then prints the champion's test loss."""
     arguments = parse_arguments()
-    settings, block = extract(load_ds_config(arguments.config))
+    settings, _ = clantune_scale.load_config(arguments.config)
     world = clantune_scale.join(arguments.config)
     # From here on the world is the member's, and Megatron's groups are cut from it.
     start_megatron(arguments)
     model = build_model(arguments)
     optimizer, scheduler = build_optimizer(arguments, model, clip=settings.get("gradient_clipping", 0.0))
     corpus = load_corpus(arguments)
-    _, batch = split_batch(settings, population_size=block.population_size, dp_size=model.dp_group.size())
     clan = clantune_scale.attach_megatron(
         model,
         optimizer,
@@ -66,8 +63,6 @@ def main() -> None:
         config=arguments.config,
         forward_step=forward_step,
         seq_length=arguments.context,
-        micro_batch_size=batch.micro_batch,
-        num_microbatches=batch.accumulation,
         eval_data=corpus.validation,
         num_samples=len(corpus.train),
     )
@@ -81,7 +76,7 @@ def main() -> None:
             model=[model],
             num_microbatches=clan.num_microbatches,
             seq_length=arguments.context,
-            micro_batch_size=batch.micro_batch,
+            micro_batch_size=clan.micro_batch_size,
         )
         is_updated, *_ = optimizer.step()
         if is_updated:

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from training import load_corpus
 
 import clantune_scale
-from clantune_scale.config.deepspeed_file import extract, load_ds_config
 
 
 class Token(nn.Embedding):
@@ -79,12 +78,12 @@ def inputs_and_targets(windows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Trains, then tells the test loss."""
+    """Trains, then prints the test loss."""
     arguments = parse_arguments()
     is_first_rank = os.environ.get("RANK", "0") == "0"
-    config, block = extract(load_ds_config(arguments.deepspeed_config))
+    config, block = clantune_scale.load_config(arguments.deepspeed_config)
     if block is not None and block.enabled:
-        # A PipelineModule takes the world as it finds it: the member's, once the clan is joined.
+        # A PipelineModule is built over the whole world: after join(), that is the member.
         clantune_scale.join(block)
     deepspeed.init_distributed()
     corpus = load_corpus(arguments)
@@ -106,7 +105,7 @@ def main() -> None:
 
 
 def test_loss(engine: Any, corpus: Corpus, *, num_windows: int) -> float:
-    """The loss on text that neither training nor selection has seen: the champion's, where there is a clan."""
+    """The loss on text that neither training nor selection has seen; the champion's if there is a clan."""
     clan = getattr(engine, "clan", None)
     if clan is not None:
         summary = clan.finish()

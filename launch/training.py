@@ -14,7 +14,7 @@ from gpt import GPT
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The text, the model's size and the length of the run."""
-    parser.add_argument("--text", type=Path, nargs="*", help="files and folders; the standard library where left out")
+    parser.add_argument("--text", type=Path, nargs="*", help="files and folders; the standard library if left out")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     parser.add_argument("--context", type=int, default=128, help="bytes that the model sees")
     parser.add_argument("--width", type=int, default=64)
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_corpus(arguments: argparse.Namespace) -> Corpus:
-    """The bytes of the files that were named, or of the standard library's sources."""
+    """The bytes of the named files, or of the standard library's sources."""
     files = text_files(arguments.text) if arguments.text else standard_library()
     return load(files, context=arguments.context)
 
 
 def build_gpt(arguments: argparse.Namespace) -> GPT:
-    """The model, the same on every rank: weights are drawn from the seed."""
+    """The model, equal on every rank: its weights are drawn from the seed."""
     torch.manual_seed(arguments.seed)
     return GPT(
         context=arguments.context,

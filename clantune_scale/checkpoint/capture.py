@@ -20,7 +20,7 @@ from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Snapshot
-from clantune_scale.transfer.plain import plain
+from clantune_scale.transfer.state import plain
 
 RANKS = "ranks"
 PHASE_START, ROLLBACK = "phase/", "rollback/"

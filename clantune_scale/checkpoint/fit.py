@@ -12,8 +12,10 @@ from clantune_scale.tracking.events import to_plain
 
 # Keys that may change from launch to launch: they have no effect on what is computed.
 _WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")
-# Default genes depend on batch and data, which can change while the config stays the same.
-_GENES_FOLLOW = " Genes that the config does not name follow from data and batch: name the run's in clantune.genes."
+# Default genes depend on data, batch and optimizer, which can change while the config stays the same.
+_GENES_FOLLOW = (
+    " Genes that the config does not name follow from data, batch and optimizer: name the run's in clantune.genes."
+)
 # Names that `clantune.checkpoint.allow` takes beside the block's own keys.
 PARAMETERS = "parameters"
 

@@ -7,6 +7,7 @@ take, and from that follows the step of the next one. A step without a compariso
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.config.schema import CheckpointConfig
 from clantune_scale.distributed import world
+
+logger = logging.getLogger(__name__)
 
 #: What a shell reports of a process that SIGTERM ended.
 STATUS = 128 + signal.SIGTERM
@@ -97,9 +100,9 @@ class Preemption:
             return
         self._is_flagged = True
         joined = world.current()
-        if joined is not None and joined.guard is not None:
+        if joined is not None and joined.supervisor is not None:
             # What fails from now on is the others' leaving, and no reason to start again.
-            joined.guard.stand_down()
+            joined.supervisor.withdraw()
         self._timer = threading.Timer(self._grace_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()
@@ -113,11 +116,10 @@ class Preemption:
 
     def _give_up(self) -> None:
         """The state could not be committed in time. On a thread: the main one may wait for a rank that is gone."""
-        print(
-            f"clan: no state could be committed within the {self._grace_s:g} s of clantune.checkpoint.grace_s after "
-            f"SIGTERM; the last committed round stays as it is.",
-            file=sys.stderr,
-            flush=True,
+        logger.error(
+            "clan: no state could be committed within the %g s of clantune.checkpoint.grace_s after SIGTERM; the last "
+            "committed round stays as it is.",
+            self._grace_s,
         )
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_CLOSING_S)

@@ -31,7 +31,7 @@ from clantune_scale.errors import CheckpointError
 from clantune_scale.runtime.engine_protocol import EngineState
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Snapshot
-from clantune_scale.transfer.plain import merged
+from clantune_scale.transfer.state import merged
 
 
 def _is_laid_out(content: Mapping[str, Any], topology: Topology) -> bool:

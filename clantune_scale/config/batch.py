@@ -1,4 +1,4 @@
-"""The user's batch is the clan's: what a member gets of it, by the arithmetic that DeepSpeed would do."""
+"""The user's batch is the whole clan's: a member's share of it, by DeepSpeed's own arithmetic."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clantune_scale.errors import ConfigError
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
+CLIPPING = "gradient_clipping"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def split_batch(
     train, micro, accumulation = (_read(ds_config, key) for key in (TRAIN, MICRO, ACCUMULATION))
     num_ranks = population_size * dp_size * counted
     ranks = f"population_size({population_size}) x dp({dp_size})" + (f" x tp({counted})" if counted > 1 else "")
-    if train is None and micro is None:
-        raise ConfigError(f"the DeepSpeed config has neither {TRAIN} nor {MICRO}. Give one of them.")
     if micro is None:
+        if train is None:
+            raise ConfigError(f"the DeepSpeed config has neither {TRAIN} nor {MICRO}. Give one of them.")
         accumulation = accumulation or 1
         micro = _divide(train, accumulation * num_ranks, f"{ACCUMULATION}({accumulation}) x {ranks}")
     elif accumulation is None:
@@ -101,6 +102,53 @@ def split_batch(
         # DeepSpeed checks it twice under ZeRO 3, once with the tensor ranks counted and once without.
         del member_config[TRAIN]
     return member_config, plan
+
+
+def with_arguments(
+    settings: Mapping[str, Any], *, function: str, given: Mapping[str, tuple[str, float | None]]
+) -> dict[str, Any]:
+    """The settings of a config, completed by the keywords of the function that got the config.
+
+    Args:
+        settings: the config without the ``clantune`` block.
+        function: that got both, for the message.
+        given: by key of the config, the function's name for it and its value; None if the caller left it out.
+
+    Raises:
+        ConfigError: if a keyword contradicts the config, or neither of them says how many samples a pass takes.
+    """
+    merged = dict(settings)
+    for key, (name, value) in given.items():
+        written = settings.get(key)
+        if value is None:
+            continue
+        # Who passes a number answers the "auto" that other libraries fill in.
+        if written not in (None, "auto", value):
+            raise ConfigError(
+                f"{function}() was given {name}={value}, and the config says {key}: {written}. Leave one of the two "
+                f"out, or make them equal."
+            )
+        merged[key] = value
+    if merged.get(TRAIN) is None and merged.get(MICRO) is None:
+        raise ConfigError(
+            f"nothing says how many samples a pass takes: {function}() got no {given[MICRO][0]}, and the config has "
+            f"neither {MICRO} nor {TRAIN}. Give one of them."
+        )
+    return merged
+
+
+def clipping_of(settings: Mapping[str, Any]) -> float | None:
+    """The gradient-norm threshold of a config, 0 for none; None if the config does not say.
+
+    Raises:
+        ConfigError: if it is not a number of at least 0.
+    """
+    value = settings.get(CLIPPING)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ConfigError(f"{CLIPPING} is {value!r}. Set it to a number of at least 0; 0 is none.")
+    return float(value)
 
 
 def _read(ds_config: Mapping[str, Any], key: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Finds the ``clantune`` block in whatever ``deepspeed.initialize(config=...)`` takes."""
+"""Finds the ``clantune`` block in everything that ``deepspeed.initialize(config=...)`` takes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,29 @@ from clantune_scale.core.spelling import nearest
 from clantune_scale.errors import ConfigError
 
 BLOCK = "clantune"
+
+#: What a front door takes as ``config``: a file, its content as a dict, or the validated block.
+ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | ClanConfig
+
+
+def load_config(config: ConfigSource) -> tuple[dict[str, Any], ClanConfig | None]:
+    """Reads a config as ``initialize``, ``attach`` and ``join`` read it.
+
+    Args:
+        config: a DeepSpeed config with a ``"clantune"`` block (a dict, the path of a JSON or Hjson file, or URL-safe
+            base64 of such a text), or the block itself.
+
+    Returns:
+        Everything beside the block (empty if ``config`` is the block itself), and the validated block, or None if
+        there is none.
+
+    Raises:
+        ConfigError: if the config cannot be read or the block cannot be used.
+    """
+    if isinstance(config, ClanConfig):
+        return {}, config
+    loaded = load_ds_config(config)
+    return ({}, parse_block(loaded)) if "population_size" in loaded else extract(loaded)
 
 
 def load_ds_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -52,11 +75,11 @@ def extract(ds_config: Mapping[str, Any]) -> tuple[dict[str, Any], ClanConfig | 
 
     Returns:
         The config without the block (a shallow copy; the argument is left as it was), and the validated
-        block, or None where there is none.
+        block, or None if there is none.
 
     Raises:
-        ConfigError: if the block is malformed (all problems at once), or a top-level key looks like the
-            block misspelt: DeepSpeed ignores keys that it does not know.
+        ConfigError: if the block is malformed (all problems at once), or a top-level key looks like a misspelt
+            block: DeepSpeed ignores keys that it does not know.
     """
     for key in ds_config:
         if _is_near_miss(key):

@@ -92,14 +92,15 @@ def build_gene(name: str, config: GeneConfig, *, found: float | None = None) -> 
 
 def _registered(name: str, target: str, config: GeneConfig) -> Gene:
     """The template of a gene that the user registers with a setter: all that it needs is in its entry."""
-    missing = [key for key in _NEEDED if getattr(config, key) is None]
-    if missing:
+    kind, scale, bounds, initial = config.kind, config.scale, config.bounds, config.initial
+    if kind is None or scale is None or bounds is None or initial is None:
+        missing = [key for key in _NEEDED if getattr(config, key) is None]
         raise ConfigError(
             f"gene {name!r} sets {target!r}, which is none of {', '.join(CATALOGUE)}."
             f"{did_you_mean(target, CATALOGUE)} "
             f"For a scalar of your own, register a setter and add {', '.join(missing)} to genes.{name}."
         )
-    return Gene(name, kind=config.kind, scale=config.scale, bounds=config.bounds, initial=config.initial)
+    return Gene(name, kind=kind, scale=scale, bounds=bounds, initial=initial)
 
 
 def _bounds(template: Gene, *, relative: bool) -> tuple[float, float]:

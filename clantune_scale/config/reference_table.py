@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -35,16 +34,13 @@ def gene_table() -> str:
 def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for name, field in model.model_fields.items():
         key = prefix + name
-        if _is_model(field.annotation):
-            yield from _rows(field.annotation, f"{key}.")
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _rows(inner, f"{key}.")
             continue
         yield key, _default(field), " ".join((field.description or "").split())
         if name == "genes":
             yield from _rows(GeneConfig, "genes.NAME.")
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _default(field: FieldInfo) -> str:

@@ -1,7 +1,8 @@
-"""From per-batch losses on a common window to a number per member, how sure it is, and who beats whom."""
+"""From per-batch losses on a common window to a mean per member, its standard error, and a ranking."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,28 +11,13 @@ from scipy import stats
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One member against another over the same batches.
-
-    Attributes:
-        difference: mean of (loss of the first - loss of the second); negative where the first is better.
-        standard_error: of that mean.
-        p_value: two-sided, of a paired t-test.
-    """
-
-    difference: float
-    standard_error: float
-    p_value: float
-
-
-@dataclass(frozen=True)
 class Fitness:
     """The clan's losses on the common validation window; lower is fitter.
 
     Attributes:
-        losses: [members, batches] float64, the same batches for every member; not finite where a
-            member's forward pass was not.
-        training_loss: mean over the round's steps and the members; None where it is not known.
+        losses: [members, batches] float64, the same batches for every member; not finite if a member's forward pass
+            was not.
+        training_loss: mean over the round's steps and the members; None if it is not known.
     """
 
     losses: np.ndarray
@@ -54,12 +40,13 @@ class Fitness:
     @property
     def num_members(self) -> int:
         """Members that were measured."""
-        return self.losses.shape[0]
+        return len(self.losses)
 
     @property
     def is_finite(self) -> np.ndarray:
         """[members] bool: every batch's loss is a finite number."""
-        return np.isfinite(self.losses).all(axis=1)
+        finite: np.ndarray = np.isfinite(self.losses).all(axis=1)
+        return finite
 
     @property
     def mean(self) -> np.ndarray:
@@ -82,15 +69,11 @@ class Fitness:
         """Members from fittest to weakest; ties and not finite ones keep the order of their index."""
         return tuple(int(m) for m in np.argsort(self.mean, kind="stable"))
 
-    def compare(self, first: int, second: int) -> Comparison:
-        """Paired comparison over the common batches (scipy's ``ttest_rel``).
 
-        With one batch, or batches that all differ by the same amount, there is no spread to test
-        against: the p-value is then 1 for equal losses and 0 otherwise.
-        """
-        difference = self.losses[first] - self.losses[second]
-        mean = float(difference.mean())
-        if difference.size < 2 or np.ptp(difference) == 0:
-            return Comparison(mean, 0.0, 1.0 if mean == 0 else 0.0)
-        p_value = float(stats.ttest_rel(self.losses[first], self.losses[second]).pvalue)
-        return Comparison(mean, float(stats.sem(difference)), p_value)
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for one value), by exactly rounded sums, so that all hosts agree."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)

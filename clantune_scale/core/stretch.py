@@ -30,7 +30,7 @@ def rate_factor(rule: RateRule, *, old_batch: int, new_batch: int) -> float:
         raise ConfigError(f"the rate rule is {rule!r}. Choose from: {', '.join(get_args(RateRule))}.")
     if old_batch < 1 or new_batch < 1:
         raise ConfigError(f"the batch goes from {old_batch} to {new_batch} samples. Give at least 1.")
-    return (new_batch / old_batch) ** _POWERS[rule]
+    return float((new_batch / old_batch) ** _POWERS[rule])
 
 
 def stretched(schedule: ClanSchedule, *, num_steps: int | None = None, factor: float = 1.0) -> ClanSchedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clantune_scale.core.extras import is_installed, remedy
 from clantune_scale.core.schedule import ClanSchedule
 from clantune_scale.errors import ClanError
 from clantune_scale.results.champion_formats import ChampionWeights, check_forms, write_weights
@@ -85,7 +87,8 @@ def write(run: MeasuredRun, summary: Summary) -> Summary:
             lineage, view.genes, member=summary.champion, lr_factor=view.strategy.lr_factor
         )
         artifacts["schedule"] = str(run_dir / "schedule.json")
-        artifacts["genes"] = str(run_dir / "genes.png")
+        if is_installed("matplotlib"):
+            artifacts["genes"] = str(run_dir / "genes.png")
         artifacts["lineage"] = str(run_dir / "lineage.json")
         if view.world.is_clan_leader:
             (run_dir / "lineage.json").write_text(json.dumps(lineage.to_json()))
@@ -130,6 +133,11 @@ def save(run: MeasuredRun, folder: Path | None = None) -> Path:
 
 
 def _plot(run_dir: Path) -> None:
+    if not is_installed("matplotlib"):
+        logging.getLogger(__name__).warning(
+            "matplotlib is not installed, so the genes are not plotted. %s", remedy("matplotlib")
+        )
+        return
     # Matplotlib takes a second to import, so only the process that plots imports it, at the run's end.
     from clantune_scale.tracking.plots import plot_genes
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from clantune_scale.checkpoint.all_ranks import Everyone
-from clantune_scale.distributed.elastic.waiting import patient
+from clantune_scale.distributed.elastic.waiting import wait_while_ranks_live
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.results import weight_files
@@ -77,7 +77,7 @@ def write_weights(view: ClanView, weights: ChampionWeights, folder: Path, forms:
     written: dict[str, str] = {}
     problem = None
     # Ranks that write nothing wait for the others. A collective's timeout would be too short for a large model.
-    with patient(world, silence_s=view.config.faults.deadline_s, run_dir=weights.run_dir) as wait:
+    with wait_while_ranks_live(world, silence_s=view.config.faults.deadline_s, run_dir=weights.run_dir) as wait:
         with weights.in_place:
             if view.member == member:
                 # A rank that fails must still reach the gather below, where all ranks learn of it.

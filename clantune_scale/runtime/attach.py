@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch.utils.data import Dataset
 
 from clantune_scale.config.batch import BatchPlan
+from clantune_scale.config.default_genes import genes_for
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import expected_steps, sees_samples_once
@@ -28,12 +29,15 @@ from clantune_scale.runtime.validation_window import Evaluate
 AnyClan = TypeVar("AnyClan", bound=Clan)
 
 
-def require_examples(eval_data: Dataset | None, function: str) -> None:
+def require_examples(eval_data: Dataset[Any] | None, function: str) -> Dataset[Any]:
     """Refuses a clan that has nothing to compare its members on, before ranks wait for each other.
 
     Args:
         eval_data: what the user gave.
         function: to which, for the message.
+
+    Returns:
+        The same.
 
     Raises:
         ConfigError: if it is None.
@@ -43,6 +47,7 @@ def require_examples(eval_data: Dataset | None, function: str) -> None:
             f"a clan compares its members on common examples and there are none. Pass eval_data=... to {function}(), "
             f"a map-style dataset apart from the training and test data."
         )
+    return eval_data
 
 
 def attach_to(
@@ -134,7 +139,7 @@ def _rules(
         total_steps: optimizer steps of the whole run, or None.
         is_once: whether no sample is seen twice, which default genes depend on.
     """
-    configs = block.genes_when(sees_samples_once=is_once)
+    configs = genes_for(block, backend, sees_samples_once=is_once)
     genes = bind_genes(configs, backend, setters, quiet=configs.keys() - block.genes.keys())
     facts = block.facts(genes, total_steps=total_steps, sees_samples_once=is_once)
     return genes, build(block.strategy.name, facts, block.strategy.options)

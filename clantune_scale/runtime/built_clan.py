@@ -130,7 +130,7 @@ class BuiltClan:
         Raises:
             TransferError: if it is inconsistent, because a transfer into it failed.
         """
-        self.transfers.require_whole()
+        self.transfers.require_consistent()
         state = self.backend.state()
         if self.measurement.ema is not None:
             state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(self.measurement.ema.tensors)]
@@ -230,7 +230,7 @@ class BuiltClan:
         return champion.save(self._measured_run(), folder)
 
     def _measured_run(self) -> champion.MeasuredRun:
-        self.transfers.require_whole()
+        self.transfers.require_consistent()
         return champion.MeasuredRun(self.view, self.progress, self.measurement, self.recorder.run_dir)
 
     def detach(self) -> None:

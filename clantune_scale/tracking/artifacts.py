@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import clantune_scale
-
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -63,7 +61,7 @@ class Artifacts:
 
     def _make(self, scratch: Path) -> None:
         """Writes the report into the run's folder, and what the run itself writes only at its end into ``scratch``."""
-        root = str(Path(clantune_scale.__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "clantune_scale.tracking.snapshot", str(self._run_dir), str(scratch)]
         environment = {**os.environ, "PYTHONPATH": path}

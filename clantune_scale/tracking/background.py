@@ -7,7 +7,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from clantune_scale.errors import ClanError
+from clantune_scale.errors import RecordingStopped
 
 Event = dict[str, Any]
 
@@ -20,10 +20,6 @@ class EventConsumer(Protocol):
 
     def close(self) -> None:
         """Everything was recorded when this returns; called once, after the last event."""
-
-
-class RecordingStopped(ClanError):
-    """A recorder cannot go on; the message is the reason, for the user."""
 
 
 class Background:

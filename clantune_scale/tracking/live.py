@@ -60,7 +60,7 @@ class Live:
     def status(self, text: str) -> bool:
         """Writes the last line over; an empty text takes it away."""
         # A line that wraps could not be erased again.
-        self._shown = text[: shutil.get_terminal_size().replica_groups - 1]
+        self._shown = text[: shutil.get_terminal_size().columns - 1]
         self._stream.write(_ERASE_LINE + self._shown)
         self._stream.flush()
         return True

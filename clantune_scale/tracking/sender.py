@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import clantune_scale
-from clantune_scale.tracking.background import Event, RecordingStopped
+from clantune_scale.errors import RecordingStopped
+from clantune_scale.tracking.background import Event
 
 
 class Sender:
@@ -30,7 +30,7 @@ class Sender:
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        root = str(Path(clantune_scale.__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "clantune_scale.tracking.receiver"],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from clantune_scale.config.batch import BatchPlan
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.live import Progress, Screen, screen
+
+logger = logging.getLogger(__name__)
 
 
 class Terminal:
@@ -29,7 +32,6 @@ class Terminal:
             "resume": self._resume,
             "step": self._step,
             "round_end": self._round,
-            "warning": self._warning,
             "member_lost": self._lost,
             "run_end": self._end,
         }
@@ -40,6 +42,11 @@ class Terminal:
         is_told = status is not None and self._screen.status(status)
         if event["kind"] == "run_end":
             self._screen.status("")
+        if event["kind"] == "warning":
+            # To logging, so that users can route and silence it; the line that is written over makes way.
+            self._screen.status("")
+            logger.warning("clan warning: %s", event["message"])
+            return
         format_event = self._formats.get(event["kind"])
         for line in format_event(event) if format_event and not is_told else ():
             self._screen.line(line)
@@ -74,15 +81,12 @@ class Terminal:
             title += ", restored to the last good state"
         return (title, *("  " + line for line in _aligned(_round_table(event))))
 
-    def _warning(self, event: Event) -> Sequence[str]:
-        return (f"clan warning: {event['message']}",)
-
     def _lost(self, event: Event) -> Sequence[str]:
         lost = "; ".join(f"member {member}: {what}" for member, what in event["members"].items()) or "no member is lost"
         left = ", ".join(map(str, event["left"]))
         return (
-            f"clan generation {event['generation']}: {lost}; goes on after {event['seconds']:.0f} s with members {left} "
-            f"(first seen by {event['reason']})",
+            f"clan generation {event['generation']}: {lost}; goes on after {event['seconds']:.0f} s with members "
+            f"{left} (first seen by {event['reason']})",
         )
 
     def _end(self, event: Event) -> Sequence[str]:

@@ -1,8 +1,8 @@
-"""Torch's distributed checkpoint (DCP) as a transport from rank to rank, without a file.
+"""Torch's distributed checkpoint (DCP) as a transport from peer to peer, without a file.
 
-A storage writer and a storage reader face each other over the column: DCP's planner compares names, sizes and
-offsets on the recipient before it asks for a byte, and gives out the live tensors into which bytes are received.
-What DCP keeps as a pickle travels as JSON.
+A storage writer on the donor sends to a storage reader on the recipient. The recipient's DCP planner compares names,
+sizes and offsets before it requests a byte, and provides the live tensors that the bytes are received into. The
+metadata, which DCP pickles, travels as JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, reason, save_alone
+from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_one_process, named, reason, save_one_process
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 from clantune_scale.transfer.transport import OnReceived
@@ -35,11 +35,11 @@ _TAG = 72
 Item = tuple[str, str, list[int], list[int], list[int]]
 
 
-class Line:
-    """The messages between neighbours of a chain.
+class Neighbours:
+    """Messages to the previous and the next member of a chain.
 
     Args:
-        route: who gives to whom.
+        route: the chain.
         bucket_bytes: most bytes in one message.
     """
 
@@ -47,15 +47,15 @@ class Line:
         self.before, self.after = route.before, route.after
         self._route, self._bucket_bytes = route, bucket_bytes
 
-    def tell(self, member: int, value: Any) -> None:
-        """Sends what JSON holds."""
+    def send_json(self, member: int, value: Any) -> None:
+        """Sends a value that JSON represents."""
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         group = self._route.group_for("cpu")
         group.send([torch.tensor([payload.numel()])], member, _TAG).wait()
         group.send([payload], member, _TAG).wait()
 
-    def hear(self, member: int) -> Any:
-        """Receives what :meth:`tell` sent."""
+    def receive_json(self, member: int) -> Any:
+        """Receives a value from :meth:`send_json`."""
         group = self._route.group_for("cpu")
         size = torch.zeros(1, dtype=torch.int64)
         group.recv([size], member, _TAG).wait()
@@ -64,7 +64,7 @@ class Line:
         return json.loads(payload.numpy().tobytes())
 
     def stream(self, tensor: torch.Tensor) -> None:
-        """Receives into a contiguous tensor where there is one before, and passes on where there is one after."""
+        """Receives a contiguous tensor from the previous member and forwards it to the next, as far as they exist."""
         group = self._route.group_for(tensor.device.type)
         sending = []
         for part in tensor.view(-1).view(torch.uint8).split(self._bucket_bytes):
@@ -76,8 +76,8 @@ class Line:
             message.wait()
 
 
-class _Alike:
-    """What a storage that has no address and changes no plan answers."""
+class _WithoutAddress:
+    """The methods of a storage that has no address and does not change plans."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -93,15 +93,15 @@ class _Alike:
         return True
 
 
-class PeerWriter(_Alike, StorageWriter):
-    """What a donor saves goes to the next in the chain, in the order of the plan.
+class PeerWriter(_WithoutAddress, StorageWriter):
+    """Sends what the donor saves to the next member of the chain, in the order of the plan.
 
     Args:
-        line: to the next.
+        neighbours: the next member of the chain.
     """
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, neighbours: Neighbours) -> None:
+        self._neighbours = neighbours
         self._parts: list[tuple[Item, torch.Tensor]] = []
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -114,7 +114,7 @@ class PeerWriter(_Alike, StorageWriter):
         results = []
         for item in plan.items:
             data, tensor = item.tensor_data, planner.resolve_data(item)
-            assert data is not None and isinstance(tensor, torch.Tensor), "scalars do not travel by DCP"
+            assert data is not None and isinstance(tensor, torch.Tensor), "DCP does not move the scalars"
             dtype = str(tensor.dtype).removeprefix("torch.")
             entry = (item.index.fqn, dtype, list(data.size), list(data.chunk.offsets), list(data.chunk.sizes))
             self._parts.append((entry, tensor.detach()))
@@ -122,32 +122,32 @@ class PeerWriter(_Alike, StorageWriter):
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        assert self._line.after is not None, "a donor has a recipient"
-        self._line.tell(self._line.after, [entry for entry, _ in self._parts])
-        complaint = self._line.hear(self._line.after)
-        self._line.tell(self._line.after, complaint)
+        assert self._neighbours.after is not None, "a donor has a recipient"
+        self._neighbours.send_json(self._neighbours.after, [entry for entry, _ in self._parts])
+        complaint = self._neighbours.receive_json(self._neighbours.after)
+        self._neighbours.send_json(self._neighbours.after, complaint)
         if complaint is None:
             for _, tensor in self._parts:
-                self._line.stream(tensor)
+                self._neighbours.stream(tensor)
 
 
-class PeerReader(_Alike, StorageReader):
-    """What a recipient loads comes from the one before in the chain, and is passed on.
+class PeerReader(_WithoutAddress, StorageReader):
+    """Receives what the recipient loads from the previous member of the chain, and forwards it to the next.
 
     Args:
-        line: from the one before and to the next.
+        neighbours: the previous and the next member of the chain.
     """
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, neighbours: Neighbours) -> None:
+        self._neighbours = neighbours
         self._items: list[Item] = []
         self.has_agreed = False
 
     def read_metadata(self, *args: Any) -> Metadata:
-        assert self._line.before is not None, "a recipient has a donor"
-        self._items = self._line.hear(self._line.before)
-        if self._line.after is not None:
-            self._line.tell(self._line.after, self._items)
+        assert self._neighbours.before is not None, "a recipient has a donor"
+        self._items = self._neighbours.receive_json(self._neighbours.before)
+        if self._neighbours.after is not None:
+            self._neighbours.send_json(self._neighbours.after, self._items)
         return _metadata(self._items)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -159,43 +159,45 @@ class PeerReader(_Alike, StorageReader):
         for name, dtype, _, offsets, sizes in self._items:
             item = wanted.pop((name, tuple(offsets)), None)
             target = None if item is None else planner.resolve_tensor(item).detach()
-            if item is None or item.type is not LoadItemType.TENSOR or list(target.shape) != sizes:
-                raise ValueError(f"{name}{offsets} of {sizes} arrives and has no place of this size here")
+            if target is None or item is None or item.type is not LoadItemType.TENSOR or list(target.shape) != sizes:
+                raise ValueError(f"{name}{offsets} of {sizes} arrives, and this rank has no tensor of this size for it")
             if str(target.dtype) != f"torch.{dtype}":
-                raise ValueError(f"{name} arrives as {dtype} and is {target.dtype} here")
+                raise ValueError(f"{name} arrives as {dtype} and is {target.dtype} on this rank")
             targets.append((item, target))
         if wanted:
-            raise ValueError(f"{sorted(wanted)[0]} is wanted here and does not arrive")
+            raise ValueError(f"this rank expects {sorted(wanted)[0]}, which does not arrive")
         complaint = self.agree(None)
         if complaint is not None:
             raise ValueError(complaint)
         for item, target in targets:
-            self._line.stream(target)
+            self._neighbours.stream(target)
             planner.commit_tensor(item, target)
         return _done(None)
 
     def agree(self, complaint: str | None) -> str | None:
-        """Before a byte is sent: whether all of the chain can take it. Answers go up to the donor, its word comes down.
+        """Agrees with the chain, before a byte is sent, on whether all its members can receive.
+
+        Answers travel up the chain to the donor, and the donor's verdict travels down.
 
         Args:
-            complaint: why this rank cannot, or None.
+            complaint: why this rank cannot receive; None if it can.
 
         Returns:
-            The first complaint in the chain, or None: then bytes come.
+            The first complaint in the chain; None if the bytes follow.
         """
         self.has_agreed = True
-        before, after = self._line.before, self._line.after
+        before, after = self._neighbours.before, self._neighbours.after
         assert before is not None, "a recipient has a donor"
-        behind = self._line.hear(after) if after is not None else None
-        self._line.tell(before, complaint or behind)
-        verdict = self._line.hear(before)
+        behind = self._neighbours.receive_json(after) if after is not None else None
+        self._neighbours.send_json(before, complaint or behind)
+        verdict = self._neighbours.receive_json(before)
         if after is not None:
-            self._line.tell(after, verdict)
+            self._neighbours.send_json(after, verdict)
         return verdict
 
 
 class DcpPeerTransport:
-    """DCP's writer and reader over the column.
+    """DCP's writer and reader between peers.
 
     Args:
         bucket_bytes: most bytes in one message.
@@ -206,15 +208,15 @@ class DcpPeerTransport:
         self.on_received: OnReceived | None = None
 
     def move(self, state: MemberState, route: Route) -> str | None:
-        line = Line(route, self._bucket_bytes)
+        neighbours = Neighbours(route, self._bucket_bytes)
         tensors = named(state, route.place)
-        if line.before is None:
-            if line.after is not None:
-                save_alone(tensors, PeerWriter(line))
+        if neighbours.before is None:
+            if neighbours.after is not None:
+                save_one_process(tensors, PeerWriter(neighbours))
             return None
-        reader = PeerReader(line)
+        reader = PeerReader(neighbours)
         try:
-            load_alone(tensors, reader, WatchedLoadPlanner(self.on_received))
+            load_one_process(tensors, reader, WatchedLoadPlanner(self.on_received))
         except CheckpointException as error:
             complaint = reason(error)
             return complaint if reader.has_agreed else reader.agree(complaint)

@@ -222,8 +222,10 @@ def test_without_the_vote_a_bad_batch_reaches_everyone(tmp_path):
 
 def _build_only(rank, config):
     """What the constructor of a clan did to ranks and engine."""
+    import clantune_scale
     from clantune_scale.backends.deepspeed import attach
     from clantune_scale.runtime.clan import Clan
+    from tests.small_clans import Net, datasets
 
     seen = {}
 
@@ -245,7 +247,8 @@ def _build_only(rank, config):
             """Nothing: what is looked at is the constructor."""
 
     attach.Clan = Watched
-    start(config)
+    model = Net()
+    clantune_scale.initialize(model=model, config=config, model_parameters=model.parameters(), eval_data=datasets()[1])
     return seen
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from clantune_scale.tracking.background import RecordingStopped
+from clantune_scale.errors import RecordingStopped
 from clantune_scale.tracking.sender import Sender
 from tests.tracking import simulated_run
 

@@ -74,6 +74,6 @@ def test_the_end_says_where_everything_is(shown):
     ]
 
 
-def test_warnings_are_shown_and_other_kinds_are_not(shown):
+def test_warnings_are_logged_and_other_kinds_are_not_shown(shown, caplog):
     assert shown("phase_start", 1, round=0, phase="competitive", num_steps=2) == []
-    assert shown("warning", 1, message="careful") == ["clan warning: careful"]
+    assert shown("warning", 1, message="careful") == [] and caplog.messages == ["clan warning: careful"]

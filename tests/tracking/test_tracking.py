@@ -80,7 +80,7 @@ def test_the_default_is_a_database_beside_the_runs(tmp_path, capsys, monkeypatch
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_server_that_is_down_costs_one_warning_and_the_spool_uploads_later(tmp_path, capsys):
+def test_a_server_that_is_down_costs_one_warning_and_the_spool_uploads_later(tmp_path, capsys, caplog):
     from mlflow import MlflowClient
 
     with socket.socket() as closed:
@@ -88,11 +88,11 @@ def test_a_server_that_is_down_costs_one_warning_and_the_spool_uploads_later(tmp
         uri = f"http://user:hunter2@127.0.0.1:{closed.getsockname()[1]}"
     run_dir = run_sample(clan_config(tmp_path, tracking_uri=uri))
     printed = capsys.readouterr()
-    assert printed.out.count("clan warning: MLflow at http://***@127.0.0.1") == 1
-    assert f"python -m clantune_scale.tracking.mlflow {run_dir}" in printed.out
+    assert caplog.text.count("clan warning: MLflow at http://***@127.0.0.1") == 1
+    assert f"python -m clantune_scale.tracking.mlflow {run_dir}" in caplog.text
     events = read_events(run_dir / "events.jsonl")
     assert [event["kind"] for event in events].count("warning") == 1
-    assert "hunter2" not in printed.out + printed.err + (run_dir / "events.jsonl").read_text()
+    assert "hunter2" not in printed.out + printed.err + caplog.text + (run_dir / "events.jsonl").read_text()
     later = f"sqlite:///{tmp_path / 'later.db'}"
     run = MlflowClient(tracking_uri=later).get_run(upload(run_dir, uri=later))
     assert run.info.status == "FINISHED" and run.data.metrics["fitness/best"] == 2.0

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import deepspeed
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.utils.data import Dataset
+from typing_extensions import Unpack
 
-from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
+from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend, suppress_start_up_noise
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
-from clantune_scale.backends.deepspeed.quiet import quieten
 from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
@@ -22,34 +22,33 @@ from clantune_scale.data.sampler import require_samples
 from clantune_scale.distributed import world
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ConfigError, TopologyError
+from clantune_scale.runtime.arguments import ClanArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
 from clantune_scale.runtime.clan import Clan
-from clantune_scale.runtime.genome_application import Setter
-from clantune_scale.runtime.validation_window import Evaluate
 
 # Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
 _initialize_engine = deepspeed.initialize
 
 
+@shares(ClanArguments)
 def initialize(
     args: Any = None,
     model: Any = None,
     optimizer: Any = None,
     model_parameters: Any = None,
-    training_data: Dataset | None = None,
+    training_data: Dataset[Any] | None = None,
     lr_scheduler: Any = None,
     distributed_port: int = 29500,
     mpu: Any = None,
     dist_init_required: bool | None = None,
-    collate_fn: Callable[[list], Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
     *,
-    eval_data: Dataset | None = None,
-    evaluate: Evaluate | None = None,
-    gene_setters: Mapping[str, Setter] | None = None,
+    eval_data: Dataset[Any] | None = None,
     num_workers: int = 0,
+    **arguments: Unpack[ClanArguments],
 ) -> tuple[Any, Any, Any, Any]:
     """Takes what ``deepspeed.initialize`` takes and returns the same four things.
 
@@ -57,15 +56,14 @@ def initialize(
     is attached to it; without one, or with ``"enabled": false``, this is ``deepspeed.initialize``.
 
     A ``PipelineModule`` and an ``mpu`` are built over the member's ranks: call :func:`clantune_scale.join` with the
-    same config before. The returned loader feeds ``engine.train_batch()`` then.
+    same config first. The returned loader then feeds ``engine.train_batch()``.
 
     Args:
-        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it.
-        evaluate: ``(engine, batch) -> loss``, in place of the model's own output.
-        gene_setters: by target name, a function that puts a gene's value into effect.
-        num_workers: worker processes of the loader that is made from ``training_data``.
         args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port, mpu,
             dist_init_required, collate_fn, config, mesh_param, config_params: as DeepSpeed documents them.
+        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it.
+        num_workers: worker processes of the loader that is made from ``training_data``.
+        {arguments}
 
     Returns:
         engine, optimizer, training data loader (one that follows the clan's phases), scheduler.
@@ -94,22 +92,20 @@ def initialize(
     if block is None or not block.enabled:
         passed["args"] = _without_config(args)
         return _initialize_engine(**passed, training_data=training_data, config=ds_config)
-    return _initialize_clan(
-        passed, ds_config, block, training_data, eval_data, evaluate, gene_setters or {}, num_workers
-    )
+    return _initialize_clan(passed, ds_config, block, training_data, eval_data, num_workers, arguments)
 
 
 def _initialize_clan(
     passed: dict[str, Any],
     ds_config: dict[str, Any],
     block: ClanConfig,
-    training_data: Dataset | None,
-    eval_data: Dataset | None,
-    evaluate: Evaluate | None,
-    gene_setters: Mapping[str, Setter],
+    training_data: Dataset[Any] | None,
+    eval_data: Dataset[Any] | None,
     num_workers: int,
+    arguments: ClanArguments,
 ) -> tuple[Any, Any, Any, Any]:
-    _refuse_before_joining(passed, ds_config, training_data, eval_data)
+    _refuse_before_joining(passed, ds_config)
+    examples, num_samples = require_examples(eval_data, "initialize"), _num_samples(training_data)
     joined = world.join(
         block.population_size, timeout_s=block.join.timeout_s, port=block.join.port, faults=block.faults
     )
@@ -124,14 +120,14 @@ def _initialize_clan(
         ds_config, population_size=block.population_size, dp_size=topology.dp, counted=degrees.counted
     )
     block, batch = joined.present(block), joined.present_batch(batch)
-    if training_data is not None:
+    if num_samples is not None:
         require_samples(
-            len(training_data),
+            num_samples,
             population_size=batch.population_size,
             dp_size=batch.dp_size,
             micro_batch_size=batch.micro_batch,
         )
-    quieten()
+    suppress_start_up_noise()
     passed["args"] = _without_config(passed["args"])
     engine, optimizer, _, scheduler = _initialize_engine(**passed, config=member_config)
     backend = PipelineBackend(engine) if degrees.pp > 1 or _is_pipeline(engine.module) else DeepSpeedBackend(engine)
@@ -142,13 +138,13 @@ def _initialize_clan(
         Clan,
         world=joined,
         block=block,
-        eval_data=eval_data,
+        eval_data=examples,
         batch=batch,
-        evaluate=evaluate,
-        setters=gene_setters,
+        evaluate=arguments.get("evaluate"),
+        setters=arguments.get("gene_setters"),
         collate_fn=passed["collate_fn"],
         total_steps=_scheduled_steps(ds_config),
-        num_samples=None if training_data is None else len(training_data),
+        num_samples=num_samples,
     )
     loader = None
     if training_data is not None:
@@ -166,9 +162,19 @@ def _is_pipeline(model: Any) -> bool:
     return isinstance(model, deepspeed.PipelineModule)
 
 
-def _refuse_before_joining(
-    passed: Mapping[str, Any], ds_config: Mapping[str, Any], training_data: Any, eval_data: Any
-) -> None:
+def _num_samples(training_data: Dataset[Any] | None) -> int | None:
+    """The examples of the training data; None if the user feeds the engine."""
+    if training_data is None:
+        return None
+    if not isinstance(training_data, Sized):
+        raise ConfigError(
+            f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
+            f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
+        )
+    return len(training_data)
+
+
+def _refuse_before_joining(passed: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:
     """What can be seen to be wrong before ranks wait for each other."""
     if world.current() is None and (passed["mpu"] is not None or _is_pipeline(passed["model"])):
         what = "a PipelineModule" if _is_pipeline(passed["model"]) else "an mpu"
@@ -187,12 +193,6 @@ def _refuse_before_joining(
     if passed["mpu"] is not None:
         for refusal in mpu_refusals(passed["mpu"]):
             raise ConfigError(refusal)
-    require_examples(eval_data, "initialize")
-    if training_data is not None and not hasattr(training_data, "__len__"):
-        raise ConfigError(
-            f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
-            f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
-        )
 
 
 def _refuse_unmarked(backend: DeepSpeedBackend) -> None:

@@ -103,6 +103,17 @@ class FSDPBackend(LoopBackend):
         self._sharing.check_order(self.device)
 
 
+def data_parallel_size(module: torch.nn.Module) -> int:
+    """Ranks that read different samples in a module that ``fully_shard`` was applied to.
+
+    Raises:
+        ConfigError: for a way of sharding that a clan cannot run under.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    _refuse_unsupported(module, parts)
+    return int(_param_groups(parts)[0].mesh_info.shard_mesh_size)
+
+
 def _groups_of(part: FSDPModule) -> list[Any]:
     """A module's parameter groups; torch before 2.11 keeps one at most."""
     state = part._get_fsdp_state()

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 
 from clantune_scale.bench.batched.expression import Expressed, Values
 from clantune_scale.bench.batched.feed import Feed, Reading
+from clantune_scale.bench.batched.line import LineRound, line_of
 from clantune_scale.bench.batched.model import BatchedModel, Settings, Tensors
 from clantune_scale.bench.batched.optimizers import OPTIMIZERS
 from clantune_scale.bench.batched.sharing import Sharing, clip
 from clantune_scale.bench.batched.state import RowLayout, State
 from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Genome
+from clantune_scale.core.line import Line, averaging_weight
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
 from clantune_scale.core.strategies.lost_members import replace_lost
 from clantune_scale.errors import ConfigError, EvaluationError
+
+_Value = TypeVar("_Value", int, str)
 
 
 @dataclass
@@ -76,6 +82,8 @@ class BatchedClans:
         seeds: [clans], of initial weights and data.
         num_eval_batches: batches that the common window is cut into.
         dtype: of weights and optimizer state.
+        members: ``"line"`` computes members from the clan's centre in rounds that allow it (``core.line``); in all
+            other rounds, and with ``"groups"``, members are real.
 
     Attributes:
         clans: [clans], their decisions so far.
@@ -95,7 +103,10 @@ class BatchedClans:
         seeds: Sequence[int],
         num_eval_batches: int = 16,
         dtype: torch.dtype = torch.float32,
+        members: Literal["groups", "line"] = "groups",
     ) -> None:
+        self._on_line = members == "line"
+        self._line_round: LineRound | None = None
         self.num_members = _shared({strategy.facts.population_size for strategy in strategies}, "population sizes")
         self._rule = OPTIMIZERS[_shared({own.optimizer for own in settings}, "optimizers")]
         if model.batch_size % self.num_members:
@@ -135,13 +146,16 @@ class BatchedClans:
             self._begin_phase(position)
         hyper = self._expressed.at(self.num_steps)
         gradient = clip(self._gradient(), hyper["clip"])
+        if self._line_round is not None:
+            self._line_round.before_update(
+                self.state, self.num_steps - position.plan.start_step, hyper["lr"], hyper["weight_decay"]
+            )
         self._rule.update(self.state, gradient, hyper)
         self.num_steps += 1
         for clan, num_samples in zip(self.clans, self._reading.num_samples, strict=True):
             clan.num_trained += num_samples
         if position.plan.uses_ema:
-            window = position.plan.ema_window_steps
-            self.state.update_average(1.0 / max(1.0, min(0.9 * self.num_steps, window)))
+            self.state.update_average(averaging_weight(self.num_steps, position.plan.ema_window_steps))
         if position.ends_round:
             self._end_round(position.plan)
 
@@ -177,9 +191,11 @@ class BatchedClans:
         if not position.phase.keeps and self._before_phase is None:
             self._before_phase = self.state.save()
         phases = [clan.clock.at(self.num_steps).phase for clan in self.clans]
+        if position.starts_round:
+            self._genomes = self._begin_line(plan) if self._on_line else [own.population.genomes for own in self.clans]
         values = [
-            Values.of(clan.strategy.facts.genes, clan.population.genomes, clan.settings, phase.kind)
-            for clan, phase in zip(self.clans, phases, strict=True)
+            Values.of(clan.strategy.facts.genes, own, clan.settings, phase.kind)
+            for clan, own, phase in zip(self.clans, self._genomes, phases, strict=True)
         ]
         self._expressed = Expressed(
             values,
@@ -190,6 +206,23 @@ class BatchedClans:
         counts = [own.micro_batches for own in values]
         self._reading = Reading.of(phases, counts, self._micro_batch, self.num_members)
         self._sharing = Sharing.of(phases, self.num_members)
+
+    def _begin_line(self, plan: RoundPlan) -> list[Sequence[Genome]]:
+        """[clans] the genomes that rows train with in this round: the centre's where a clan is on the line."""
+        is_one = (self.state.weights == self.state.weights[:, :1]).flatten(1).all(dim=1).tolist()
+        lines: list[Line | None] = [
+            line_of(clan.population.genomes, clan.strategy.facts.genes, clan.clock.at(self.num_steps).plan)
+            if together
+            else None  # a strategy has kept its members apart
+            for clan, together in zip(self.clans, is_one, strict=True)
+        ]
+        if any(line is not None for line in lines):
+            rules = [self._rule.decay_rule(clan.settings.base()) for clan in self.clans]
+            self._line_round = LineRound(lines, rules, plan, self.state)
+        return [
+            clan.population.genomes if line is None else (Genome(line.centre),) * self.num_members
+            for clan, line in zip(self.clans, lines, strict=True)
+        ]
 
     def _gradient(self) -> torch.Tensor:
         """[clans, members or 1, size]: what each member applies, its own gradient or its team's mean."""
@@ -202,6 +235,9 @@ class BatchedClans:
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
+        if self._line_round is not None:
+            self._line_round.part(self.state)
+            self._line_round = None
         losses = zip(self.evaluate(averaged=plan.uses_ema), self._read_training_losses(), strict=True)
         fitness = [replace(own, training_loss=mean) for own, mean in losses]
         if self._before_phase is not None:
@@ -230,7 +266,7 @@ class BatchedClans:
             clan.clock.regroup(plan.index + 1, clan.population.teams)
 
 
-def _shared(values: set, what: str) -> object:
+def _shared(values: set[_Value], what: str) -> _Value:
     """The one value in ``values``."""
     if len(values) != 1:
         raise ConfigError(f"clans of one batch have {what} {sorted(values)}. Put those that differ into batches apart.")

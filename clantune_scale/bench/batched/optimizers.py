@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from clantune_scale.bench.batched.state import State, widened
+from clantune_scale.core.line import DecayRule
 
 Hyper = Mapping[str, torch.Tensor]
 
@@ -33,6 +34,10 @@ class RowOptimizer(ABC):
     @abstractmethod
     def update(self, state: State, gradient: torch.Tensor, hyper: Hyper) -> None:
         """Applies ``gradient`` [clans, members or 1, size] in place."""
+
+    def decay_rule(self, scalars: Mapping[str, float]) -> DecayRule:
+        """How a weight decay reaches the weights, with these hyperparameters; decoupled unless a rule says more."""
+        return DecayRule()
 
 
 class AdamW(RowOptimizer):
@@ -61,6 +66,9 @@ class Momentum(RowOptimizer):
 
     slots = ("momentum_buffer",)
     defaults: ClassVar = {"momentum": 0.9}
+
+    def decay_rule(self, scalars: Mapping[str, float]) -> DecayRule:
+        return DecayRule(scalars["momentum"])
 
     @torch.no_grad()
     def update(self, state: State, gradient: torch.Tensor, hyper: Hyper) -> None:

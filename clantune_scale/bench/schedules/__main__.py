@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    methods = named(options.methods, options.population)
+    methods = named(options.methods, options.population, members=options.members)
     methods += [method for path in options.variants for method in read_variants(path)]
     seeds = REPORTING_SEEDS if options.report else TUNING_SEEDS[options.seeds]
     out: Path = options.out
@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--methods", nargs="*", default=["fixed", "warmup-linear", "clan"], help="baselines, strategies and peers")
     add("--population", type=int, default=8, help="members of the strategies' clans")
+    add(
+        "--members",
+        choices=["groups", "line"],
+        default="groups",
+        help="who carries the strategies' members out; -line after a strategy's name says it for that row",
+    )
     add("--variants", nargs="*", type=Path, default=[], help="JSON files: row name to strategy, options, ...")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", choices=sorted(TUNING_SEEDS), default="a", help="the tuning seeds to run on")

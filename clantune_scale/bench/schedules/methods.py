@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.schedules.peers.extra import imported
@@ -35,6 +36,7 @@ class Method:
         duty_cycle: the user's.
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
         genes: in place of the default ones and the problem's.
+        members: who carries members out: all of them (``"groups"``), or one model in rounds that allow it (``"line"``).
     """
 
     name: str
@@ -45,11 +47,15 @@ class Method:
     duty_cycle: float = 0.1
     schedule: str | None = None
     genes: Sequence[str] | None = None
+    members: Literal["groups", "line"] = "groups"
+
+    def gene_names(self, problem: Problem, settings: Settings) -> tuple[str, ...]:
+        """Names of the genes of a run that is configured with ``settings``."""
+        return problem.genes_of(self.strategy, settings) if self.genes is None else tuple(self.genes)
 
     def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
         """The strategy of one run that is configured with ``settings``."""
-        names = problem.genes_of(self.strategy) if self.genes is None else self.genes
-        genes = tuple(_started(CATALOGUE[name], settings) for name in names)
+        genes = tuple(_started(CATALOGUE[name], settings) for name in self.gene_names(problem, settings))
         facts = RunFacts(
             population_size=self.population_size,
             genes=genes,
@@ -80,8 +86,19 @@ POPULATION_PEERS = {
 }
 
 
-def named(names: Sequence[str], population_size: int) -> list[Method | OptimizerPeer]:
-    """The baselines, peers and strategies of these names; populations with ``population_size`` members.
+#: What a strategy's name ends with for the row whose members are on the line.
+LINE = "-line"
+
+
+def named(
+    names: Sequence[str], population_size: int, *, members: Literal["groups", "line"] = "groups"
+) -> list[Method | OptimizerPeer]:
+    """The baselines, peers and strategies of these names.
+
+    Args:
+        names: a strategy's with ``-line`` at its end is that strategy with its members on the line.
+        population_size: of the strategies' clans.
+        members: of the strategies whose names do not say.
 
     Raises:
         ConfigError: for a name that is none of these, or a peer whose package is not installed.
@@ -97,12 +114,20 @@ def named(names: Sequence[str], population_size: int) -> list[Method | Optimizer
             imported("ray.tune.schedulers", method=name)
             peer = POPULATION_PEERS[name]
             methods.append(replace(peer, name=f"{name} P={population_size}", population_size=population_size))
-        elif name in STRATEGIES or ":" in name:
-            methods.append(Method(f"{name} P={population_size}", name, population_size=population_size))
+        elif name.removesuffix(LINE) in STRATEGIES or ":" in name:
+            methods.append(_strategy(name, population_size, members))
         else:
             known = sorted({*BASELINES, *OPTIMIZER_PEERS, *POPULATION_PEERS, *STRATEGIES})
             raise ConfigError(f"no method {name!r}.{did_you_mean(name, known)} Choose from: {', '.join(known)}.")
     return methods
+
+
+def _strategy(name: str, population_size: int, members: Literal["groups", "line"]) -> Method:
+    """A strategy's row: named so that both forms of one strategy stand side by side in a table."""
+    plain = name.removesuffix(LINE)
+    form: Literal["groups", "line"] = "line" if plain != name else members
+    suffix = LINE if form == "line" else ""
+    return Method(f"{plain}{suffix} P={population_size}", plain, population_size=population_size, members=form)
 
 
 def read_variants(path: Path) -> list[Method]:

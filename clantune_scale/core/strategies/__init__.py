@@ -48,7 +48,7 @@ def strategy_class(name: str) -> type[Strategy]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise ConfigError(
-            f"strategy {name!r} is {found!r}, not a strategy. Derive it from clantune_scale.core.strategies.Strategy."
+            f"strategy {name!r} is {found!r}, not a strategy. Derive it from clantune_scale.strategies.Strategy."
         )
     return found
 

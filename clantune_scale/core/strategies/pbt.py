@@ -168,7 +168,7 @@ def is_better(fitness: Fitness, first: int, second: int, p_value: float) -> bool
 
 
 def explored(
-    gene: Gene, value: float, resample_probability: float, factors: Sequence[float], draws: Sequence[float]
+    gene: Gene, value: float, resample_probability: float, factors: Sequence[float], draws: Sequence[float] | np.ndarray
 ) -> float:
     """The gene's next value: drawn anew over its bounds, evenly in its scale, or multiplied by a random factor.
 
@@ -181,7 +181,7 @@ def explored(
     """
     if draws[0] < resample_probability:
         low, high = (gene.encode(bound) for bound in gene.bounds)
-        return gene.expressed(gene.decode(low + draws[1] * (high - low)))
+        return gene.expressed(gene.decode(low + float(draws[1]) * (high - low)))
     return perturbed(gene, value, factors[int(draws[1] * len(factors))])
 
 

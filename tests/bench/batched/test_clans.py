@@ -39,7 +39,7 @@ def strategy_of(name: str, *genes: Gene, seed: int = 3, total: int | None = 60, 
     return build(name, RunFacts(P, genes, seed, 6, duty_cycle=0.34, total_steps=total), options)
 
 
-def batched(strategies, settings, seeds=(1, 2)) -> BatchedClans:
+def batched(strategies, settings, seeds=(1, 2), members="groups") -> BatchedClans:
     return BatchedClans(
         Regression(),
         strategies=strategies,
@@ -47,10 +47,11 @@ def batched(strategies, settings, seeds=(1, 2)) -> BatchedClans:
         seeds=seeds,
         num_eval_batches=NUM_EVAL_BATCHES,
         dtype=torch.float64,
+        members=members,
     )
 
 
-def reference(strategy, settings: Settings, seed: int) -> ReferenceClan:
+def reference(strategy, settings: Settings, seed: int, members="groups") -> ReferenceClan:
     model = Regression()
 
     def batch(step: int, member: int, micro: int, plan):
@@ -74,6 +75,7 @@ def reference(strategy, settings: Settings, seed: int) -> ReferenceClan:
         num_micro_batches=settings.num_micro_batches,
         clip=settings.clip,
         setters={"dropout": lambda module, value: setattr(module, "rate", value)},
+        members=members,
     )
 
 

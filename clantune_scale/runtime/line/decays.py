@@ -1,0 +1,24 @@
+"""How an optimizer applies its weight decay, read off its type and its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from clantune_scale.core.line import DecayRule
+
+_DECOUPLED = ("AdamW", "Lion", "Muon")
+
+
+def decay_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> DecayRule | None:
+    """The rule of one of the optimizer's groups; None where it is not known to be linear in the decay.
+
+    A decay that Adam takes in with the gradient is divided by a root of its own square: no linear rule holds.
+    """
+    if group.get("decoupled_weight_decay") or type(optimizer).__name__.endswith(_DECOUPLED):
+        return DecayRule()
+    if isinstance(optimizer, torch.optim.SGD):
+        return DecayRule(float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]))
+    return None

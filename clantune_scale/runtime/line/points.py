@@ -1,0 +1,161 @@
+"""The arithmetic of the line on lists of tensors: what a round keeps, and how a point is written.
+
+Every operation is elementwise, so that the tensors may be one rank's shards. ``clantune_scale.core.line`` has the
+formulas. Beyond the model and its running average, a round keeps the start of the weights and the anchor of the
+average if learning rates vary, and the decay of both if weight decays vary. A round that only observes keeps the
+average's alone. While points are written, the centre's weights are held too, at a time when there are no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from clantune_scale.core.line import DecayRule, Line, Point, decay_reach, kept_share, only_the_last, reads
+from clantune_scale.core.rounds import RoundPlan
+
+Tensors = Sequence[torch.Tensor]
+
+
+class Points:
+    """A cooperative round on the line, from its first step to its end.
+
+    Create it before the round's first step. Averages are right at the round's end, for which their anchor is made.
+
+    Args:
+        weights: returns the live weights, always the same tensors' worth: fp32 masters where there are any.
+        average: their running average, kept up to date by the caller; None where the round has none. In fp32 or more.
+        group_of: [parameters] index of each one's parameter group.
+        line: where members lie.
+        plan: of the round.
+        rules: [groups] how a decay reaches the weights; None where no decay varies.
+        moves_weights: whether weights can be written too; an observer, whose training goes on from the centre, saves
+            a start and a decay.
+        device: where the round's start and the held centre are kept; None for where the weights are.
+    """
+
+    def __init__(
+        self,
+        weights: Callable[[], Tensors],
+        average: Tensors | None,
+        *,
+        group_of: Sequence[int],
+        line: Line,
+        plan: RoundPlan,
+        rules: Sequence[DecayRule | None],
+        moves_weights: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self._weights, self._average, self._group_of, self._device = weights, average, group_of, device
+        self._line, self._moves_weights = line, moves_weights
+        self._start: list[torch.Tensor] | None = None
+        self._anchor: list[torch.Tensor] | None = None
+        if line.varies_rate:
+            self._keep_start(kept_share(plan))
+        self._decay: list[torch.Tensor] | None = None
+        self._average_decay: list[torch.Tensor] | None = None
+        # For each of the two: the sum W, and by group and step how much of a decay reaches it.
+        self._sums: list[tuple[list[torch.Tensor], list[list[float]]]] = []
+        if line.varies_decay:
+            known = [rule or DecayRule() for rule in rules]
+            if moves_weights:
+                self._decay = _zeros(weights())
+                self._sums.append((self._decay, [decay_reach(only_the_last(plan), rule) for rule in known]))
+            if average is not None:
+                self._average_decay = _zeros(weights())
+                self._sums.append((self._average_decay, [decay_reach(reads(plan), rule) for rule in known]))
+
+    @torch.no_grad()
+    def before_update(self, offset: int, rates: Sequence[float], decays: Sequence[float]) -> None:
+        """Takes in what the centre's weight decay does in the step that follows; nothing where no decay varies.
+
+        Args:
+            offset: of the step in its round, from 0.
+            rates: [groups] the centre's learning rates in that update, schedules and all.
+            decays: [groups] its weight decays.
+        """
+        for sums, reach in self._sums:
+            shares = [rate * decay * own[offset] for rate, decay, own in zip(rates, decays, reach, strict=True)]
+            for total, weight, group in zip(sums, self._weights(), self._group_of, strict=True):
+                total.add_(weight.detach(), alpha=shares[group])
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[int, bool], None]]:
+        """Inside, members can be written into the model; on exit it holds the centre again, to the last bit.
+
+        Yields:
+            (member, averaged): writes that member's weights, or their average, into the model.
+        """
+        with torch.no_grad():
+            centre = [self._kept(weight) for weight in self._weights()]
+
+        @torch.no_grad()
+        def write(member: int, averaged: bool) -> None:
+            point = self._line.points[member]
+            for weight, value in zip(self._weights(), self._values(point, centre, averaged), strict=True):
+                weight.copy_(value)
+
+        try:
+            yield write
+        finally:
+            with torch.no_grad():
+                for weight, own in zip(self._weights(), centre, strict=True):
+                    weight.copy_(own)
+
+    @torch.no_grad()
+    def go_on_from(self, point: Point) -> None:
+        """Weights and average go to ``point``, where training goes on."""
+        if point.is_centre:
+            return
+        for weight, value in zip(self._weights(), self._values(point, self._weights(), False), strict=True):
+            weight.copy_(value)
+        if self._average is not None:
+            for average, value in zip(self._average, self._values(point, None, True), strict=True):
+                average.copy_(value)
+
+    def _values(self, point: Point, centre: Tensors | None, averaged: bool) -> Iterator[torch.Tensor]:
+        """One tensor at a time, in the precision that sums have."""
+        if averaged:
+            assert self._average is not None, "this round has no averages"
+            centre, anchors, decays = self._average, self._anchor, self._average_decay
+        else:
+            assert centre is not None and (self._moves_weights or point.is_centre), "an observer writes no weights"
+            anchors, decays = self._start, self._decay
+        live = self._weights()
+        for index, (own, group) in enumerate(zip(centre, self._group_of, strict=True)):
+            rate, decay, value = point.rates[group], point.decays[group], own.detach().to(live[index].device)
+            value = value.to(_wide(value))
+            if rate != 1.0:
+                assert anchors is not None
+                value = value + (rate - 1.0) * (value - anchors[index].to(value.device))
+            if decay:
+                assert decays is not None
+                value = value - decay * decays[index]
+            yield value
+
+    @torch.no_grad()
+    def _keep_start(self, kept: float) -> None:
+        """The weights at the round's start, and where the average would be at its end had they stayed there."""
+        weights = self._weights()
+        if self._moves_weights:
+            self._start = [self._kept(weight) for weight in weights]
+        if self._average is not None:
+            self._anchor = [
+                self._kept(weight.to(average.dtype).lerp(average, kept))
+                for weight, average in zip(weights, self._average, strict=True)
+            ]
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        copied = tensor.detach().clone()
+        return copied if self._device is None else copied.to(self._device)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """The type to add up in: float32 for half precision, the tensor's own for all others."""
+    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
+
+
+def _zeros(tensors: Tensors) -> list[torch.Tensor]:
+    return [torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False) for tensor in tensors]
