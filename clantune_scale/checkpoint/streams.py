@@ -31,6 +31,7 @@ class RandomStreams:
     def capture(cls, backend: RandomState) -> RandomStreams:
         """The streams as they are."""
         name, words, place, has_gauss, gauss = np.random.get_state(legacy=True)
+        assert isinstance(words, np.ndarray), "legacy states are tuples of a name, words and counts"
         version, inner, gauss_next = random.getstate()
         tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(words.copy().view(np.uint8))}
         if backend.device.type == "cuda":

@@ -74,8 +74,11 @@ class OptimizedEngine(Protocol):
         pp_size: pipeline stages of the member.
     """
 
-    device: Any
-    pp_size: int
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def pp_size(self) -> int: ...
 
     def update_rule(self) -> str:
         """How the optimizer updates, by :func:`update_rule`."""

@@ -48,7 +48,8 @@ class HasDevice(Protocol):
         device: of the parameters.
     """
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
 
 class EnginePlace(HasDevice, Protocol):
@@ -64,16 +65,35 @@ class EnginePlace(HasDevice, Protocol):
         micro_batch_size: samples per rank and backward pass.
     """
 
-    engine: Any
-    module: torch.nn.Module
-    pp_rank: int
-    pp_size: int
-    dp_rank: int
-    dp_size: int
-    tp_rank: int
-    tp_size: int
-    dp_group: Any
-    micro_batch_size: int
+    @property
+    def engine(self) -> Any: ...
+
+    @property
+    def module(self) -> torch.nn.Module: ...
+
+    @property
+    def pp_rank(self) -> int: ...
+
+    @property
+    def pp_size(self) -> int: ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+    @property
+    def tp_rank(self) -> int: ...
+
+    @property
+    def tp_size(self) -> int: ...
+
+    @property
+    def dp_group(self) -> Any: ...
+
+    @property
+    def micro_batch_size(self) -> int: ...
 
 
 class UpdateHooks(Protocol):
@@ -139,7 +159,8 @@ class Evaluates(HasDevice, Protocol):
         dp_group: over which a member's ranks share a window's batches out.
     """
 
-    dp_group: Any
+    @property
+    def dp_group(self) -> Any: ...
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients; on exit the mode is what it was."""
