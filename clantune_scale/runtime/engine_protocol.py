@@ -216,5 +216,13 @@ class EngineState(Protocol):
         """Takes over such counts; ``num_steps`` follows them. Called after the accumulation was set."""
 
 
+class TunedEngine(EnginePlace, Settings, Protocol):
+    """An engine that genes are written into."""
+
+
+class MeasuredEngine(Evaluates, EngineState, Protocol):
+    """An engine that is evaluated with its own weights and with their averages."""
+
+
 class Backend(EnginePlace, UpdateHooks, SharesGrads, Settings, Evaluates, RandomState, EngineState, Protocol):
     """One member's engine: all that a clan asks of it."""

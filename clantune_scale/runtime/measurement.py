@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.distributed.groups import ReplicaGroup
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import MeasuredEngine
 from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.weight_averages import WeightEma
@@ -33,7 +33,7 @@ class Measurement:
         window: ValidationWindow,
         evaluate: Evaluate | None,
         *,
-        backend: Backend,
+        backend: MeasuredEngine,
         phases: PhaseManager,
         replica_group: ReplicaGroup,
         uses_ema: bool,
