@@ -85,7 +85,7 @@ def _distributed(rank, config, num_steps, own):
     options = {"lr_scheduler": lambda optimizer: LambdaLR(optimizer, own)} if own else {}
     engine, loader = start(config, **options)
     train(engine, loader, num_steps)
-    return flat_weights(engine), list(engine.clan.recorder.lineage), engine.clan.population
+    return flat_weights(engine), list(engine.clan.progress.lineage), engine.clan.population
 
 
 CASES = {

@@ -64,3 +64,78 @@ def test_importing_the_package_and_its_core_loads_no_engine():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert done.stdout.split() == []
+
+
+def _arrows() -> dict[str, set[str]]:
+    """Module to the modules of this package that it imports: at its head, under TYPE_CHECKING and in functions."""
+    names = {}
+    for path in FILES:
+        parts = ("clantune_scale", *path.relative_to(PACKAGE).with_suffix("").parts)
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    arrows: dict[str, set[str]] = {}
+    for name, path in names.items():
+        arrows[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                arrows[name].update(alias.name for alias in node.names if alias.name in names)
+            elif isinstance(node, ast.ImportFrom) and node.module in names:
+                # `from package import module` is an arrow to the module, `from module import name` to the module.
+                found = (f"{node.module}.{alias.name}" for alias in node.names)
+                arrows[name].update(full if full in names else node.module for full in found)
+        arrows[name].discard(name)
+    return arrows
+
+
+def _circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one module, by Tarjan's algorithm."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    circles = []
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        stack.append(name)
+        for other in sorted(arrows[name]):
+            if other not in order:
+                visit(other)
+                lowest[name] = min(lowest[name], lowest[other])
+            elif other in stack:
+                lowest[name] = min(lowest[name], order[other])
+        if lowest[name] == order[name]:
+            begin = stack.index(name)
+            component = stack[begin:]
+            del stack[begin:]
+            if len(component) > 1:
+                circles.append(sorted(component))
+
+    for name in sorted(arrows):
+        if name not in order:
+            visit(name)
+    return circles
+
+
+def test_a_circle_of_imports_is_found():
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
+    assert _circles(arrows) == [["b", "c"]]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    arrows = _arrows()
+    assert "clantune_scale.runtime.view" in arrows["clantune_scale.checkpoint.capture"]
+    assert _circles(arrows) == []
+
+
+def test_only_the_ways_of_attaching_know_the_whole_clan():
+    """Its parts take a view, the run's progress or plain arguments: none reaches into the clan."""
+    allowed = ("runtime.attach", "backends.", "bench.faults.", "integrations.")
+    for module, targets in _arrows().items():
+        if "clantune_scale.runtime.clan" in targets:
+            assert module.removeprefix("clantune_scale.").startswith(allowed), f"{module} imports the clan"
+
+
+def test_a_config_does_not_climb_to_what_uses_it():
+    for module, targets in _arrows().items():
+        if module.startswith("clantune_scale.config"):
+            up = [t for t in targets if not t.startswith(("clantune_scale.config", "clantune_scale.core"))]
+            assert set(up) <= {"clantune_scale.errors"}, f"{module} imports {up}"

@@ -1,4 +1,4 @@
-"""The state of a run on one rank at the end of an optimizer step, copied so that training may go on."""
+"""A copy of a run's state on one rank at the end of an optimizer step: training goes on while it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,11 +18,9 @@ from clantune_scale.core.genome import Genome
 from clantune_scale.core.strategies import Population
 from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates
+from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.state import plain
-
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
 
 RANKS = "ranks"
 PHASE_START, ROLLBACK = "phase/", "rollback/"
@@ -33,10 +31,10 @@ class Capture:
     """What one rank writes.
 
     Attributes:
-        tensors: by name, in host memory: the live state, and copies that the clan may go back to.
-        numbers: what else this rank needs to go on; JSON holds it.
+        tensors: by name, in host memory: the live state, the phase snapshot and the rollback snapshot.
+        numbers: what else this rank needs to resume; JSON holds it.
         streams: this rank's random streams.
-        clan: what is equal on all ranks; JSON holds it.
+        clan: what all ranks have in common; JSON holds it.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -45,36 +43,43 @@ class Capture:
     clan: dict[str, Any]
 
     @classmethod
-    def take(cls, clan: Clan, *, begun: bool, rollback_is_live: bool) -> Capture:
+    def take(
+        cls, view: ClanView, progress: Progress, state: MemberState, *, begun: bool, rollback_is_live: bool
+    ) -> Capture:
         """Copies the state.
 
         Args:
-            clan: whose state it is.
-            begun: false at a round's meeting point, before the next phase begins.
-            rollback_is_live: whether the guard's copy is of the present state.
+            view: the clan on this rank.
+            progress: of the run.
+            state: this rank's live state.
+            begun: false at a round's end, before the next phase begins.
+            rollback_is_live: whether the rollback snapshot is of the present state.
         """
-        state, kept, phase_snapshot = clan.state(), clan.rollback_snapshot, clan.phase_snapshot
-        if kept is not None and rollback_is_live and kept.layout() == state.manifest():
-            # Taken a moment ago, never changed: the copy that this needs.
-            tensors = dict(kept.tensors)
+        rollback = progress.rollback_snapshot
+        if rollback is not None and rollback_is_live and rollback.layout() == state.manifest():
+            # A snapshot is never written to, so a second copy of the same state is not needed.
+            tensors = dict(rollback.tensors)
         else:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors}
         numbers = {
             "scalars": state.scalars,
-            "groups": [plain(_settings(group)) for group in clan.backend.param_groups()],
-            "counters": clan.backend.counters(),
-            "accumulation": clan.backend.accumulation,
-            "round_losses": clan.losses.round_losses,
-            "samplers": [sampler.progress(clan.phases.position.step) for sampler in clan.samplers],
+            "groups": [plain(_settings(group)) for group in view.backend.param_groups()],
+            "counters": view.backend.counters(),
+            "accumulation": view.backend.accumulation,
+            "round_losses": progress.losses.round_losses,
+            "samplers": [sampler.progress(view.phases.position.step) for sampler in progress.samplers],
             "layout": state.manifest(),
-            "parameters": parameter_layout(clan.backend.module),
+            "parameters": parameter_layout(view.backend.module),
             "pieces": pieces_of(state),
         }
-        for prefix, snapshot in {PHASE_START: phase_snapshot, ROLLBACK: None if rollback_is_live else kept}.items():
+        for prefix, snapshot in {
+            PHASE_START: progress.phase_snapshot,
+            ROLLBACK: None if rollback_is_live else rollback,
+        }.items():
             if snapshot is not None:
                 tensors |= {prefix + name: tensor for name, tensor in snapshot.tensors}
                 numbers[prefix] = {"scalars": snapshot.scalars, "layout": snapshot.layout()}
-        return cls(tensors, numbers, RandomStreams.capture(clan.backend), _of_clan(clan, begun))
+        return cls(tensors, numbers, RandomStreams.capture(view.backend), _of_clan(view, progress, begun))
 
     @property
     def num_bytes(self) -> int:
@@ -82,7 +87,7 @@ class Capture:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def write_rank(self, folder: Path, at: Coordinates) -> list[Path]:
-        """Writes what is no tensor of the model's into a round's folder; returns the files."""
+        """Writes numbers and random streams into a round's folder; returns the files."""
         numbers, streams = rank_files(folder, at.member, at.member_rank)
         write_new(numbers, json.dumps({**self.numbers, "streams": self.streams.numbers}).encode())
         save_file(self.streams.tensors, streams)
@@ -92,11 +97,11 @@ class Capture:
 
 
 def pieces_of(state: MemberState) -> dict[str, list[list[Any]]] | None:
-    """Where each tensor's elements lie whatever the number of ranks, as JSON holds it; None where nobody can say."""
+    """Where each tensor's elements lie in the whole model, as JSON holds it; None if the engine does not know."""
     known = state.logical() if state.logical is not None else None
     if known is None:
         return None
-    # The clan keeps averaged weights as the masters lie.
+    # Averaged weights are sharded as the masters are.
     for name, _ in state.tensors:
         if name.startswith("average."):
             masters = known["master." + name.removeprefix("average.")]
@@ -118,7 +123,7 @@ def read_rank(folder: Path, member: int, member_rank: int) -> tuple[dict[str, An
 
 
 def copy_from(numbers: Mapping[str, Any], prefix: str, tensors: Mapping[str, torch.Tensor]) -> Snapshot:
-    """The copy to go back to that was written under ``prefix``."""
+    """The snapshot that was written under ``prefix``."""
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return Snapshot.of(own, numbers[prefix]["scalars"])
 
@@ -129,16 +134,15 @@ def population_from(data: Mapping[str, Any]) -> Population:
     return Population(genomes, data["memory"], None if data["teams"] is None else tuple(data["teams"]))
 
 
-def _of_clan(clan: Clan, begun: bool) -> dict[str, Any]:
-    position, recorder = clan.phases.position, clan.recorder
+def _of_clan(view: ClanView, progress: Progress, begun: bool) -> dict[str, Any]:
     return {
-        "step": position.step,
+        "step": view.phases.position.step,
         "begun": begun,
-        "population": asdict(clan.population),
-        "losses": clan.fitness.losses.tolist(),
-        "lineage": recorder.lineage.to_json(),
-        "averaged_before": clan.phases.averaged_before,
-        "samples": recorder.samples,
+        "population": asdict(progress.population),
+        "losses": progress.fitness.losses.tolist(),
+        "lineage": progress.lineage.to_json(),
+        "averaged_before": view.phases.averaged_before,
+        "samples": progress.num_samples,
     }
 
 

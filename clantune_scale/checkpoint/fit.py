@@ -1,20 +1,18 @@
-"""Whether a saved round fits the run that is to go on from it, and the difference where it does not."""
+"""Whether a saved round fits the run that is to continue it, and the differences if it does not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clantune_scale.errors import CheckpointError
+from clantune_scale.runtime.view import ClanView
 from clantune_scale.tracking.events import to_plain
 
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
-
-# What can change from launch to launch without any effect on what is computed.
+# Keys that may change from launch to launch: they have no effect on what is computed.
 _WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")
-# What a launch with another batch, optimizer, or data, may have changed without a word in its config.
+# Default genes depend on data, batch and optimizer, which can change while the config stays the same.
 _GENES_FOLLOW = (
     " Genes that the config does not name follow from data, batch and optimizer: name the run's in clantune.genes."
 )
@@ -22,18 +20,18 @@ _GENES_FOLLOW = (
 PARAMETERS = "parameters"
 
 
-def settings_of(clan: Clan) -> dict[str, Any]:
-    """What two launches of one run have in common, by the names that ``checkpoint.allow`` knows."""
-    block = {key: value for key, value in to_plain(clan.config).items() if key not in _WITHOUT_EFFECT}
-    topology = clan.world.topology
+def settings_of(view: ClanView) -> dict[str, Any]:
+    """The settings that all launches of one run share, by the names that ``checkpoint.allow`` takes."""
+    block = {key: value for key, value in to_plain(view.config).items() if key not in _WITHOUT_EFFECT}
+    topology = view.world.topology
     found = {
         **block,
-        "genes": [asdict(gene) for gene in clan.genes],
-        "total_steps": clan.strategy.facts.total_steps,
+        "genes": [asdict(gene) for gene in view.genes],
+        "total_steps": view.strategy.facts.total_steps,
         "topology": {"dp": topology.dp, "pp": topology.pp, "tp": topology.tp},
-        "batch": asdict(clan.batch),
-        "optimizer": clan.backend.optimizer_name(),
-        "nonfinite_mask": clan.config.faults.nonfinite_mask,
+        "batch": asdict(view.batch),
+        "optimizer": view.backend.optimizer_name(),
+        "nonfinite_mask": view.config.faults.nonfinite_mask,
     }
     return to_plain(found)
 
@@ -42,14 +40,14 @@ def check_settings(saved: Mapping[str, Any], live: Mapping[str, Any], allow: Seq
     """Raises CheckpointError with every difference that is not allowed by name."""
     allowed = set(allow)
     if allowed & {"population_size", "topology"}:
-        # The clan's batch is divided among members and their ranks: another number of them divides it otherwise.
+        # The clan's batch is divided among members and their ranks, so it changes with their number.
         allowed.add("batch")
     names = [name for name in {**saved, **live} if saved.get(name) != live.get(name) and name not in allowed]
     if names:
         lines = [f"\n  {name}: {_difference(saved.get(name), live.get(name))}" for name in names]
         raise CheckpointError(
-            f"the round that was saved does not fit this launch:{''.join(lines)}\nLaunch with the settings that it "
-            f"was saved under, or allow what is meant: clantune.checkpoint.allow: {sorted(names)}."
+            f"the saved round does not fit this launch:{''.join(lines)}\nLaunch with the settings of the "
+            f"saved round, or allow the differences: clantune.checkpoint.allow: {sorted(names)}."
             f"{_GENES_FOLLOW if 'genes' in names else ''}"
         )
 
@@ -68,7 +66,7 @@ def layout_difference(saved: Sequence[Sequence[Any]], live: Sequence[Sequence[An
 
 
 def _difference(saved: Any, live: Any) -> str:
-    """Two values, or where both are mappings the keys in which they differ."""
+    """Two values; of two mappings, the keys in which they differ."""
     if isinstance(saved, Mapping) and isinstance(live, Mapping):
         keys = [key for key in {**saved, **live} if saved.get(key) != live.get(key)]
         return ", ".join(f"{key} {saved.get(key)!r} was saved, this launch has {live.get(key)!r}" for key in keys)

@@ -1,12 +1,12 @@
-"""Puts a committed round into a clan that has just been built, in place."""
+"""Loads a committed round into a clan that has not trained yet, in place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,15 +28,14 @@ from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import CheckpointError
+from clantune_scale.runtime.engine_protocol import EngineState
+from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.state import merged
 
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
-
 
 def _is_laid_out(content: Mapping[str, Any], topology: Topology) -> bool:
-    """Whether a member was then as many ranks as it is now, in the same grid."""
+    """Whether a member had as many ranks as it has now, in the same grid."""
     saved = content["topology"]
     return (saved["dp"], saved["pp"], saved["tp"]) == (topology.dp, topology.pp, topology.tp)
 
@@ -44,7 +43,7 @@ def _is_laid_out(content: Mapping[str, Any], topology: Topology) -> bool:
 def fault_of(
     folder: Path, content: Mapping[str, Any], at: Coordinates, sources: Sequence[int], topology: Topology
 ) -> str | None:
-    """What is wrong with the files that a rank reads; the others' only have to be there.
+    """What is wrong with the files that a rank reads, or None; other ranks' files only have to exist.
 
     Args:
         folder: the round's.
@@ -54,7 +53,7 @@ def fault_of(
         topology: of this launch.
     """
     if content["begun"] and len(sources) != len(content["holders"]):
-        return "it was stopped inside a round, and another number of members can go on from a round's end alone"
+        return "it was stopped inside a round, and another number of members can only continue from the end of a round"
     source = sources[at.member]
     holder = content["holders"][source]
     own = {path.relative_to(folder).as_posix() for path in rank_files(folder, source, at.member_rank)}
@@ -86,10 +85,35 @@ def sources_of(content: Mapping[str, Any], population_size: int) -> list[int]:
     return [*range(len(losses)), *(ranking[place % len(ranking)] for place in range(added))]
 
 
-def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, Any]:
-    """Population, clock, lineage and this rank's state as they were when the round was captured.
+@dataclass(frozen=True)
+class Target:
+    """What a round is loaded into on one rank.
+
+    Attributes:
+        view: the clan on this rank.
+        progress: of the run; its fields are set.
+        state: gives this rank's live state, whose tensors are written in place.
+    """
+
+    view: ClanView
+    progress: Progress
+    state: Callable[[], MemberState]
+
+    def ensure_rollback_snapshot(self, snapshot: Snapshot | None = None) -> None:
+        """If the strategy guards its members, sets the rollback snapshot; of the live state if none is given."""
+        if self.view.strategy.guards:
+            self.progress.rollback_snapshot = snapshot or Snapshot(self.state())
+
+
+def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[str, Any]:
+    """Loads population, clock, lineage and this rank's state as they were when the round was captured.
 
     All ranks of a member call it, each for its own part.
+
+    Args:
+        target: what the round is loaded into.
+        folder: the round's.
+        sources: by member, the member that it continues.
 
     Returns:
         What is left for the caller: the rank's numbers, with ``"streams"`` as :class:`RandomStreams`.
@@ -97,101 +121,105 @@ def restore_clan(clan: Clan, folder: Path, sources: Sequence[int]) -> dict[str, 
     Raises:
         CheckpointError: if the state has other parameters, shapes or types than this launch's.
     """
+    view, progress = target.view, target.progress
     data = json.loads((folder / "clan.json").read_bytes())
     lineage = Lineage.from_json(data["lineage"])
     past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
     if past:
         past[-1] = replace(past[-1], uses_ema=data["averaged_before"])
     population = population_from(data["population"])
-    clan.fitness = Fitness.from_losses([data["losses"][source] for source in sources])
-    clan.phases.resume(data["step"], past, population.teams)
-    clan.population = population
+    progress.fitness = Fitness.from_losses([data["losses"][source] for source in sources])
+    view.phases.resume(data["step"], past, population.teams)
+    progress.population = population
     if list(sources) != list(range(len(population.genomes))):
-        clan.phases.resume(data["step"], past, None)
-        clan.population = clan.strategy.resized(population, sources, clan.phases.position.plan)
+        view.phases.resume(data["step"], past, None)
+        progress.population = view.strategy.resized(population, sources, view.phases.position.plan)
         lineage.resize(sources)
-    clan.recorder.lineage, clan.recorder.samples = lineage, data["samples"]
-    numbers = _restore_rank(clan, folder, sources[clan.member])
+    progress.lineage, progress.num_samples = lineage, data["samples"]
+    numbers = _restore_rank(target, folder, sources[view.member])
     return {**numbers, "begun": data["begun"]}
 
 
-def _restore_rank(clan: Clan, folder: Path, source: int) -> dict[str, Any]:
+def _restore_rank(target: Target, folder: Path, source: int) -> dict[str, Any]:
+    view, progress = target.view, target.progress
+    at = view.world.at
     content = manifest.read(folder)
     holder = content["holders"][source]
-    if not _is_laid_out(content, clan.world.topology):
-        return _restore_resharded(clan, folder, content, source)
-    numbers, streams = read_rank(folder, source, clan.world.at.member_rank)
-    state = _grown(clan, numbers)
+    if not _is_laid_out(content, view.world.topology):
+        return _restore_resharded(target, folder, content, source)
+    numbers, streams = read_rank(folder, source, at.member_rank)
+    state = _grown(target, numbers)
     copies = {
         prefix + name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
         for prefix in (PHASE_START, ROLLBACK)
         for name, shape, dtype in numbers.get(prefix, {}).get("layout", [])
     }
-    shards.load({**dict(state.tensors), **copies}, folder / shards.member_folder(holder), clan.world.at)
-    _load_numbers(clan, state, numbers)
-    if clan.backend.accumulation != numbers["accumulation"]:
-        clan.backend.accumulation = numbers["accumulation"]
-    clan.backend.load_counters(numbers["counters"])
-    clan.losses.begin_round(*numbers["round_losses"])
-    for prefix, attribute in ((PHASE_START, "phase_snapshot"), (ROLLBACK, "rollback_snapshot")):
-        if prefix in numbers:
-            setattr(clan, attribute, copy_from(numbers, prefix, copies))
-    if clan.strategy.guards and clan.rollback_snapshot is None:
-        clan.rollback_snapshot = Snapshot(clan.state())
+    shards.load({**dict(state.tensors), **copies}, folder / shards.member_folder(holder), at)
+    _load_numbers(view, state, numbers)
+    if view.backend.accumulation != numbers["accumulation"]:
+        view.backend.accumulation = numbers["accumulation"]
+    view.backend.load_counters(numbers["counters"])
+    progress.losses.begin_round(*numbers["round_losses"])
+    if PHASE_START in numbers:
+        progress.phase_snapshot = copy_from(numbers, PHASE_START, copies)
+    target.ensure_rollback_snapshot(copy_from(numbers, ROLLBACK, copies) if ROLLBACK in numbers else None)
     return {**numbers, "streams": streams}
 
 
-def _restore_resharded(clan: Clan, folder: Path, content: Mapping[str, Any], source: int) -> dict[str, Any]:
-    """The same on another number of data-parallel ranks; streams of ranks that there were not begin anew."""
-    holder, at = content["holders"][source], clan.world.at
+def _restore_resharded(target: Target, folder: Path, content: Mapping[str, Any], source: int) -> dict[str, Any]:
+    """The same on another number of data-parallel ranks; added ranks keep the random streams of this launch."""
+    backend = target.view.backend
+    holder, at = content["holders"][source], target.view.world.at
     saved = []
     for place in reshard.saved_places(at, content["topology"]):
         theirs, _ = read_rank(folder, holder, place.member_rank)
         saved.append((place, theirs))
     own_place = saved[at.dp % len(saved)][0]
     numbers, streams = read_rank(folder, source, own_place.member_rank)
-    state = clan.state()
+    state = target.state()
     if state.grow is not None and any(name.startswith("optimizer.") for name, *_ in numbers["layout"]):
-        state.grow([f"optimizer.{index}." for index in range(len(clan.backend.masters()))])
-        state = clan.state()
+        state.grow([f"optimizer.{index}." for index in range(len(backend.masters()))])
+        state = target.state()
     live, known = pieces_of(state), [theirs["pieces"] for _, theirs in saved]
     if live is None or None in known or content["begun"]:
+        num_saved = content["topology"]["dp"]
         raise CheckpointError(
-            f"{folder.name} was saved on {content['topology']['dp']} data-parallel ranks and this launch has "
-            f"{clan.backend.dp_size}: this engine's state, or one that was stopped inside a round, goes on with as "
-            f"many alone. Launch with as many."
+            f"{folder.name} was saved on {num_saved} data-parallel ranks and this launch has {backend.dp_size}. This "
+            f"engine's state, or a round that was stopped inside a phase, cannot be divided among another number of "
+            f"ranks. Launch with {num_saved} data-parallel ranks per member."
         )
-    kept = _kept_resharded(clan, folder / shards.member_folder(holder), state, saved, numbers)
+    rollback = _rollback_resharded(backend, folder / shards.member_folder(holder), live, state, saved, numbers)
     reshard.load(
         dict(state.tensors),
         reshard.pieces_from(live),
         folder / shards.member_folder(holder),
         [(place, reshard.pieces_from(theirs["pieces"]), theirs["layout"]) for place, theirs in saved],
     )
-    _recount(clan, numbers["scalars"])
-    _load_numbers(clan, state, numbers)
-    clan.backend.load_counters(numbers["counters"])
-    # The boundary of an accumulation is where the counter says, and that counted another accumulation.
-    clan.backend.accumulation = clan.backend.accumulation
-    if clan.strategy.guards:
-        clan.rollback_snapshot = kept or Snapshot(clan.state())
+    _recount(backend, numbers["scalars"])
+    _load_numbers(target.view, state, numbers)
+    backend.load_counters(numbers["counters"])
+    # The setter realigns the engine's accumulation boundary, which the loaded counter placed for another number.
+    backend.accumulation = backend.accumulation
+    target.ensure_rollback_snapshot(rollback)
     return {**numbers, "streams": streams if at.dp < len(saved) else None}
 
 
-def _kept_resharded(
-    clan: Clan,
+def _rollback_resharded(
+    backend: EngineState,
     folder: Path,
+    live: Mapping[str, list[list[Any]]],
     state: MemberState,
     saved: Sequence[tuple[Coordinates, dict[str, Any]]],
     numbers: dict[str, Any],
 ) -> Snapshot | None:
-    """The guard's copy on another number of data-parallel ranks; None where it was of the saved state itself.
+    """The rollback snapshot on another number of data-parallel ranks; None if it equals the saved state.
 
     Args:
-        clan: whose copy it is.
+        backend: the member's engine.
         folder: the member's, in the round's.
+        live: where the live state's elements lie (:func:`pieces_of`).
         state: the live one.
-        saved: by rank that there was, its place and its numbers.
+        saved: by rank of the saved launch, its place and its numbers.
         numbers: of this rank's predecessor.
     """
     if ROLLBACK not in numbers:
@@ -199,7 +227,7 @@ def _kept_resharded(
     copies = {ROLLBACK + name: torch.empty_like(tensor, device="cpu") for name, tensor in state.tensors}
     reshard.load(
         copies,
-        _prefixed(reshard.pieces_from(pieces_of(state))),
+        _prefixed(reshard.pieces_from(live)),
         folder,
         [
             (
@@ -210,7 +238,7 @@ def _kept_resharded(
             for place, theirs in saved
         ],
     )
-    _recount(clan, numbers[ROLLBACK]["scalars"])
+    _recount(backend, numbers[ROLLBACK]["scalars"])
     return copy_from(numbers, ROLLBACK, copies)
 
 
@@ -218,52 +246,52 @@ def _prefixed(pieces: reshard.Pieces) -> reshard.Pieces:
     return {ROLLBACK + name: own for name, own in pieces.items()}
 
 
-def _recount(clan: Clan, scalars: dict[str, Any]) -> None:
-    """Step counts by master: masters are cut otherwise now, and all have taken the same steps."""
-    counts, size = scalars["optimizer"].get("counts"), len(clan.backend.masters())
+def _recount(backend: EngineState, scalars: dict[str, Any]) -> None:
+    """Gives each of the present masters its step count; all masters have taken the same steps."""
+    counts, size = scalars["optimizer"].get("counts"), len(backend.masters())
     if counts:
         scalars["optimizer"]["counts"] = (counts * size)[:size]
 
 
-def check_parameters(clan: Clan, folder: Path, sources: Sequence[int]) -> None:
-    """Whether this rank's part of the model is the one that a round has, before anything of the run is touched.
+def check_parameters(view: ClanView, folder: Path, sources: Sequence[int]) -> None:
+    """Compares this rank's part of the model with the saved one, before any file of the run is changed.
 
     Args:
-        clan: with its backend in place.
+        view: the clan on this rank.
         folder: the round's.
         sources: by member, the member that it continues.
 
     Raises:
         CheckpointError: with the difference, unless ``checkpoint.allow`` names parameters.
     """
-    content, at = manifest.read(folder), clan.world.at
-    place = at if _is_laid_out(content, clan.world.topology) else reshard.saved_places(at, content["topology"])[0]
-    numbers, _ = read_rank(folder, sources[clan.member], place.member_rank)
-    difference = layout_difference(numbers["parameters"], parameter_layout(clan.backend.module))
-    if difference is not None and PARAMETERS not in clan.config.checkpoint.allow:
+    content, at = manifest.read(folder), view.world.at
+    place = at if _is_laid_out(content, view.world.topology) else reshard.saved_places(at, content["topology"])[0]
+    numbers, _ = read_rank(folder, sources[view.member], place.member_rank)
+    difference = layout_difference(numbers["parameters"], parameter_layout(view.backend.module))
+    if difference is not None and PARAMETERS not in view.config.checkpoint.allow:
         raise CheckpointError(
             f"the model is not the one that was saved: {difference}. Build the model that the run was started with."
         )
 
 
-def _grown(clan: Clan, numbers: Mapping[str, Any]) -> MemberState:
+def _grown(target: Target, numbers: Mapping[str, Any]) -> MemberState:
     """The live state, with the optimizer state that the saved one has."""
-    state = clan.state()
+    state = target.state()
     names = [name for name, *_ in numbers["layout"]]
     if state.grow is not None:
         state.grow(names)
-        state = clan.state()
+        state = target.state()
     difference = layout_difference(numbers["layout"], state.manifest())
     if difference is not None:
         raise CheckpointError(
-            f"member {clan.member}'s state does not fit the one that was saved: {difference}. "
+            f"member {target.view.member}'s state does not fit the one that was saved: {difference}. "
             f"Use the optimizer, precision, ZeRO stage and number of ranks that the run was started with."
         )
     return state
 
 
-def _load_numbers(clan: Clan, state: MemberState, numbers: Mapping[str, Any]) -> None:
+def _load_numbers(view: ClanView, state: MemberState, numbers: Mapping[str, Any]) -> None:
     state.load_scalars(numbers["scalars"])
-    for group, saved in zip(clan.backend.param_groups(), numbers["groups"], strict=True):
+    for group, saved in zip(view.backend.param_groups(), numbers["groups"], strict=True):
         group.update({key: merged(group.get(key), value) for key, value in saved.items()})
     state.refresh()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import RandomState
 
 _ENGINE = "engine."
 
@@ -28,9 +28,10 @@ class RandomStreams:
     numbers: dict[str, Any]
 
     @classmethod
-    def capture(cls, backend: Backend) -> RandomStreams:
+    def capture(cls, backend: RandomState) -> RandomStreams:
         """The streams as they are."""
-        name, words, place, has_gauss, gauss = np.random.get_state()
+        name, words, place, has_gauss, gauss = np.random.get_state(legacy=True)
+        assert isinstance(words, np.ndarray), "legacy states are tuples of a name, words and counts"
         version, inner, gauss_next = random.getstate()
         tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(words.copy().view(np.uint8))}
         if backend.device.type == "cuda":
@@ -42,7 +43,7 @@ class RandomStreams:
         }
         return cls(tensors, numbers)
 
-    def restore(self, backend: Backend) -> None:
+    def restore(self, backend: RandomState) -> None:
         """The streams go on from here."""
         torch.set_rng_state(self.tensors["torch"])
         if "cuda" in self.tensors and backend.device.type == "cuda":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from clantune_scale.config.schema import ClanConfig, GeneConfig
-
-if TYPE_CHECKING:
-    from clantune_scale.runtime.engine_protocol import Backend
 
 _TORCH_KEY = "decoupled_weight_decay"
 #: The update rule that :func:`update_rule` calls so: Adam's step, and a weight decay apart from it (Loshchilov and
@@ -69,13 +66,34 @@ def update_rule(optimizer: Any) -> str:
     return ADAMW if is_decoupled else kinds[0].replace(ADAMW, "adam")
 
 
-def genes_for(config: ClanConfig, backend: Backend, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
+class OptimizedEngine(Protocol):
+    """What default genes depend on in a member's engine.
+
+    Attributes:
+        device: of the parameters, a ``torch.device``.
+        pp_size: pipeline stages of the member.
+    """
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def pp_size(self) -> int: ...
+
+    def update_rule(self) -> str:
+        """How the optimizer updates, by :func:`update_rule`."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+
+
+def genes_for(config: ClanConfig, backend: OptimizedEngine, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
     """The genes of a run with this block on a member's engine, the same on all its ranks."""
     rule, decays = optimizer_facts(backend)
     return genes_of(config, sees_samples_once=sees_samples_once, optimizer=rule, weight_decays=decays)
 
 
-def optimizer_facts(backend: Backend) -> tuple[str, list[float]]:
+def optimizer_facts(backend: OptimizedEngine) -> tuple[str, list[float]]:
     """(update rule, weight decays) of a member's optimizer, the same on all its ranks.
 
     Pipeline stages hold groups of their own, one of them perhaps none with a decay, and all ranks of a member must

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from clantune_scale.config.schema import FitnessConfig
+from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from clantune_scale.errors import ConfigError
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import EnginePlace
 from clantune_scale.runtime.validation_window import ValidationWindow
-
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.view import ClanView
 
 
-def step_plan(clan: Clan, step: int) -> StepPlan:
-    """What a step reads, as far as it is decided today: loaders that prefetch ask ahead of training."""
-    phase = clan.phases.clock.at(step).phase
-    return StepPlan.of(phase, clan.accumulation(phase.kind), clan.member)
+def make_sampler(
+    view: ClanView, num_samples: int, *, accumulation: Callable[[PhaseKind], Sequence[int]], shuffle: bool = True
+) -> ClanBatchSampler:
+    """This rank's batch sampler over a dataset.
 
+    Args:
+        view: the clan on this rank.
+        num_samples: length of the dataset.
+        accumulation: kind of phase to [members] micro-batches per step, as far as it is decided now: loaders that
+            prefetch ask for steps ahead of training.
+        shuffle: whether each epoch has an order of its own.
+    """
 
-def make_sampler(clan: Clan, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
-    """This rank's batch sampler over a dataset of ``num_samples``."""
+    def plan(step: int) -> StepPlan:
+        phase = view.phases.clock.at(step).phase
+        return StepPlan.of(phase, accumulation(phase.kind), view.member)
+
     return ClanBatchSampler(
         num_samples,
-        seed=clan.config.seed,
-        micro_batch_size=clan.backend.micro_batch_size,
-        dp_size=clan.backend.dp_size,
-        dp_rank=clan.backend.dp_rank,
-        member=clan.member,
-        population_size=clan.config.population_size,
-        plan=lambda step: step_plan(clan, step),
+        seed=view.config.seed,
+        micro_batch_size=view.backend.micro_batch_size,
+        dp_size=view.backend.dp_size,
+        dp_rank=view.backend.dp_rank,
+        member=view.member,
+        population_size=view.config.population_size,
+        plan=plan,
         shuffle=shuffle,
     )
 
 
-def make_loader(clan: Clan, dataset: Dataset, **options: Any) -> ClanDataLoader:
-    """This rank's loader over a map-style dataset; ``options`` go to torch's ``DataLoader``.
+def make_loader(
+    dataset: Dataset, sampler: Callable[[int], ClanBatchSampler], *, on_first: Callable[[], None], **options: Any
+) -> ClanDataLoader:
+    """This rank's loader over a map-style dataset.
+
+    Args:
+        dataset: map-style.
+        sampler: makes the batch sampler from the dataset's length.
+        on_first: called before the first batch is read.
+        options: for torch's ``DataLoader``.
 
     Raises:
         ConfigError: if the dataset has no length or no index, so that samples cannot be read again.
@@ -49,12 +65,11 @@ def make_loader(clan: Clan, dataset: Dataset, **options: Any) -> ClanDataLoader:
             f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
             f"must read the same samples again. Pass a map-style dataset, or make your own loader."
         )
-    sampler = clan.sampler(len(dataset))
-    return ClanDataLoader(dataset, sampler, on_first=clan.rounds.ready_data, **options)
+    return ClanDataLoader(dataset, sampler(len(dataset)), on_first=on_first, **options)
 
 
 def make_window(
-    backend: Backend,
+    backend: EnginePlace,
     fitness: FitnessConfig,
     dataset: Dataset,
     *,
@@ -67,8 +82,8 @@ def make_window(
         backend: the member's engine.
         fitness: the block's.
         dataset: map-style.
-        num_samples: in place of the block's.
-        collate_fn: joins samples to a batch; torch's default where None.
+        num_samples: in place of the block's, or None.
+        collate_fn: joins samples to a batch; None for torch's default.
 
     Raises:
         ConfigError: if the dataset has no length, or fewer examples than the member has data-parallel ranks.

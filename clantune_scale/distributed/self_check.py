@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import DivergenceError
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import EnginePlace
 
 
 def check_world(world: ClanWorld, device: torch.device) -> None:
@@ -39,7 +39,7 @@ def parameter_layout(module: torch.nn.Module) -> list[list]:
     ]
 
 
-def check_parameters(world: ClanWorld, backend: Backend) -> None:
+def check_parameters(world: ClanWorld, backend: EnginePlace) -> None:
     """Checks that all members have the same parameters: names, shapes, dtypes and which of them train.
 
     Args:

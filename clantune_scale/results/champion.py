@@ -1,119 +1,144 @@
-"""The end of a run: who is best, and writing down what it takes to use it."""
+"""The end of a run: chooses the champion and writes its weights, its schedule and the plot of the genes."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from clantune_scale.core.extras import is_installed, remedy
 from clantune_scale.core.schedule import ClanSchedule
 from clantune_scale.errors import ClanError
-from clantune_scale.results.champion_formats import check_forms, keep
+from clantune_scale.results.champion_formats import ChampionWeights, check_forms, write_weights
+from clantune_scale.runtime.measurement import Measurement
 from clantune_scale.runtime.recorder import Summary
+from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.tracking import read_events
 
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
-
-__all__ = ["check_forms", "choose", "save", "write"]
+__all__ = ["MeasuredRun", "check_forms", "choose", "save", "write"]
 
 _ARTIFACTS = {"safetensors": "champion", "dcp": "champion_dcp", "deepspeed": "champion_deepspeed"}
 
 
-def choose(clan: Clan) -> Summary:
-    """Measures every member's weights as they are, and its averaged weights where it has them; takes the best.
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run whose members can be compared.
 
-    Averaged weights stand in for a final decay of the learning rate where a run ends without one. All ranks
-    of the clan call it, and choose alike.
+    Attributes:
+        view: the clan on this rank.
+        progress: of the run.
+        measurement: compares the members.
+        run_dir: the run's folder.
     """
-    losses = [clan.measurement.fitness(averaged=False).mean]
-    if clan.measurement.has_averages:
-        losses.append(clan.measurement.fitness(averaged=True).mean)
+
+    view: ClanView
+    progress: Progress
+    measurement: Measurement
+    run_dir: Path
+
+    def weights(self, member: int, *, averaged: bool) -> ChampionWeights:
+        """A member's weights, to be written."""
+        in_place: AbstractContextManager[Any] = self.measurement.averaged_weights() if averaged else nullcontext()
+        return ChampionWeights(member, averaged, in_place, self.run_dir)
+
+
+def choose(run: MeasuredRun) -> Summary:
+    """Measures every member's last weights, and its averaged weights if it has them; chooses the best.
+
+    Averaged weights take the place of a final decay of the learning rate if a run ends without one. All ranks of
+    the clan call it and choose alike.
+    """
+    losses = [run.measurement.fitness(averaged=False).mean]
+    if run.measurement.has_averages:
+        losses.append(run.measurement.fitness(averaged=True).mean)
     table = np.stack(losses)
     averaged, member = np.unravel_index(int(np.argmin(table)), table.shape)
     best = float(table[averaged, member])
-    return Summary(int(member) if np.isfinite(best) else None, best, bool(averaged), clan.recorder.run_dir)
+    return Summary(int(member) if np.isfinite(best) else None, best, bool(averaged), run.run_dir)
 
 
-def write(clan: Clan, summary: Summary) -> Summary:
-    """Writes the champion's weights, its schedule and the picture of the genes into the run's folder.
+def write(run: MeasuredRun, summary: Summary) -> Summary:
+    """Writes the champion's weights, its schedule and the plot of the genes into the run's folder.
 
     All ranks of the clan call it; the champion's write the weights, the clan's first rank the rest.
+
+    Returns:
+        The summary, with the artifacts.
 
     Raises:
         ClanError: on all ranks, if the weights could not be written.
     """
+    if summary.champion is None:
+        return summary
+    view, lineage, run_dir = run.view, run.progress.lineage, run.run_dir
     artifacts: dict[str, str] = {}
-    run_dir, forms = summary.run_dir, clan.config.checkpoint.champion
-    assert run_dir is not None, "all ranks know it"
-    if summary.champion is not None and forms:
-        written = keep(clan, summary.champion, run_dir, forms, averaged=summary.averaged)
-        artifacts |= {_ARTIFACTS[form]: where for form, where in written.items()}
-    if len(clan.recorder.lineage) and summary.champion is not None and run_dir is not None:
+    forms = view.config.checkpoint.champion
+    if forms:
+        written = write_weights(view, run.weights(summary.champion, averaged=summary.averaged), run_dir, forms)
+        artifacts |= {_ARTIFACTS[form]: path for form, path in written.items()}
+    if len(lineage):
         schedule = ClanSchedule.from_lineage(
-            clan.recorder.lineage, clan.genes, member=summary.champion, lr_factor=clan.strategy.lr_factor
+            lineage, view.genes, member=summary.champion, lr_factor=view.strategy.lr_factor
         )
         artifacts["schedule"] = str(run_dir / "schedule.json")
         if is_installed("matplotlib"):
             artifacts["genes"] = str(run_dir / "genes.png")
         artifacts["lineage"] = str(run_dir / "lineage.json")
-        if clan.world.is_clan_leader:
-            (run_dir / "lineage.json").write_text(json.dumps(clan.recorder.lineage.to_json()))
+        if view.world.is_clan_leader:
+            (run_dir / "lineage.json").write_text(json.dumps(lineage.to_json()))
             (run_dir / "schedule.json").write_text(schedule.to_json())
-            _draw(clan)
+            _plot(run_dir)
     return replace(summary, artifacts=artifacts)
 
 
-def save(clan: Clan, folder: Path | None = None) -> Path:
+def save(run: MeasuredRun, folder: Path | None = None) -> Path:
     """Writes the fittest member's weights while the run goes on; all ranks of the clan call it, between two steps.
 
-    The member is the one with the lowest loss in the last evaluation, its weights those of now: the averaged ones
-    where the strategy compares members by them.
+    The member is the one with the lowest loss in the last evaluation. Its weights are the present ones: the averaged
+    weights if the strategy compares members by them.
 
     Args:
-        clan: whose.
-        folder: where to; ``champion-step-NNNNNNNN`` in the run's folder where None.
+        run: whose.
+        folder: where to; None for ``champion-step-NNNNNNNN`` in the run's folder.
 
     Returns:
-        The folder, which has its name only when everything is in it.
+        The folder, which gets its name only when everything is in it.
 
     Raises:
         ClanError: if no loss was finite, or the weights could not be written.
     """
-    run_dir = clan.recorder.run_dir
-    assert run_dir is not None, "all ranks know it"
-    losses = np.where(np.isfinite(clan.fitness.mean), clan.fitness.mean, np.inf)
-    member = int(np.argmin(losses))
-    if not np.isfinite(losses[member]):
+    view, losses = run.view, run.progress.fitness.mean
+    finite = np.where(np.isfinite(losses), losses, np.inf)
+    member = int(np.argmin(finite))
+    if not np.isfinite(finite[member]):
         raise ClanError(
-            f"no member had a finite loss in the last evaluation ({clan.fitness.mean.tolist()}), so that none is the "
-            f"best. Resume from an earlier round with a lower learning rate."
+            f"no member had a finite loss in the last evaluation ({losses.tolist()}), so there is no best member. "
+            f"Resume from an earlier round with a lower learning rate."
         )
-    folder = folder or run_dir / f"champion-step-{clan.phases.position.step:08d}"
+    folder = folder or run.run_dir / f"champion-step-{view.phases.position.step:08d}"
     part = folder.with_name(f".{folder.name}.partial")
-    keep(clan, member, part, clan.config.checkpoint.champion or ["safetensors"], averaged=clan.measurement.has_averages)
-    if clan.member == member and clan.world.at.member_rank == 0:
+    forms = view.config.checkpoint.champion or ["safetensors"]
+    write_weights(view, run.weights(member, averaged=run.measurement.has_averages), part, forms)
+    if view.member == member and view.world.at.member_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    clan.world.replica_group.gather_json(None)
+    view.world.replica_group.gather_json(None)
     return folder
 
 
-def _draw(clan: Clan) -> None:
+def _plot(run_dir: Path) -> None:
     if not is_installed("matplotlib"):
         logging.getLogger(__name__).warning(
-            "matplotlib is not installed, and the picture of the genes is not drawn. %s", remedy("matplotlib")
+            "matplotlib is not installed, so the genes are not plotted. %s", remedy("matplotlib")
         )
         return
-    # Matplotlib takes a second to import: only the one process that draws pays for it, and at the end.
+    # Matplotlib takes a second to import, so only the process that plots imports it, at the run's end.
     from clantune_scale.tracking.plots import plot_genes
 
-    run_dir = clan.recorder.run_dir
-    assert run_dir is not None, "the clan's leader made it"
     plot_genes(read_events(run_dir / "events.jsonl"), run_dir / "genes.png")

@@ -1,12 +1,13 @@
-"""One member's weights in the forms that others read: safetensors, torch's distributed checkpoint, the engine's own."""
+"""One member's weights as safetensors, as torch's distributed checkpoint, or in the engine's own format."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,79 +17,95 @@ from clantune_scale.distributed.elastic.waiting import wait_while_ranks_live
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.results import weight_files
-
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.view import ClanView
 
 STEM = "champion"
 
 
-def check_forms(clan: Clan) -> None:
-    """At the start of a run, not at its end.
+@dataclass(frozen=True)
+class ChampionWeights:
+    """Which weights are written, and from where.
+
+    Attributes:
+        member: whose.
+        averaged: whether they are the averaged weights.
+        in_place: enters a context in which the member's model computes with them.
+        run_dir: the run's folder.
+    """
+
+    member: int
+    averaged: bool
+    in_place: AbstractContextManager[Any]
+    run_dir: Path
+
+
+def check_forms(forms: Sequence[str], engine: Any, backend: object) -> None:
+    """Refuses forms that the engine cannot write: at the start of a run, not at its end.
+
+    Args:
+        forms: of ``checkpoint.champion``.
+        engine: that the user trains with, for the message.
+        backend: that writes them.
 
     Raises:
-        ConfigError: if this engine has no such form.
+        ConfigError: if the backend has no such form.
     """
-    wants_own = "deepspeed" in clan.config.checkpoint.champion
-    if wants_own and not hasattr(clan.backend, "save_checkpoint"):
+    if "deepspeed" in forms and not hasattr(backend, "save_checkpoint"):
         raise ConfigError(
-            f"checkpoint.champion lists 'deepspeed', and the engine is {type(clan.backend.engine).__name__}. "
+            f"checkpoint.champion lists 'deepspeed', and the engine is {type(engine).__name__}. "
             f"Leave it out; 'dcp' can be loaded by any engine."
         )
 
 
-def keep(clan: Clan, member: int, folder: Path, forms: Sequence[str], *, averaged: bool) -> dict[str, str]:
+def write_weights(view: ClanView, weights: ChampionWeights, folder: Path, forms: Sequence[str]) -> dict[str, str]:
     """Writes a member's weights, as they are now, in each of ``forms``; all ranks of the clan call it.
 
     Args:
-        clan: whose.
-        member: which.
-        folder: where to; made where it is not there. All of the member's hosts must see it.
+        view: the clan on this rank.
+        weights: which.
+        folder: made if it does not exist. All of the member's hosts must see it.
         forms: of ``checkpoint.champion``.
-        averaged: its averaged weights in place of those that train.
 
     Returns:
-        By artifact, what was written.
+        By form, the path that was written.
 
     Raises:
         ClanError: on all ranks, if a file could not be written on one.
     """
-    clan.transfers.require_consistent()
-    everyone = Everyone(clan.world, clan.groups)
+    world, member = view.world, weights.member
+    everyone = Everyone(world, view.groups)
     written: dict[str, str] = {}
     problem = None
-    # Who writes nothing waits for who does: a collective's deadline would be too short for a large model.
-    with wait_while_ranks_live(
-        clan.world, silence_s=clan.config.faults.deadline_s, run_dir=clan.rounds.run_dir
-    ) as wait:
-        with clan.measurement.averaged_weights() if averaged else nullcontext():
-            if clan.member == member:
-                # Whatever one rank meets, all must come to the meeting point: it is told there.
+    # Ranks that write nothing wait for the others. A collective's timeout would be too short for a large model.
+    with wait_while_ranks_live(world, silence_s=view.config.faults.deadline_s, run_dir=weights.run_dir) as wait:
+        with weights.in_place:
+            if view.member == member:
+                # A rank that fails must still reach the gather below, where all ranks learn of it.
                 try:
-                    written = _write(clan, folder, forms, averaged)
+                    written = _write(view, folder, forms, averaged=weights.averaged)
                 except (OSError, RuntimeError, SafetensorError) as error:
                     problem = f"{type(error).__name__}: {error}"
-        _await_all(clan, wait)
+        _await_all(view, wait)
     problems = everyone.gather(problem)
-    found = [f"rank {rank}: {said}" for rank, said in enumerate(problems) if said is not None]
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
     if found:
         raise ClanError(
-            f"member {member}'s weights could not be written to {folder} ({'; '.join(found[:3])}). Make room there or "
-            f"mend it, and resume from the last committed round: nothing else was lost."
+            f"member {member}'s weights could not be written to {folder} ({'; '.join(found[:3])}). Free space "
+            f"there or choose another folder, and resume from the last committed round: nothing else was lost."
         )
-    if clan.member == member and clan.world.at.member_rank == 0 and "safetensors" in written:
+    if view.member == member and world.at.member_rank == 0 and "safetensors" in written:
         weight_files.settle(folder, STEM, Path(written["safetensors"]).name)
-    # Everyone is told of a file that is there, by the member that knows its name.
-    return everyone.gather(written)[clan.world.topology.member_ranks(member)[0]]
+    # Only the member that wrote the files knows their names.
+    return everyone.gather(written)[world.topology.member_ranks(member)[0]]
 
 
-def _write(clan: Clan, folder: Path, forms: Sequence[str], averaged: bool) -> dict[str, str]:
-    """The champion's own ranks, each its part."""
+def _write(view: ClanView, folder: Path, forms: Sequence[str], *, averaged: bool) -> dict[str, str]:
+    """Called on the champion's ranks, each of which writes its part."""
     folder.mkdir(parents=True, exist_ok=True)
-    at, size = clan.world.at, clan.world.topology.member_size
-    inside = ReplicaGroup(clan.groups.member() if size > 1 else None, at.member_rank, size)
+    at, size = view.world.at, view.world.topology.member_size
+    inside = ReplicaGroup(view.groups.member() if size > 1 else None, at.member_rank, size)
     written: dict[str, str] = {}
-    weights = clan.backend.full_weights() if {"safetensors", "dcp"} & set(forms) else None
+    weights = view.backend.full_weights() if {"safetensors", "dcp"} & set(forms) else None
     if "safetensors" in forms:
         name = weight_files.write(
             weights,
@@ -96,7 +113,7 @@ def _write(clan: Clan, folder: Path, forms: Sequence[str], averaged: bool) -> di
             STEM,
             gather=inside.gather_json,
             place=at.member_rank,
-            max_bytes=clan.config.checkpoint.champion_file_bytes,
+            max_bytes=view.config.checkpoint.champion_file_bytes,
             metadata={"format": "pt", "averaged": str(averaged).lower()},
         )
         written["safetensors"] = str(folder / name)
@@ -106,13 +123,18 @@ def _write(clan: Clan, folder: Path, forms: Sequence[str], averaged: bool) -> di
         written["dcp"] = str(target)
     if "deepspeed" in forms:
         target = folder / f"{STEM}_deepspeed"
-        _whole_folder(target, inside, lambda part: clan.backend.save_checkpoint(part, STEM))
+        _whole_folder(target, inside, lambda part: _engine_checkpoint(view.backend, part))
         written["deepspeed"] = str(target)
     return written
 
 
+def _engine_checkpoint(backend: Any, folder: Path) -> None:
+    """The engine's own format; :func:`check_forms` made sure that this backend has one."""
+    backend.save_checkpoint(folder, STEM)
+
+
 def _write_dcp(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Each rank's part, through torch's own call: the member is the default process group."""
+    """Writes this rank's part with torch's own call: the member is the default process group."""
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -120,7 +142,7 @@ def _write_dcp(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def _whole_folder(target: Path, inside: ReplicaGroup, write: Callable[[Path], None]) -> None:
-    """A folder that has its name only when all ranks have written into it."""
+    """Writes a folder that gets its name only when all ranks have written into it."""
     part = target.with_name(f".{target.name}.partial")
     if inside.member == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -132,9 +154,9 @@ def _whole_folder(target: Path, inside: ReplicaGroup, write: Callable[[Path], No
         part.rename(target)
 
 
-def _await_all(clan: Clan, wait: Callable[[str], None]) -> None:
-    """Until every rank of the clan is here, however long one writes."""
-    store, size = clan.world.store, clan.world.topology.world_size
+def _await_all(view: ClanView, wait: Callable[[str], None]) -> None:
+    """Waits until every rank of the clan is here, however long one writes."""
+    store, size = view.world.store, view.world.topology.world_size
     count = store.add("champion/arrived", 1)
     key = f"champion/{(count - 1) // size}"
     if count % size == 0:

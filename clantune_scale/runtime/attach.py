@@ -11,13 +11,19 @@ from typing import Any, TypeVar
 from torch.utils.data import Dataset
 
 from clantune_scale.config.batch import BatchPlan
+from clantune_scale.config.default_genes import genes_for
 from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import expected_steps, sees_samples_once
+from clantune_scale.core.strategies import Strategy, build
 from clantune_scale.data.loaders import make_window
+from clantune_scale.distributed.self_check import check_parameters, check_world
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
+from clantune_scale.results.champion_formats import check_forms
 from clantune_scale.runtime.clan import Clan
 from clantune_scale.runtime.engine_protocol import Backend
-from clantune_scale.runtime.genome_application import Setter
+from clantune_scale.runtime.genome_application import Setter, bind_genes
 from clantune_scale.runtime.validation_window import Evaluate
 
 AnyClan = TypeVar("AnyClan", bound=Clan)
@@ -84,14 +90,56 @@ def attach_to(
             accumulation=backend.accumulation,
             dp_size=backend.dp_size,
         )
-    return kind(
+    total_steps = block.total_steps or total_steps
+    _check_engine(world, backend, block)
+    is_once = sees_samples_once(
+        num_samples,
+        # The number of members that were launched: genes must not change when members are lost.
+        batch_size=batch.member_batch * world.launched,
+        num_steps=expected_steps(total_steps, block.round_length),
+    )
+    genes, strategy = _rules(block, backend, setters or {}, total_steps=total_steps, is_once=is_once)
+    clan = kind(
         world=world,
         backend=backend,
         config=block,
         batch=batch,
+        genes=genes,
+        strategy=strategy,
         window=make_window(backend, block.fitness, eval_data, collate_fn=collate_fn),
         evaluate=evaluate,
         setters=setters,
-        total_steps=block.total_steps or total_steps,
-        num_samples=num_samples,
     )
+    clan.start()
+    return clan
+
+
+def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None:
+    """Refuses, on all ranks, an engine that does not fit the clan or its config."""
+    world.arrange(pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank))
+    check_world(world, backend.device)
+    check_parameters(world, backend)
+    check_forms(block.checkpoint.champion, backend.engine, backend)
+
+
+def _rules(
+    block: ClanConfig,
+    backend: Backend,
+    setters: Mapping[str, Setter],
+    *,
+    total_steps: int | None,
+    is_once: bool,
+) -> tuple[tuple[Gene, ...], Strategy]:
+    """The genes that this engine has, the same on all ranks of a member, and the strategy that changes them.
+
+    Args:
+        block: names the genes, or leaves them to the defaults.
+        backend: the member's engine.
+        setters: by target, for genes that the user registers.
+        total_steps: optimizer steps of the whole run, or None.
+        is_once: whether no sample is seen twice, which default genes depend on.
+    """
+    configs = genes_for(block, backend, sees_samples_once=is_once)
+    genes = bind_genes(configs, backend, setters, quiet=configs.keys() - block.genes.keys())
+    facts = block.facts(genes, total_steps=total_steps, sees_samples_once=is_once)
+    return genes, build(block.strategy.name, facts, block.strategy.options)

@@ -1,39 +1,36 @@
-"""What members tell each other at a round's end beside their losses: how they fared and how far apart they are."""
+"""Diagnostics that members exchange at the end of a round, beside their losses: norms, drift, alignment, times."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
-from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.gradients.probe import GradientProbe
-
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.view import ClanView
 
 _BUCKET_ELEMENTS = 1 << 23
-# A host is called a straggler from here on: below, it is noise.
+# Below this multiple of the median, a difference in evaluation time is noise.
 _STRAGGLER = 1.5
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """One round's, each [members] float64; nan where a member has none.
+    """One round's, each [members] float64; nan if a member has no value.
 
     Attributes:
         learning_rate: of the first parameter group in the round's last step.
         gradient_norm: before clipping, in the round's last step.
         drift: ``||theta_i - mean theta|| / ||mean theta||`` over the clan, before any transfer.
         alignment: cosine of the member's own gradient with the clan's, in the last cooperative step.
-        strikes: micro-batches of the member whose loss, or else whose gradient, was not finite.
+        nonfinite_counts: micro-batches of the member whose loss, or else whose gradient, was not finite.
         evaluation_s: the member's slowest rank's seconds for its share of the window.
         training_loss: mean over the round's micro-batches.
     """
@@ -48,11 +45,11 @@ class Diagnostics:
 
     @property
     def clan_training_loss(self) -> float | None:
-        """The members' mean; None where one of them saw no loss."""
+        """The members' mean; None if one of them saw no loss."""
         return _or_none(float(self.training_loss.mean()))
 
     def of(self, member: int) -> dict[str, Any]:
-        """One member's as plain data, None where there is none."""
+        """One member's as plain data, None for a value that is missing."""
         named = {
             "gradient_norm": self.gradient_norm,
             "drift": self.drift,
@@ -64,7 +61,7 @@ class Diagnostics:
 
     @property
     def straggler(self) -> dict[str, float] | None:
-        """The slowest member, its seconds and the median's, where it took half as long again as the median."""
+        """The slowest member, its seconds and the median's, if it took 1.5 times the median or more; else None."""
         slowest = int(np.argmax(self.evaluation_s))
         median = float(np.median(self.evaluation_s))
         if self.evaluation_s.size < 3 or self.evaluation_s[slowest] < _STRAGGLER * median:
@@ -73,29 +70,36 @@ class Diagnostics:
 
 
 def gather_diagnostics(
-    clan: Clan, plan: RoundPlan, probe: GradientProbe, *, nonfinite_counts: int, losses: tuple[float, int]
+    view: ClanView,
+    probe: GradientProbe,
+    *,
+    learning_rate: float,
+    evaluation_s: float,
+    nonfinite_counts: int,
+    losses: tuple[float, int],
 ) -> Diagnostics:
-    """Every member's figures on every rank; all ranks of the clan call it, before anyone is copied.
+    """Every member's diagnostics on every rank; all ranks of the clan call it, before any transfer.
 
     Args:
-        clan: whose round it was.
-        plan: of the round.
-        probe: that looked at its last steps.
-        strikes: micro-batches of this rank whose loss was not finite.
+        view: the clan on this rank.
+        probe: that looked at the round's last steps.
+        learning_rate: of this member's first parameter group in the round's last step.
+        evaluation_s: this rank's seconds for its share of the window.
+        nonfinite_counts: micro-batches of this rank whose loss or gradient was not finite.
         losses: sum of the training losses of this rank's micro-batches in the round, and their number.
     """
-    device, replica_group = clan.backend.device, clan.world.replica_group
-    masters = clan.backend.masters()
+    device, replica_group = view.backend.device, view.world.replica_group
+    masters = view.backend.masters()
     alignment = probe.read_alignment(device)
     totals = torch.tensor([float(nonfinite_counts), *losses], dtype=torch.float64, device=device)
-    slowest = torch.tensor(clan.measurement.seconds, dtype=torch.float64, device=device)
+    slowest = torch.tensor(evaluation_s, dtype=torch.float64, device=device)
     dist.all_reduce(totals)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     total_nonfinite_counts, total_loss, count = totals.tolist()
     given = [
-        clan.learning_rate(plan.end_step - 1),
+        learning_rate,
         probe.norm,
-        drift_of(masters, replica_group, clan.groups.replica_group_for(masters[0].device.type)),
+        drift_of(masters, replica_group, view.groups.replica_group_for(masters[0].device.type)),
         alignment,
         total_nonfinite_counts,
         float(slowest),
@@ -109,13 +113,13 @@ def gather_diagnostics(
 def drift_of(masters: Sequence[torch.Tensor], replica_group: ReplicaGroup, group: Any) -> float:
     """How far this member's weights are from the clan's mean weights, relative to the mean's norm.
 
-    One all-reduce of the fp32 weights down the column, in buckets, and two sums over the member. Ranks that hold
-    the same weights count them as often above as below the line.
+    It costs one all-reduce of the fp32 weights across members, in buckets, and two sums over the member. Ranks that
+    hold the same weights count them equally often in the numerator and in the denominator.
 
     Args:
         masters: this rank's fp32 weights.
-        column: its control column.
-        group: the column's group on the weights' device.
+        replica_group: this rank's peers.
+        group: the same peers' group on the weights' device.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=masters[0].device)
     for bucket in _buckets(masters):
@@ -130,7 +134,7 @@ def drift_of(masters: Sequence[torch.Tensor], replica_group: ReplicaGroup, group
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Neighbouring tensors together up to a size; one that is larger stands alone."""
+    """Joins neighbouring tensors up to a size; a larger tensor is a bucket of its own."""
     buckets: list[list[torch.Tensor]] = []
     room = 0
     for tensor in tensors:

@@ -1,4 +1,17 @@
-"""What the clan asks of an engine. One class per engine implements it; nothing else names an engine."""
+"""What a clan asks of an engine, in small protocols. A backend implements all of them; nothing else names an engine.
+
+=====================  =====================================================
+Protocol               Used by
+=====================  =====================================================
+:class:`EnginePlace`   samplers, process groups, the check at the start
+:class:`UpdateHooks`   the clan: it counts steps and watches training
+:class:`SharesGrads`   the clan: it says who averages gradients with whom
+:class:`Settings`      genome application
+:class:`Evaluates`     the validation window
+:class:`RandomState`   rounds on disk
+:class:`EngineState`   transfers, snapshots, rounds on disk, the champion
+=====================  =====================================================
+"""
 
 from __future__ import annotations
 
@@ -22,65 +35,76 @@ class GradientGroups(Protocol):
         """The ranks with these places in their member's world, in all members of the team."""
 
     def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
-        """Before each sum over a team, what this rank brings to it: in place, left out where it is not finite."""
+        """Scales this rank's terms of a sum over a team, in place, before the sum; non-finite ones become zero."""
 
     def replica_group(self, team: tuple[int, ...]) -> Any:
         """This rank's peers, one in each member of the team."""
 
 
-class Backend(Protocol):
-    """One member's engine, seen from the clan.
+class HasDevice(Protocol):
+    """Where an engine computes.
+
+    Attributes:
+        device: of the parameters.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class EnginePlace(HasDevice, Protocol):
+    """A rank's place in its member.
 
     Attributes:
         engine: what the user trains with, and what a user's ``evaluate`` is given.
         module: the user's module (this rank's part of it).
-        device: where its parameters live.
         pp_rank, pp_size, dp_rank, dp_size, tp_rank, tp_size: this rank's place among the member's pipeline stages,
             data-parallel replicas and tensor shards. In the member's world ranks are ordered
             ``[pipeline, data, tensor]``, tensor fastest.
         dp_group: the member's ranks that hold the same part of the model as this one, ``dp_size`` of them.
         micro_batch_size: samples per rank and backward pass.
-        num_steps: optimizer steps done.
-        clip: gradient-norm threshold, 0 where clipping is off; writable.
-        accumulation: micro-batches per optimizer step; writable between steps.
     """
 
-    engine: Any
-    module: torch.nn.Module
-    device: torch.device
-    pp_rank: int
-    pp_size: int
-    dp_rank: int
-    dp_size: int
-    tp_rank: int
-    tp_size: int
-    dp_group: Any
-    micro_batch_size: int
-    clip: float
-    accumulation: int
+    @property
+    def engine(self) -> Any: ...
+
+    @property
+    def module(self) -> torch.nn.Module: ...
+
+    @property
+    def pp_rank(self) -> int: ...
+
+    @property
+    def pp_size(self) -> int: ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+    @property
+    def tp_rank(self) -> int: ...
+
+    @property
+    def tp_size(self) -> int: ...
+
+    @property
+    def dp_group(self) -> Any: ...
+
+    @property
+    def micro_batch_size(self) -> int: ...
+
+
+class UpdateHooks(Protocol):
+    """Hooks on the steps of training.
+
+    Attributes:
+        num_steps: optimizer steps done.
+    """
 
     @property
     def num_steps(self) -> int: ...
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The live groups of the optimizer that applies the update, by reference."""
-
-    def masters(self) -> list[torch.Tensor]:
-        """This rank's live fp32 weights: what the optimizer updates."""
-
-    def refresh(self) -> None:
-        """Brings the weights that the model computes with up to date with the masters (member collective)."""
-
-    def state(self) -> MemberState:
-        """This rank's live training state."""
-
-    def share_gradients(
-        self,
-        team: Callable[[], tuple[int, ...]],
-        groups: GradientGroups,
-        probe: GradientProbe | None = None,
-    ) -> None:
-        """Averages gradients over the members that ``team()`` names in each step; shows them to ``probe``."""
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Enters ``context()`` just around the optimizer's own update: after clipping, before the scheduler."""
@@ -91,6 +115,53 @@ class Backend(Protocol):
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
         """Shows each training forward's arguments and each loss that goes backward."""
 
+    def detach(self) -> None:
+        """Takes every hook off the engine again."""
+
+
+class SharesGrads(Protocol):
+    """Averages gradients across members."""
+
+    def share_gradients(
+        self,
+        team: Callable[[], tuple[int, ...]],
+        groups: GradientGroups,
+        probe: GradientProbe | None = None,
+    ) -> None:
+        """Averages gradients over the members that ``team()`` names in each step; shows them to ``probe``."""
+
+
+class Settings(Protocol):
+    """What genes set.
+
+    Attributes:
+        clip: gradient-norm threshold, 0 if clipping is off; writable.
+        accumulation: micro-batches per optimizer step; writable between steps.
+    """
+
+    clip: float
+    accumulation: int
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The live groups of the optimizer that applies the update, by reference."""
+
+    def optimizer_name(self) -> str:
+        """The class of the optimizer that applies the update."""
+
+    def update_rule(self) -> str:
+        """How that optimizer updates, by :func:`clantune_scale.config.default_genes.update_rule`."""
+
+
+class Evaluates(HasDevice, Protocol):
+    """Computes losses without training.
+
+    Attributes:
+        dp_group: over which a member's ranks share a window's batches out.
+    """
+
+    @property
+    def dp_group(self) -> Any: ...
+
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients; on exit the mode is what it was."""
 
@@ -99,32 +170,31 @@ class Backend(Protocol):
 
         Args:
             batch: as the data loader gives it.
-            evaluate: the user's ``(engine, batch) -> loss``; the model's own loss where None.
+            evaluate: the user's ``(engine, batch) -> loss``; None for the model's own loss.
         """
 
-    def loss_scale(self) -> Mapping[str, Any] | None:
-        """The state of the dynamic loss scale, ``"cur_scale"`` among it, or None without one."""
 
-    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
-        """Takes over such a state."""
-
-    def optimizer_name(self) -> str:
-        """The class of the optimizer that applies the update."""
-
-    def update_rule(self) -> str:
-        """How that optimizer updates, by :func:`clantune_scale.config.default_genes.update_rule`."""
-
-    def counters(self) -> dict[str, int]:
-        """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""
-
-    def load_counters(self, counters: Mapping[str, int]) -> None:
-        """Takes over such counts; ``num_steps`` follows them. Called after the accumulation was set."""
+class RandomState(HasDevice, Protocol):
+    """Random streams of this rank beside torch's, numpy's and Python's own; often there are none."""
 
     def random_streams(self) -> dict[str, torch.Tensor]:
-        """uint8 states of random streams of this rank beside torch's, numpy's and Python's own; often none."""
+        """uint8 states, by name."""
 
     def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
         """Takes over such states."""
+
+
+class EngineState(Protocol):
+    """What training has changed in an engine, and what a clone or a resumed run takes over."""
+
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's live fp32 weights: what the optimizer updates."""
+
+    def refresh(self) -> None:
+        """Brings the weights that the model computes with up to date with the masters (member collective)."""
+
+    def state(self) -> MemberState:
+        """This rank's live training state."""
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """The member's whole weights and buffers, by name, in host memory (member collective).
@@ -133,5 +203,26 @@ class Backend(Protocol):
         name is there twice. None on all others.
         """
 
-    def detach(self) -> None:
-        """Takes every hook off the engine again."""
+    def loss_scale(self) -> Mapping[str, Any] | None:
+        """The state of the dynamic loss scale, ``"cur_scale"`` among it, or None without one."""
+
+    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
+        """Takes over such a state."""
+
+    def counters(self) -> dict[str, int]:
+        """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Takes over such counts; ``num_steps`` follows them. Called after the accumulation was set."""
+
+
+class TunedEngine(EnginePlace, Settings, Protocol):
+    """An engine that genes are written into."""
+
+
+class MeasuredEngine(Evaluates, EngineState, Protocol):
+    """An engine that is evaluated with its own weights and with their averages."""
+
+
+class Backend(EnginePlace, UpdateHooks, SharesGrads, Settings, Evaluates, RandomState, EngineState, Protocol):
+    """One member's engine: all that a clan asks of it."""

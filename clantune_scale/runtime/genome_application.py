@@ -23,7 +23,7 @@ from clantune_scale.config.schema import GeneConfig
 from clantune_scale.core import decay
 from clantune_scale.core.genome import GROUP_KEYS, Gene
 from clantune_scale.errors import ClanError, NoEffectWarning
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import TunedEngine
 
 #: Where a parameter group keeps its scheduled learning rate of the last step before the final decay. Torch's
 #: schedulers keep ``initial_lr`` there too: a group's settings are saved with the optimizer and with a round.
@@ -35,7 +35,7 @@ _SHARES = {"lr": "lr_mult", "weight_decay": "wd_mult"}
 
 def bind_genes(
     configs: Mapping[str, GeneConfig],
-    backend: Backend,
+    backend: TunedEngine,
     setters: Mapping[str, Setter],
     *,
     quiet: Collection[str] = (),
@@ -77,7 +77,9 @@ class _Seen:
     found: float | None
 
 
-def _seen_by_member(configs: Mapping[str, GeneConfig], backend: Backend, setters: Mapping[str, Setter]) -> list[_Seen]:
+def _seen_by_member(
+    configs: Mapping[str, GeneConfig], backend: TunedEngine, setters: Mapping[str, Setter]
+) -> list[_Seen]:
     """By gene; the same on all ranks of a member, whose pipeline stages hold different modules and groups."""
     seen = []
     for name, config in configs.items():
@@ -114,7 +116,7 @@ class Expression:
         setters: by target, for genes that the user registered; a setter goes before what the package does.
     """
 
-    def __init__(self, genes: Sequence[Gene], backend: Backend, setters: Mapping[str, Setter]) -> None:
+    def __init__(self, genes: Sequence[Gene], backend: TunedEngine, setters: Mapping[str, Setter]) -> None:
         self._backend = backend
         self._in_groups = [gene for gene in genes if gene.target in GROUP_KEYS and gene.target not in setters]
         self._between_steps = [gene for gene in genes if gene not in self._in_groups]
@@ -242,7 +244,7 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
         return
     scheduled = group[key] if place is None else group[key][place]
     # Megatron-core's groups say which share of a common value they take; norms and biases take no weight decay.
-    wanted = scheduled * value if gene.relative else value * group.get(_SHARES.get(key), 1.0)
+    wanted = scheduled * value if gene.relative else value * group.get(_SHARES.get(key, ""), 1.0)
     if isinstance(group[key], torch.Tensor):
         group[key] = torch.full_like(group[key], float(wanted))
     else:
@@ -275,7 +277,7 @@ def _dropouts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     ]
 
 
-def _found(target: str, names: Sequence[str] | None, backend: Backend) -> float | None:
+def _found(target: str, names: Sequence[str] | None, backend: TunedEngine) -> float | None:
     """The value that the engine has for a target now, or None where it has none."""
     if target in GROUP_KEYS:
         key, place = GROUP_KEYS[target]
@@ -292,17 +294,19 @@ def _found(target: str, names: Sequence[str] | None, backend: Backend) -> float 
     return None
 
 
-def _group_names(backend: Backend) -> list[str]:
+def _group_names(backend: TunedEngine) -> list[str]:
     return [str(group.get("name", index)) for index, group in enumerate(backend.param_groups())]
 
 
-def _missing_groups(target: str, config: GeneConfig, backend: Backend) -> list[str]:
+def _missing_groups(target: str, config: GeneConfig, backend: TunedEngine) -> list[str]:
     """The names in a gene's ``groups`` that no parameter group has."""
     names = _group_names(backend)
     return [name for name in config.groups or [] if target in GROUP_KEYS and name not in names]
 
 
-def _why_without_effect(target: str, config: GeneConfig, backend: Backend, setters: Mapping[str, Setter]) -> str | None:
+def _why_without_effect(
+    target: str, config: GeneConfig, backend: TunedEngine, setters: Mapping[str, Setter]
+) -> str | None:
     """Why a gene would change nothing here, or None where it would (or where building it says more)."""
     if target in setters:
         return None

@@ -1,70 +1,79 @@
-"""What members are compared on: their losses on common examples, of the weights that train or of their averages."""
+"""Fitness: the members' losses on common examples, with the weights that train or with their moving averages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 from clantune_scale.core.fitness import Fitness
+from clantune_scale.distributed.groups import ReplicaGroup
+from clantune_scale.runtime.engine_protocol import MeasuredEngine
+from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.weight_averages import WeightEma
-
-if TYPE_CHECKING:
-    from clantune_scale.runtime.clan import Clan
 
 
 class Measurement:
     """A member's part in measuring the clan.
 
     Args:
-        clan: whose, with its backend, strategy and phases in place.
         window: the validation window that selection sees.
         evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
+        backend: the member's engine.
+        phases: whose gradient sharing is suspended during an evaluation.
+        replica_group: this rank's peers.
+        uses_ema: whether the strategy averages weights.
 
     Attributes:
-        averages: of this rank's masters, or None where the strategy keeps none.
+        ema: the moving average of this rank's fp32 weights, or None if the strategy uses none.
     """
 
-    def __init__(self, clan: Clan, window: ValidationWindow, evaluate: Evaluate | None) -> None:
-        self._clan, self._window, self._evaluate = clan, window, evaluate
-        backend = clan.backend
-        self.uses_ema: WeightEma | None = None
-        if clan.strategy.uses_ema:
-            self.uses_ema = WeightEma(backend.masters, backend.refresh)
+    def __init__(
+        self,
+        window: ValidationWindow,
+        evaluate: Evaluate | None,
+        *,
+        backend: MeasuredEngine,
+        phases: PhaseManager,
+        replica_group: ReplicaGroup,
+        uses_ema: bool,
+    ) -> None:
+        self._window, self._evaluate = window, evaluate
+        self._backend, self._phases, self._replica_group = backend, phases, replica_group
+        self.ema = WeightEma(backend.masters, backend.refresh) if uses_ema else None
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Token ids in a sample, or None where samples hold none."""
+        """Token ids in a sample, or None if samples hold none."""
         return self._window.tokens_per_sample
 
     @property
     def seconds(self) -> float:
-        """This rank's for its share of the window in the last evaluation."""
+        """This rank's time for its share of the window in the last evaluation."""
         return self._window.seconds
 
     @property
     def has_averages(self) -> bool:
-        """Whether averaged weights are up to date: the strategy keeps them and this round measures on them."""
-        return self.uses_ema is not None and self._clan.phases.position.plan.uses_ema
+        """Whether averaged weights are up to date: the strategy uses them and measures this round on them."""
+        return self.ema is not None and self._phases.position.plan.uses_ema
 
     def fitness(self, *, averaged: bool) -> Fitness:
-        """The clan's losses on the common window, of averaged weights or of those that train.
+        """The clan's losses on the common window; all ranks of the clan call it.
 
-        All ranks of the clan call it. Where the strategy keeps no averages, both are the weights that train.
+        Args:
+            averaged: measure the averaged weights; the weights that train if the strategy uses no averages.
         """
         with self.averaged_weights() if averaged else nullcontext():
             return self.on(self._window)
 
     def on(self, window: ValidationWindow) -> Fitness:
-        """The clan's losses on a window, of the present weights; all ranks of the clan call it."""
-        clan = self._clan
-        with clan.phases.suspended():
-            losses = window.losses(clan.backend, self._evaluate)
-        return Fitness.from_losses(clan.world.replica_group.gather(losses))
+        """The clan's losses on a window, with the present weights; all ranks of the clan call it."""
+        with self._phases.suspended():
+            losses = window.losses(self._backend, self._evaluate)
+        return Fitness.from_losses(self._replica_group.gather(losses))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, each member's model computes with its averaged weights, where the strategy keeps them."""
-        with nullcontext() if self.uses_ema is None else self.uses_ema.in_place_of_weights():
+        """Inside, each member's model computes with its averaged weights, if the strategy uses them."""
+        with nullcontext() if self.ema is None else self.ema.in_place_of_weights():
             yield

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from clantune_scale.data.watch import tensors_in
 from clantune_scale.errors import ConfigError, EvaluationError
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import Evaluates
 
 Evaluate = Callable[[Any, Any], Any]
 
@@ -104,7 +104,7 @@ class ValidationWindow:
         first = next(ids, None)
         return None if first is None else first.shape[1:].numel()
 
-    def losses(self, backend: Backend, evaluate: Evaluate | None = None) -> np.ndarray:
+    def losses(self, backend: Evaluates, evaluate: Evaluate | None = None) -> np.ndarray:
         """[batches] float64: this member's mean loss on each batch; the same on all its ranks.
 
         A member collective. What ``evaluate(engine, batch)`` returns takes the place of the model's loss. What

@@ -22,7 +22,7 @@ from clantune_scale.errors import TransferError
 from clantune_scale.transfer.peer import BUCKET_BYTES, PeerTransport, messages
 from clantune_scale.transfer.route import Route, agree, donors_of_retry
 from clantune_scale.transfer.state import MemberState, bytes_digest
-from clantune_scale.transfer.transport import Transport, build
+from clantune_scale.transfer.transport import Transport
 
 if TYPE_CHECKING:
     from clantune_scale.distributed.world import ClanGroups, ClanWorld
@@ -88,7 +88,7 @@ class Transfers:
         return cls(
             world.replica_group,
             groups.replica_group_for,
-            transport=build(config, runs=runs),
+            transport=_transport_of(config, runs),
             inside=(lambda: ReplicaGroup(groups.member(), at.member_rank, size)) if size > 1 else None,
             ranks=topology.replica_group_ranks(at.rank),
             place=f"pp{at.pp}.dp{at.dp}.tp{at.tp}",
@@ -302,3 +302,17 @@ def _error(when: str, inconsistent: Mapping[int, tuple[int, str]], donors: Seque
     error = TransferError(f"{when}{'; '.join(parts)}. Its state is inconsistent. {_REMEDY}")
     error.members = tuple(sorted(inconsistent))
     return error
+
+
+def _transport_of(config: TransferConfig, runs: Path) -> Transport:
+    """The transport that a config names; files are exchanged under ``runs`` if the config names no folder."""
+    # Torch's checkpoint package takes a second to import, so it is imported only for a transport that uses it.
+    if config.transport == "dcp_peer":
+        from clantune_scale.transfer.dcp_peer import DcpPeerTransport
+
+        return DcpPeerTransport(bucket_bytes=config.bucket_bytes)
+    if config.transport == "dcp_files":
+        from clantune_scale.transfer.dcp_files import DcpFilesTransport
+
+        return DcpFilesTransport(Path(config.directory) if config.directory is not None else runs / "transfers")
+    return PeerTransport(bucket_bytes=config.bucket_bytes)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from clantune_scale.config.schema import TransferConfig
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 
@@ -36,24 +34,3 @@ class Transport(Protocol):
             Why the received bytes are unusable, if the transport noticed it. None is no proof: the digests of both
             ends are compared afterwards.
         """
-
-
-def build(config: TransferConfig, *, runs: Path) -> Transport:
-    """The transport that a config names.
-
-    Args:
-        config: the block's ``transfer`` section.
-        runs: the folder of runs. Files are exchanged below it if the config names no folder.
-    """
-    # Torch's checkpoint package takes a second to import. Only the transports that use it pay for that.
-    if config.transport == "dcp_peer":
-        from clantune_scale.transfer.dcp_peer import DcpPeerTransport
-
-        return DcpPeerTransport(bucket_bytes=config.bucket_bytes)
-    if config.transport == "dcp_files":
-        from clantune_scale.transfer.dcp_files import DcpFilesTransport
-
-        return DcpFilesTransport(Path(config.directory) if config.directory is not None else runs / "transfers")
-    from clantune_scale.transfer.peer import PeerTransport
-
-    return PeerTransport(bucket_bytes=config.bucket_bytes)

@@ -164,7 +164,7 @@ def test_a_clan_of_rounds_agrees_with_its_reference(name, setup, tmp_path):
 def _rounds(name: str, setup: Setup, block: dict, num_steps: int) -> tuple[Weights, list[Any]]:
     run = family(name).start(setup, block)
     run.train(num_steps)
-    return _leave((run.weights(), list(run.clan.recorder.lineage)))
+    return _leave((run.weights(), list(run.clan.progress.lineage)))
 
 
 def _stop_and_resume(name: str, setup: Setup, block: dict, stops: list[int], num_steps: int) -> list[Weights]:

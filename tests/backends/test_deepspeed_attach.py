@@ -175,7 +175,7 @@ def _all_nan(rank, config):
     after = engine.clan.population.memory["centre"]["lr"]
     restored = torch.equal(engine.module.first.weight, good)
     train(engine, loader, 15)
-    lineage = [(record.restored, list(record.donors)) for record in engine.clan.recorder.lineage]
+    lineage = [(record.restored, list(record.donors)) for record in engine.clan.progress.lineage]
     went_on = not torch.equal(engine.module.first.weight, good)
     engine.clan.finish()
 
@@ -202,7 +202,7 @@ def _one_nan(rank, config, strategy):
     engine, loader = start(block, evaluate=table)
     train(engine, loader, 10)
     summary = engine.clan.finish()
-    return [list(record.donors) for record in engine.clan.recorder.lineage], summary.champion
+    return [list(record.donors) for record in engine.clan.progress.lineage], summary.champion
 
 
 def _one_nan_each(rank, config):

@@ -79,7 +79,7 @@ def _overflow_while_competing(rank, config, odd_member):
         is_odd = step == 3 and clan.member == odd_member
         one_step(engine, loader, factor=float("inf") if is_odd else 1.0)
         scales.append((clan.phases.position.phase.kind.value, clan.backend.loss_scale()["cur_scale"]))
-    return clan.member, scales, engine.skipped_steps, clan.recorder.lineage
+    return clan.member, scales, engine.skipped_steps, clan.progress.lineage
 
 
 @pytest.mark.parametrize("stage, odd_member", [(1, 0), (2, 1), (3, 1)])

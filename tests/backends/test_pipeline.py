@@ -154,7 +154,7 @@ def _genes(rank: int, config: dict) -> dict[str, Any]:
     clan = engine.clan
     with clan.expression.during_update():
         rates = {group["name"]: group["lr"] for group in clan.backend.param_groups()}
-    lineage = [(record.donors, record.losses) for record in clan.recorder.lineage]
+    lineage = [(record.donors, record.losses) for record in clan.progress.lineage]
     return {
         "genes": [gene.name for gene in clan.genes], "rates": rates, "accumulated": accumulated, "dropped": dropped,
         "clip": clan.backend.clip, "genome": dict(clan.genome.values), "lineage": lineage,

@@ -76,19 +76,19 @@ def standing(engine: Any, losses: list[float]) -> dict[str, Any]:
         "scalars": clan.state().scalars,
         "model": torch.cat([p.detach().float().flatten() for p in engine.module.parameters()]).double().sum().item(),
         "population": clan.population,
-        "lineage": [(r.start_step, r.genomes, r.losses, r.donors, r.restored) for r in clan.recorder.lineage],
+        "lineage": [(r.start_step, r.genomes, r.losses, r.donors, r.restored) for r in clan.progress.lineage],
         "draw": draw,
-        "next": clan.samplers[0].state_dict(),
+        "next": clan.progress.samplers[0].state_dict(),
         "counters": clan.backend.counters(),
         "rates": [group["lr"], clan.learning_rate(clan.phases.position.step)],
         "last_losses": losses[-2:],
         "kept": None
-        if clan.rollback_snapshot is None
-        else [tensor.sum().item() for _, tensor in clan.rollback_snapshot.tensors],
+        if clan.progress.rollback_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.progress.rollback_snapshot.tensors],
         "aside": None
-        if clan.phase_snapshot is None
-        else [tensor.sum().item() for _, tensor in clan.phase_snapshot.tensors],
-        "samples": clan.recorder.samples,
+        if clan.progress.phase_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.progress.phase_snapshot.tensors],
+        "samples": clan.progress.num_samples,
     }
 
 

@@ -25,7 +25,7 @@ def _stretches(clan):
     state = clan.state()
     return {
         prefix + key: (first, tensors[name].detach().float().flatten()[offset : offset + length].clone())
-        for prefix, tensors in (("", dict(state.tensors)), ("kept/", dict(clan.rollback_snapshot.tensors)))
+        for prefix, tensors in (("", dict(state.tensors)), ("kept/", dict(clan.progress.rollback_snapshot.tensors)))
         for name, pieces in pieces_of(state).items()
         for key, first, offset, length in pieces
     }

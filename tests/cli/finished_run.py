@@ -41,7 +41,7 @@ def _job(rank: int, config: dict) -> tuple[str, Lineage, int]:
     engine, loader = start(config, dropout=0.1)
     train(engine, loader, NUM_STEPS)
     engine.clan.finish()
-    return str(engine.clan.recorder.run_dir), engine.clan.recorder.lineage, len(calls)
+    return str(engine.clan.recorder.run_dir), engine.clan.progress.lineage, len(calls)
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,10 @@ def job(rank: int, config: dict) -> dict[str, Any]:
         kind += "_round_end" if position.ends_round else ""
         found[kind] = counted.empty()
     found["state_bytes"] = clan.state().num_bytes
-    found["kept_bytes"] = sum(tensor.numel() * tensor.element_size() for _, tensor in clan.rollback_snapshot.tensors)
-    found["donors"] = [record.donors for record in clan.recorder.lineage]
+    found["kept_bytes"] = sum(
+        tensor.numel() * tensor.element_size() for _, tensor in clan.progress.rollback_snapshot.tensors
+    )
+    found["donors"] = [record.donors for record in clan.progress.lineage]
     found["member"] = clan.member
     found["averages"] = clan.strategy.uses_ema
     return found

@@ -19,7 +19,7 @@ def _clan_run(rank, config, num_steps, options=None):
     engine, loader = start(config, **(options or {}))
     losses = train(engine, loader, num_steps)
     clan = engine.clan
-    history = [(r.genomes, r.losses, r.donors, r.restored) for r in clan.recorder.lineage]
+    history = [(r.genomes, r.losses, r.donors, r.restored) for r in clan.progress.lineage]
     return flat_weights(engine), losses, history, clan.population, str(clan.recorder.run_dir)
 
 
@@ -218,3 +218,44 @@ def test_without_the_vote_a_bad_batch_reaches_everyone(tmp_path):
     block = clan_config(tmp_path, ds_config(0), strategy="classic", faults={"nonfinite_mask": False})
     with pytest.raises(RankError, match="none of the 2 members has a finite validation loss"):
         run_ranks(2, in_member_worlds, _with_a_bad_batch, block, 5, 2)
+
+
+def _build_only(rank, config):
+    """What the constructor of a clan did to ranks and engine."""
+    import clantune_scale
+    from clantune_scale.backends.deepspeed import attach
+    from clantune_scale.runtime.clan import Clan
+    from tests.small_clans import Net, datasets
+
+    seen = {}
+
+    class Watched(Clan):
+        def __init__(self, **parts):
+            backend = parts["backend"]
+            names, num_hooks = list(vars(backend.engine)), len(backend.module._forward_pre_hooks)
+            groups = [dict(group) for group in backend.param_groups()]
+            with CommDebugMode() as mode:
+                super().__init__(**parts)
+            seen["collectives"] = mode.get_total_counts()
+            num_now = len(backend.module._forward_pre_hooks)
+            seen["hooked"] = list(vars(backend.engine)) != names or num_now != num_hooks
+            pairs = zip(backend.param_groups(), groups, strict=True)
+            seen["changed"] = [key for now, before in pairs for key in now if now[key] is not before.get(key)]
+            seen["groups"] = list(self.groups._groups)
+
+        def start(self):
+            """Nothing: what is looked at is the constructor."""
+
+    attach.Clan = Watched
+    model = Net()
+    clantune_scale.initialize(model=model, config=config, model_parameters=model.parameters(), eval_data=datasets()[1])
+    return seen
+
+
+def test_construction_has_no_effect_on_ranks_disk_or_engine(tmp_path):
+    runs = tmp_path / "runs"
+    config = clan_config(tmp_path)
+    config["clantune"]["tracking"]["directory"] = str(runs)
+    for seen in run_ranks(2, in_member_worlds, _build_only, config):
+        assert seen == {"collectives": 0, "hooked": False, "changed": [], "groups": []}
+    assert not runs.exists()

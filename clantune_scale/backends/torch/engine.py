@@ -48,6 +48,12 @@ class LoopBackend:
 
     pp_rank = 0
     pp_size = 1
+    # Set by the subclasses, which know the model's meshes and groups.
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    dp_group: Any
     tp_group: Any = None
 
     def __init__(

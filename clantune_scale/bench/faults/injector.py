@@ -22,8 +22,8 @@ VARIABLE = "CLANTUNE_FAULTS"
 
 #: Name to the module and the function in it, in the order in which a round comes to them.
 POINTS: dict[str, tuple[str, str]] = {
-    "join": ("clantune_scale.distributed.world", "open_column"),
-    "start": ("clantune_scale.runtime.clan", "Clan._start"),
+    "join": ("clantune_scale.distributed.world", "open_replica_group"),
+    "start": ("clantune_scale.runtime.clan", "Clan._begin_run"),
     "forward": ("clantune_scale.data.watch", "BatchWatch.on_batch"),
     "step": ("clantune_scale.runtime.clan", "Clan._after_step"),
     "evaluation": ("clantune_scale.runtime.validation_window", "ValidationWindow.losses"),

@@ -152,17 +152,17 @@ def standing(clan: Any) -> dict[str, str | list[int]]:
         "state": state_digest(state),
         "scalars": state.scalars,
         "population": clan.population,
-        "lineage": [(r.start_step, r.genomes, r.losses, r.donors, r.restored) for r in clan.recorder.lineage],
+        "lineage": [(r.start_step, r.genomes, r.losses, r.donors, r.restored) for r in clan.progress.lineage],
         "draw": draw,
-        "next": [sampler.state_dict() for sampler in clan.samplers],
+        "next": [sampler.state_dict() for sampler in clan.progress.samplers],
         "counters": clan.backend.counters(),
         "kept": None
-        if clan.rollback_snapshot is None
-        else [tensor.sum().item() for _, tensor in clan.rollback_snapshot.tensors],
+        if clan.progress.rollback_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.progress.rollback_snapshot.tensors],
         "aside": None
-        if clan.phase_snapshot is None
-        else [tensor.sum().item() for _, tensor in clan.phase_snapshot.tensors],
-        "samples": clan.recorder.samples,
+        if clan.progress.phase_snapshot is None
+        else [tensor.sum().item() for _, tensor in clan.progress.phase_snapshot.tensors],
+        "samples": clan.progress.num_samples,
     }
     return {name: repr(value) for name, value in found.items()}
 

@@ -52,11 +52,11 @@ def test_after(gathering):
 
 
 def test_another_epoch_is_left_alone(gathering):
-    environ = to_environ([Fault(1, "figures", epoch=1)])
+    environ = to_environ([Fault(1, "figures", generation=1)])
     assert install({"RANK": "1", **environ}) == []
     later = {"RANK": "1", **environ}
     Generation(1, launch={}).write(later)
-    assert install(later) == [Fault(1, "figures", epoch=1)]
+    assert install(later) == [Fault(1, "figures", generation=1)]
 
 
 def test_a_step_is_waited_for(gathering, monkeypatch):
