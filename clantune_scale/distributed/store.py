@@ -13,7 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 # Before this version, torch's libuv server takes no socket that is listening already; its older server does.
-_LIBUV_LISTENS_SINCE = (2, 7)
+_LIBUV_LISTENS_SINCE = (2, 8)
 
 
 def serve(address: str, port: int, *, timeout_s: float, multi_tenant: bool = False) -> TCPStore:
