@@ -9,11 +9,7 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
-import torch
 from torch.distributed import TCPStore
-
-# Before this version, torch's libuv server takes no socket that is listening already; its older server does.
-_LIBUV_LISTENS_SINCE = (2, 8)
 
 
 def serve(address: str, port: int, *, timeout_s: float, multi_tenant: bool = False) -> TCPStore:
@@ -35,8 +31,6 @@ def serve(address: str, port: int, *, timeout_s: float, multi_tenant: bool = Fal
         port = listener.getsockname()[1]
         # The store closes it.
         options["master_listen_fd"] = listener.detach()
-        if torch.__version__ < _LIBUV_LISTENS_SINCE:
-            options["use_libuv"] = False
     return TCPStore(
         address, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
         multi_tenant=multi_tenant, **options,
