@@ -145,3 +145,22 @@ def test_modules_that_are_run_exist(path):
     for module in re.findall(r"python -m (clantune_scale[\w.]*)", path.read_text(encoding="utf-8")):
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
+
+
+def test_the_log_is_newest_first_and_dated_with_a_verdict_in_each_title():
+    log = (PACKAGE / "bench" / "schedules" / "LOG.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## .*$", log, re.MULTILINE)
+    entries = [re.fullmatch(r"## (\d{4}-\d\d-\d\d): .{20,} \((\d+)\)", title) for title in titles]
+    assert all(entries), [title for title, entry in zip(titles, entries, strict=True) if not entry]
+    numbers = [int(entry[2]) for entry in entries]
+    assert numbers == list(range(len(numbers)))[::-1]
+    assert [entry[1] for entry in entries] == sorted((entry[1] for entry in entries), reverse=True)
+    assert [int(row) for row in re.findall(r"^\| (\d+) \| \d{4}-", log, re.MULTILINE)] == numbers
+
+
+def test_entries_of_the_log_that_the_code_names_exist():
+    log = (PACKAGE / "bench" / "schedules" / "LOG.md").read_text(encoding="utf-8")
+    numbers = set(re.findall(r"^## .*\((\d+)\)$", log, re.MULTILINE))
+    for path in PACKAGE.rglob("*.py"):
+        named = set(re.findall(r"benchmark's\s+log,\s+(\d+)", path.read_text(encoding="utf-8")))
+        assert named <= numbers, f"{_name(path)} names entries that the log lacks: {sorted(named - numbers)}"
