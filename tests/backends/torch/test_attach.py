@@ -100,7 +100,7 @@ def test_what_a_clan_cannot_run_under_is_refused(tmp_path):
         "part": "ConfigError: first.weight trains and lies in no part that fully_shard() was applied to",
         "hook": "ConfigError: DDP has a communication hook already (allreduce_hook)",
         "alone": "of a member that has 2. Leave process_group out",
-        "no optimizer": "ConfigError: the optimizer is a generator, whose state the clan cannot find",
+        "no optimizer": "ConfigError: the optimizer is a generator, and the clan cannot find its state",
         "nothing to evaluate": "ConfigError: a clan compares its members on common examples and there are none",
         "disabled": 'ConfigError: "clantune" says "enabled": false',
         "no block": 'ConfigError: the config has no "clantune" block',
