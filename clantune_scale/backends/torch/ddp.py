@@ -54,7 +54,7 @@ class DDPBackend(LoopBackend):
         groups: GradientGroups,
         probe: GradientProbe | None = None,
     ) -> None:
-        """Registers one communication hook. DDP accepts only one in its life, so the hook reads the team in each step."""
+        """Registers one communication hook for good, as DDP accepts no second one. It reads the team in each step."""
         self._probe = probe or self._probe
         self._sharing = BucketSharing(self.dp_group, team, groups, self._probe, self._order)
         self._ddp.register_comm_hook(self._sharing, average_bucket)
@@ -116,8 +116,8 @@ class BucketSharing:
 def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's communication hook: the mean of one bucket over the member, or over all members that share gradients.
 
-    It posts the same asynchronous collective as plain data parallelism over those ranks. DDP waits for all of them at the
-    end of backward.
+    It posts the same asynchronous collective as plain data parallelism over those ranks. DDP waits for all of them at
+    the end of backward.
 
     Args:
         sharing: what the hook reads.

@@ -29,8 +29,8 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 class LoopBackend:
     """A member whose loop calls ``optimizer.step()`` itself. Subclasses for FSDP2 and DDP share the gradients.
 
-    A step ends when the optimizer's last step hook has run. With a scheduler, it ends when ``scheduler.step()`` after it
-    returns. So the state that is cloned or saved at the end of a round is that of a complete step.
+    A step ends when the optimizer's last step hook has run. With a scheduler, it ends when the following
+    ``scheduler.step()`` returns. So the state that is cloned or saved at the end of a round is a complete step's.
 
     Args:
         model: what the loop calls: the module, or the result of ``torch.compile``.
@@ -93,7 +93,7 @@ class LoopBackend:
         return {}
 
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
-        """A context around one micro-batch's forward and backward. Gradients cross ranks in the step's last one only."""
+        """The context of one micro-batch's forward and backward. Gradients cross ranks in the step's last one only."""
         raise NotImplementedError
 
     def clip_gradients(self) -> torch.Tensor:

@@ -23,8 +23,8 @@ from clantune_scale.runtime.engine_protocol import GradientGroups
 class FSDPBackend(LoopBackend):
     """A module to which ``fully_shard`` was applied inside the member's world.
 
-    The optimizer updates the sharded parameters. FSDP2 makes the 16-bit weights of a mixed-precision policy from them at
-    each gather, so a clone needs no update of the model's weights.
+    The optimizer updates the sharded parameters. FSDP2 makes the 16-bit weights of a mixed-precision policy from them
+    at each gather, so a clone needs no update of the model's weights.
 
     Args:
         model, module, optimizer, scheduler, options: see :class:`LoopBackend`.
@@ -163,6 +163,6 @@ def _tensor_group(named: Sequence[tuple[str, torch.Tensor]], tp_size: int) -> An
             return tensor.device_mesh.get_group(1)
     raise ConfigError(
         f"a member has {dist.get_world_size()} ranks and its model is sharded over {dist.get_world_size() // tp_size} "
-        f"of them, with no tensor parallelism over the rest. Give fully_shard() a mesh of all the member's ranks, or "
+        f"of them, without tensor parallelism over the rest. Give fully_shard() a mesh of all the member's ranks, or "
         f"parallelize_module() the other dimension."
     )

@@ -1,8 +1,8 @@
 """Averaging FSDP2's gradients over the clan: each shard over its replica group, overlapping with backward.
 
-FSDP2 reduce-scatters a module's gradients inside the member as soon as backward has passed the module. It then calls the
-module's all-reduce hook with this rank's shard, divided by the member's degree. The hook averages the shard over the
-members that share gradients.
+FSDP2 reduce-scatters a module's gradients inside the member as soon as backward has passed the module. It then calls
+the module's all-reduce hook with this rank's shard, divided by the member's degree. The hook averages the shard over
+the members that share gradients.
 
 - On CUDA the hook runs on FSDP2's own all-reduce stream, and backward does not wait for that stream.
 - On the CPU the collective is asynchronous if the shard's memory becomes the gradient (the reduction has the

@@ -35,7 +35,7 @@ def member_state(
     """This rank's training state.
 
     Args:
-        optimizer: its moments and step counts are part of the state. Megatron's backend passes several optimizers as one.
+        optimizer: its moments and step counts are part of the state. Megatron's backend passes several seen as one.
         trained: the parameters that it updates, by name: the fp32 masters.
         fixed: frozen parameters and buffers, by name.
         scheduler: a learning-rate scheduler, or None.

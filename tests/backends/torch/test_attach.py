@@ -97,7 +97,7 @@ def test_what_a_clan_cannot_run_under_is_refused(tmp_path):
         "stale": "ConfigError: the optimizer updates 6 tensors that are not parameters of the model",
         "half": "ConfigError: first.weight is kept in torch.bfloat16",
         "hybrid": "ConfigError: the model is sharded over a mesh of two dimensions (hybrid sharding)",
-        "part": "ConfigError: first.weight trains and lies in no part that fully_shard() was applied to",
+        "part": "ConfigError: first.weight trains, and fully_shard() was not applied to its module",
         "hook": "ConfigError: DDP has a communication hook already (allreduce_hook)",
         "alone": "of a member that has 2. Leave process_group out",
         "no optimizer": "ConfigError: the optimizer is a generator, and the clan cannot find its state",
