@@ -6,8 +6,8 @@ ranks instead. The collectives and the roundings are those of plain data paralle
 sums the gradients of tied embeddings and of sequence-parallel norms inside the member, as it does without a clan.
 
 With the distributed optimizer, Megatron reduce-scatters inside the member. With ``calculate_per_token_loss``, it
-divides by the member's tokens at the end. In these two cases the finished gradient (this rank's shard with the distributed
-optimizer) is averaged over the replica group, after ``config.finalize_model_grads_func``.
+divides by the member's tokens at the end. In these two cases the finished gradient (this rank's shard with the
+distributed optimizer) is averaged over the replica group, after ``config.finalize_model_grads_func``.
 
 NCCL requires all ranks to post collectives in the same order. This holds because each clan collective replaces one of
 Megatron's or follows the last of them, and Megatron posts its own in the same order on all ranks. Ranks that share

@@ -48,6 +48,12 @@ class LoopBackend:
     pp_rank = 0
     pp_size = 1
     tp_group: Any = None
+    # The subclasses know these.
+    dp_group: Any
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
 
     def __init__(
         self,
