@@ -227,8 +227,9 @@ def _schedule_scalars(engine: Any) -> dict[str, Any] | None:
     scheduler = engine.lr_scheduler
     if scheduler is None or not hasattr(scheduler, "state_dict"):
         return None
-    rates = [{key: group[key] for key in ("lr",) if key in group} for group in engine.basic_optimizer.param_groups]
-    return {"scheduler": plain(scheduler.state_dict()), "rates": plain({"": rates})[""]}
+    groups = engine.basic_optimizer.param_groups
+    learning_rates = [{"lr": group["lr"]} if "lr" in group else {} for group in groups]
+    return {"scheduler": plain(scheduler.state_dict()), "rates": plain({"": learning_rates})[""]}
 
 
 def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
@@ -250,8 +251,8 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
     schedule = scalars.get("schedule")
     if schedule is not None:
         engine.lr_scheduler.load_state_dict(merged(engine.lr_scheduler.state_dict(), schedule["scheduler"]))
-        for group, rates in zip(inner.param_groups, schedule["rates"], strict=True):
-            group.update({key: merged(group.get(key), rate) for key, rate in rates.items()})
+        for group, saved in zip(inner.param_groups, schedule["rates"], strict=True):
+            group.update({key: merged(group.get(key), value) for key, value in saved.items()})
 
 
 def _scaler(engine: Any) -> Any | None:
