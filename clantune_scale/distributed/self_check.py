@@ -53,6 +53,6 @@ def check_parameters(world: ClanWorld, backend: EnginePlace) -> None:
     if difference is not None:
         other, theirs, ours = difference
         raise DivergenceError(
-            f"member {other} has {theirs} where member 0 has {ours}. Build the same model on every rank: "
+            f"member {other} has {theirs}, and member 0 has {ours}. Build the same model on every rank: "
             f"a clan averages gradients parameter by parameter."
         )

@@ -46,7 +46,7 @@ class NonfiniteMask:
 
     @torch.no_grad()
     def weigh(self, tensors: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
-        """Scales this rank's terms of a sum over ``team`` in place: the sum over the team's size is then the mean.
+        """Scales this rank's terms of a sum over ``team`` in place, so that a division by its size gives the mean.
 
         All ranks of the team call it before each sum. The first call of a step, and the first one after a loss, makes
         the mask.

@@ -47,7 +47,7 @@ class MemberState:
             peers have them in the same order.
         scalars: values that JSON represents, in two parts. ``"optimizer"`` (step counts, loss scale) is restored by a
             rollback. ``"schedule"`` (the learning-rate scheduler) is taken over by a clone only.
-        load_scalars: writes such a mapping into the engine.
+        load_scalars: writes scalars of this form into the engine.
         refresh: updates the weights that the model computes with from the tensors (a member collective).
         grow: gets the tensor names of a saved state. It makes the optimizer state that those names ask for and this
             state lacks (most optimizers make theirs in the first step), and drops optimizer state that is not named.

@@ -120,7 +120,7 @@ class Transfers:
 
         Raises:
             DivergenceError: if members ask for different transfers, or their states are laid out differently.
-            TransferError: on all ranks, if what arrived is not what was sent, twice.
+            TransferError: on all ranks, if what arrived differs from what was sent in both attempts.
         """
         start = time.perf_counter()
         self.require_consistent()

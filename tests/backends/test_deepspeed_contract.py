@@ -33,7 +33,7 @@ from deepspeed.utils import bwc, groups
 import clantune_scale
 from clantune_scale.backends.deepspeed import DeepSpeedBackend
 from clantune_scale.backends.deepspeed import state as training_state
-from clantune_scale.backends.deepspeed.pipeline import _KEPT
+from clantune_scale.backends.deepspeed.pipeline import _RESTORED
 from clantune_scale.errors import ConfigError, TopologyError
 from tests.backends.small_runs import SGD, batch, ds_config, in_member_worlds, plain_engine
 from tests.ranks import run_ranks
@@ -217,7 +217,7 @@ def test_gradients_are_reduced_where_they_are_shared(kind, place, looked_at):
 
 # Read, not run: what the pipeline's own tests run would fail less plainly.
 SOURCES = {
-    PipelineEngine: [f"self.{name} = " for name in _KEPT] + ["num_micro_batches=None", "self.global_rank = "],
+    PipelineEngine: [f"self.{name} = " for name in _RESTORED] + ["num_micro_batches=None", "self.global_rank = "],
     PipelineModule: [
         f"self.{name} = " for name in ("tied_comms", "_local_start", "_local_stop", "_layer_specs", "_grid", "stage_id")
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import clantune_scale
-from clantune_scale.backends.deepspeed.pipeline import _KEPT, PipelineBackend
+from clantune_scale.backends.deepspeed.pipeline import _RESTORED, PipelineBackend
 from tests.backends.families.pipeline import Block, First, Pipeline, Twin, back, layers, squared_error
 from tests.backends.small_runs import MICRO, ds_config, in_member_worlds
 from tests.ranks import run_ranks
@@ -41,13 +41,13 @@ def _evaluate(rank: int) -> dict[str, Any]:
     backend = PipelineBackend(_engine(ds_config(1, accumulation=2), _module(layers())))
     engine = backend.engine
     engine.train_batch(iter(_batches(MICRO)))
-    before = {name: vars(engine).get(name) for name in _KEPT}
+    before = {name: vars(engine).get(name) for name in _RESTORED}
     offset = engine.module.micro_offset
     with backend.evaluating():
         losses = [float(backend.batch_loss(batch, None)) for batch in _batches(MICRO + 3)]
         asked = float(backend.batch_loss(_batches(2)[0], lambda engine, batch: engine.eval_batch(iter([batch]))))
     found = {
-        "kept": all(vars(engine).get(name) is before[name] for name in _KEPT),
+        "kept": all(vars(engine).get(name) is before[name] for name in _RESTORED),
         "offset": engine.module.micro_offset == offset,
         "mode": engine.module.training,
         "losses": losses,

@@ -50,12 +50,12 @@ def _check_parameters(kinds):
     "kinds, expected",
     [
         (["plain", "plain"], ""),
-        (["plain", "plain", "wider"], "member 2 has ['second.weight', [25, 24], 'torch.float32', True] where member 0 "
+        (["plain", "plain", "wider"], "member 2 has ['second.weight', [25, 24], 'torch.float32', True], and member 0 "
                                       "has ['second.weight', [24, 24], 'torch.float32', True]. Build the same model"),
-        (["plain", "half"], "member 1 has ['second.weight', [24, 24], 'torch.bfloat16', True] where"),
-        (["plain", "frozen"], "member 1 has ['second.weight', [24, 24], 'torch.float32', False] where"),
-        (["plain", "named otherwise"], "where member 0 has ['second.weight', "),
-        (["plain", "longer"], "member 1 has 8 parameters where member 0 has 6 parameters. Build the same model"),
+        (["plain", "half"], "member 1 has ['second.weight', [24, 24], 'torch.bfloat16', True], and"),
+        (["plain", "frozen"], "member 1 has ['second.weight', [24, 24], 'torch.float32', False], and"),
+        (["plain", "named otherwise"], "and member 0 has ['second.weight', "),
+        (["plain", "longer"], "member 1 has 8 parameters, and member 0 has 6 parameters. Build the same model"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )  # fmt: skip

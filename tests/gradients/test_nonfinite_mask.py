@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 
 def _mean(losses, gradients, team=(0, 1, 2)):
-    """The clan's mean gradient of one pass as each rank gets it, and its strikes; members of equal size."""
+    """The clan's mean gradient of one pass as each rank gets it, and its non-finite counts; members of equal size."""
     rank = int(os.environ["RANK"])
     clan = world.join(3, timeout_s=30)
     dist.init_process_group("gloo")
@@ -32,7 +32,7 @@ def _mean(losses, gradients, team=(0, 1, 2)):
     return result
 
 
-def test_finite_members_are_averaged_as_if_nobody_voted():
+def test_finite_members_are_averaged_as_without_a_mask():
     gradients = [[[1.5, 2.0], [0.1]], [[4.0, -1.0], [0.7]], [[0.3, 9.0], [-0.2]]]
     expected = [sum(torch.tensor(g[i]) / 3 for g in gradients) for i in range(2)]
     for means, *nonfinite_counts in run_ranks(3, _mean, [1.0, 2.0, 3.0], gradients):
@@ -45,7 +45,7 @@ def test_a_member_whose_loss_is_not_finite_is_left_out_of_every_sum(loss):
     gradients = [[[1.0], [5.0]], [[math.nan], [2.0]], [[3.0], [7.0]]]
     results = run_ranks(3, _mean, [1.0, loss, 3.0], gradients)
     assert [means for means, *_ in results] == [[[2.0], [6.0]]] * 3
-    # The loss has been counted as a strike where it was seen.
+    # The loss was counted as non-finite when it was observed.
     assert [nonfinite_counts for _, *nonfinite_counts in results] == [[0, 0]] * 3
 
 
@@ -64,7 +64,7 @@ def test_where_no_loss_is_seen_the_first_sum_says_who_is_out():
     assert [nonfinite_counts for _, *nonfinite_counts in results] == [[0, 0], [1, 0], [0, 0]]
 
 
-def test_a_gradient_that_turns_bad_after_the_vote_adds_nothing():
+def test_a_gradient_that_turns_bad_after_the_mask_was_made_adds_nothing():
     gradients = [[[3.0], [6.0]], [[3.0], [math.inf]], [[3.0], [6.0]]]
     results = run_ranks(3, _mean, [1.0, 1.0, 1.0], gradients)
     assert all(means == [[3.0], [4.0]] for means, *_ in results)
@@ -76,7 +76,7 @@ def test_where_nobody_is_finite_the_mean_is_zero():
     assert [means for means, *_ in run_ranks(3, _mean, [math.nan] * 3, gradients)] == [[[0.0]]] * 3
 
 
-def test_a_team_votes_among_itself():
+def test_a_team_makes_its_own_mask():
     gradients = [[[1.0]], [[math.nan]], [[3.0]]]
     results = run_ranks(3, _mean, [1.0, math.nan, math.nan], gradients, (0, 2))
     assert results[0][0] == results[2][0] == [[1.0]]

@@ -50,7 +50,7 @@ def test_a_member_without_weight_may_be_broken():
     assert torch.equal(results[1][1], results[0][0]) and torch.equal(results[0][1], results[0][0])
 
 
-def _average_with_a_fault(is_struck: bool) -> tuple[float, str | None, str | None]:
+def _average_with_a_fault(has_fault: bool) -> tuple[float, str | None, str | None]:
     """A mean of three members whose sum one of them does not get right; what is said then and afterwards."""
     world.join(3)
     clan = world.current()
@@ -61,7 +61,7 @@ def _average_with_a_fault(is_struck: bool) -> tuple[float, str | None, str | Non
 
     def all_reduce(tensor: torch.Tensor, **options: object) -> None:
         reduce(tensor, **options)
-        tensor[3] += 1e-6 if clan.member == 1 and is_struck else 0.0
+        tensor[3] += 1e-6 if clan.member == 1 and has_fault else 0.0
 
     dist.all_reduce = all_reduce
     said = []
@@ -75,12 +75,12 @@ def _average_with_a_fault(is_struck: bool) -> tuple[float, str | None, str | Non
     return (float(weight[0]), *said)
 
 
-@pytest.mark.parametrize("is_struck", [False, True])
-def test_a_mean_that_is_not_the_same_everywhere_is_no_mean(is_struck):
-    for mean, first, second in run_ranks(3, _average_with_a_fault, is_struck):
+@pytest.mark.parametrize("has_fault", [False, True])
+def test_a_mean_that_is_not_the_same_everywhere_is_no_mean(has_fault):
+    for mean, first, second in run_ranks(3, _average_with_a_fault, has_fault):
         assert mean == 0.75
-        if is_struck:
-            assert first.startswith("round 4: members [1] did not get the clan's mean: [(1, \"its mean is not")
+        if has_fault:
+            assert first.startswith("round 4: members [1] did not get the clan's mean: [(1, \"its mean differs from")
             assert "Resume the run" in first and "members [1] did not get" in second
         else:
             assert first is None and second is None

@@ -41,7 +41,7 @@ class DeepSpeedBackend:
         engine: what ``deepspeed.initialize`` returned.
 
     Raises:
-        ConfigError: for a DeepSpeed setting that a clan cannot run under.
+        ConfigError: for a DeepSpeed setting that a clan cannot run with.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -104,7 +104,7 @@ class DeepSpeedBackend:
 
     @clip.setter
     def clip(self, value: float) -> None:
-        # ZeRO 0 in fp32 reads the config, every wrapper its own copy.
+        # ZeRO 0 in fp32 reads the config. Every wrapped optimizer reads a copy of its own.
         self.engine._config.gradient_clipping = value
         if hasattr(self.engine.optimizer, "clip_grad"):
             self.engine.optimizer.clip_grad = value
@@ -116,7 +116,7 @@ class DeepSpeedBackend:
     @accumulation.setter
     def accumulation(self, value: int) -> None:
         self.engine.set_train_batch_size(value * self.micro_batch_size * self.dp_size)
-        # The boundary is micro_steps modulo the accumulation: without the reset it would shift.
+        # DeepSpeed's step boundary is micro_steps modulo the accumulation. Without the reset it would shift.
         self.engine.micro_steps = 0
         if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
             self.engine.optimizer.gradient_accumulation_steps = value
@@ -145,7 +145,7 @@ class DeepSpeedBackend:
         self._undo.append(self._show_norm(probe))
 
     def _show_norm(self, probe: GradientProbe) -> Callable[[], None]:
-        """The norm of the step that is looked at, before clipping."""
+        """Shows the probe the norm before clipping."""
         engine = self.engine
         take_step = engine._take_model_step
         is_plain = training_state.optimizer_kind(engine) == "plain"
@@ -162,11 +162,11 @@ class DeepSpeedBackend:
         return replace_method(engine, "_take_model_step", take_step_and_show)
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Hooks ``engine.optimizer.step``, which clipping comes before or belongs to and the scheduler comes after."""
+        """Hooks ``engine.optimizer.step``. Clipping precedes it or is part of it, and the scheduler follows it."""
         optimizer = self.engine.optimizer
         step = optimizer.step
 
-        # torch's schedulers mark the step they have seen with an attribute, and warn where it is missing.
+        # torch's schedulers mark the step function with an attribute, and warn if it is missing. wraps() copies it.
         @wraps(step)
         def step_in_context(*args: Any, **kwargs: Any) -> Any:
             with context():
@@ -175,7 +175,7 @@ class DeepSpeedBackend:
         self._undo.append(replace_method(optimizer, "step", step_in_context))
 
     def after_step(self, callback: Callable[[], None]) -> None:
-        """Hooks ``engine.step`` and calls back where it was an optimizer step and not a micro-batch's."""
+        """Hooks ``engine.step`` and calls back after an optimizer step, but not after a micro-batch's step."""
         engine = self.engine
         step = engine.step
 
@@ -189,7 +189,7 @@ class DeepSpeedBackend:
         self._undo.append(replace_method(engine, "step", step_then_call))
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
-        """Hooks the engine's forward pass, while the module trains, and ``engine.backward``."""
+        """Hooks the engine's training forward pass and ``engine.backward``."""
         engine = self.engine
 
         def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
@@ -207,8 +207,8 @@ class DeepSpeedBackend:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; each part's mode, and ZeRO 3's trace, are afterwards what they were."""
-        # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
+        """Evaluation mode without gradients. On exit each submodule's mode and ZeRO 3's trace are what they were."""
+        # Submodules can be in different modes: users keep frozen parts in evaluation mode.
         modes = [(part, part.training) for part in self.module.modules()]
         self.engine.eval()
         try:
@@ -219,7 +219,7 @@ class DeepSpeedBackend:
                 part.training = was_training
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
-        """The engine on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
+        """[] the loss on one batch: a mapping is passed by keyword, a sequence by position, anything else as it is."""
         if evaluate is not None:
             return loss_of(evaluate(self.engine, batch))
         batch = to_device(batch, self.device)
@@ -249,14 +249,14 @@ class DeepSpeedBackend:
         return {}
 
     def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
-        """DeepSpeed has none of its own that training draws from."""
+        """Does nothing: DeepSpeed has no stream of its own that training draws from."""
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:
-        """An ordinary DeepSpeed checkpoint, from which a run without a clan resumes (member collective)."""
+        """Saves an ordinary DeepSpeed checkpoint, which a run without a clan can resume (a member collective)."""
         self.engine.save_checkpoint(str(folder), tag=tag)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """Weights and persistent buffers in host memory, put together one by one; shared ones once."""
+        """Weights and persistent buffers in host memory, gathered one by one; shared ones once."""
         return weights.full_weights(self.engine, self.place)
 
     def detach(self) -> None:
@@ -265,7 +265,7 @@ class DeepSpeedBackend:
 
 
 def _refuse_unsupported(engine: Any) -> None:
-    """Settings under which state or gradients lie where this backend does not look."""
+    """Refuses settings whose state or gradients this backend does not find."""
     training_state.optimizer_kind(engine)
     facts = EngineFacts(
         zero_stage=engine.zero_optimization_stage(),

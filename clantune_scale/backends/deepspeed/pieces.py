@@ -1,6 +1,6 @@
-"""Which elements of which weights lie where in DeepSpeed's shards: what another number of ranks needs to know.
+"""Which elements of which weights each of DeepSpeed's shards holds, for a resume on another number of ranks.
 
-ZeRO 1, 2 and ``BF16_Optimizer`` cut a padded flat group into equal parts, ZeRO 3 each parameter.
+ZeRO 1, 2 and ``BF16_Optimizer`` split a padded flat group into equal parts. ZeRO 3 splits each parameter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from clantune_scale.transfer.state import Piece
 
 
 def master_pieces(engine: Any, masters: Sequence[torch.Tensor]) -> list[list[Piece]] | None:
-    """By master, its pieces; None where the order of weights depends on the number of ranks."""
+    """The pieces of each master; None if the order of weights depends on the number of ranks.
+
+    Args:
+        engine: DeepSpeed's.
+        masters: this rank's fp32 weights, in the order of the optimizer's groups.
+    """
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3":
@@ -30,12 +35,12 @@ def master_pieces(engine: Any, masters: Sequence[torch.Tensor]) -> list[list[Pie
 
 
 def whole(key: str, tensor: torch.Tensor) -> list[Piece]:
-    """A tensor that every rank has whole."""
+    """The piece of a tensor that every rank holds whole."""
     return [Piece(key, 0, 0, tensor.numel())]
 
 
 def frozen_pieces(name: str, parameter: torch.nn.Parameter) -> list[Piece]:
-    """A parameter that does not train: ZeRO 3 cuts it too."""
+    """The pieces of a frozen parameter, which ZeRO 3 splits too."""
     if hasattr(parameter, "ds_tensor"):
         return [_of_partition(f"frozen.{name}", parameter, offset=0)]
     return whole(f"frozen.{name}", parameter)

@@ -14,9 +14,9 @@ from clantune_scale.data.sampler import ClanDataLoader
 from clantune_scale.gradients.hooks import replace_method
 from clantune_scale.runtime.validation_window import loss_of
 
-# What an evaluation changes and training goes on from: where data comes from, what was agreed on the shapes of
-# messages between stages, running totals. Some are set by the first batch only.
-_KEPT = (
+# Attributes that an evaluation changes and training needs: data iterators, shapes of messages between stages, running
+# totals. Some are set by the first batch only.
+_RESTORED = (
     "data_iterator", "training_dataloader", "micro_batches", "is_data_parallel",
     "first_output_send", "first_gradient_send", "pipe_recv_buf", "grad_layer", "_grad_layer_buf", "meta_buffer",
     "pipe_partition_input_meta_cache", "pipe_partition_output_meta_cache", "pipe_partition_grad_meta_cache",
@@ -29,15 +29,15 @@ _TIED = "tied_modules."
 class PipelineBackend(DeepSpeedBackend):
     """A ``PipelineEngine`` that sees the member as its world.
 
-    Gradients are shared as in any DeepSpeed engine: the pipeline's own schedule calls the reductions that are
-    hooked, after it has summed tied gradients over the stages.
+    Gradients are shared as in any DeepSpeed engine. The pipeline's schedule sums tied gradients over the stages and
+    then calls the hooked reductions.
     """
 
     def feed(self, loader: ClanDataLoader) -> None:
         """Makes ``engine.train_batch()`` read from ``loader``, epoch after epoch.
 
-        A stage between the first and the last reads nothing; its loader counts along, so that what is saved of it
-        is what the others have.
+        A stage between the first and the last reads no data. Its loader counts the batches all the same, so that its
+        saved state equals the others'.
         """
         engine = self.engine
         engine.set_dataloader(_Endless(loader))
@@ -53,7 +53,7 @@ class PipelineBackend(DeepSpeedBackend):
         self._undo.append(replace_method(engine, "_aggregate_total_loss", total_counted))
 
     def after_step(self, callback: Callable[[], None]) -> None:
-        """Hooks ``engine.train_batch``: the step is its last instruction, and the loss is told after it."""
+        """Hooks ``engine.train_batch``, which broadcasts the loss after the step."""
         engine = self.engine
         train_batch = engine.train_batch
 
@@ -67,7 +67,7 @@ class PipelineBackend(DeepSpeedBackend):
         self._undo.append(replace_method(engine, "train_batch", train_batch_then_call))
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
-        """Hooks what the first and the last stage load, and the mean loss of a step, which every stage is told."""
+        """Hooks the batches that the first and last stages load, and the step's mean loss, which every stage gets."""
         engine = self.engine
         next_batch, total = engine._next_batch, engine._aggregate_total_loss
 
@@ -89,36 +89,36 @@ class PipelineBackend(DeepSpeedBackend):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode; inside, ``engine.eval_batch`` takes one micro-batch and tells this replica's own loss.
+        """Evaluation mode, in which ``engine.eval_batch`` takes one micro-batch and returns this replica's own loss.
 
-        Ranks of a member evaluate different batches, which ``eval_batch`` would average. Afterwards training goes on
-        from where it was: data iterators, shapes of messages, running totals and layer seeds.
+        The ranks of a member evaluate different batches, and ``eval_batch`` would average their losses. On exit,
+        all that training continues from is restored: data iterators, message shapes, running totals, layer seeds.
         """
         engine = self.engine
-        kept = {name: vars(engine)[name] for name in _KEPT if name in vars(engine)}
+        found = {name: vars(engine)[name] for name in _RESTORED if name in vars(engine)}
         micro_offset, monitors = engine.module.micro_offset, engine.monitor.enabled
         engine.micro_batches, engine.is_data_parallel, engine.monitor.enabled = 1, False, False
         try:
             with super().evaluating():
                 yield
         finally:
-            for name in _KEPT:
-                if name in kept:
-                    setattr(engine, name, kept[name])
+            for name in _RESTORED:
+                if name in found:
+                    setattr(engine, name, found[name])
                 elif name in vars(engine):
                     delattr(engine, name)
             engine.module.micro_offset, engine.monitor.enabled = micro_offset, monitors
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
-        """The last stage's loss, told to all stages: a batch is (inputs, labels), as for ``train_batch``."""
-        # Stages agree on the shapes of what they send at the first message: this batch may have others.
+        """[] the last stage's loss, on all stages. A batch is (inputs, labels), as for ``train_batch``."""
+        # Stages agree on message shapes with the first message, and this batch may have other shapes.
         self.engine.reset_activation_shape()
         if evaluate is not None:
             return loss_of(evaluate(self.engine, batch))
         return self.engine.eval_batch(iter([batch]), num_micro_batches=1)
 
     def counters(self) -> dict[str, int]:
-        """DeepSpeed's own, and the module's count of forward passes, from which it seeds its layers."""
+        """DeepSpeed's counters, and the module's number of forward passes, which seeds its layers."""
         return super().counters() | {"micro_offset": self.engine.module.micro_offset}
 
     def load_counters(self, counters: Mapping[str, int]) -> None:
@@ -127,17 +127,21 @@ class PipelineBackend(DeepSpeedBackend):
         super().load_counters(rest)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """This stage's, layers by their global number; a tied weight on the first of its stages alone."""
+        """This stage's weights, with global layer numbers. A tied weight is on the first of its stages only."""
         found = super().full_weights()
         return None if found is None else {self._name(name): t for name, t in found.items() if self._is_mine(name)}
 
     def _is_mine(self, name: str) -> bool:
-        """Whether a later stage's copy of a tied weight is not meant."""
-        return not self._is_later_copy(name) or name.split(".", 2)[2] not in self._tied(name)["weight_attr"]
+        """Whether this stage reports the weight: it is not a later stage's copy of a tied weight."""
+        tied = self._later_copy(name)
+        return tied is None or name.split(".", 2)[2] not in tied["weight_attr"]
 
     def _name(self, name: str) -> str:
-        """What a tied module keeps to itself on a later stage goes by the number of its first layer there."""
-        if not self._is_later_copy(name):
+        """The weight's name in the whole model.
+
+        An untied weight of a tied module on a later stage gets the number of the module's first layer on that stage.
+        """
+        if self._later_copy(name) is None:
             return name
         _, key, rest = name.split(".", 2)
         module = self.engine.module
@@ -145,13 +149,10 @@ class PipelineBackend(DeepSpeedBackend):
         layer = next(index for index in stage if getattr(module._layer_specs[index], "key", None) == key)
         return f"{layer}.{rest}"
 
-    def _is_later_copy(self, name: str) -> bool:
-        tied = self._tied(name)
-        return tied is not None and tied["ranks"][0] != self.engine.global_rank
-
-    def _tied(self, name: str) -> dict[str, Any] | None:
-        """What DeepSpeed knows of a tied module that other stages have too."""
-        return self.engine.module.tied_comms.get(name.split(".")[1]) if name.startswith(_TIED) else None
+    def _later_copy(self, name: str) -> dict[str, Any] | None:
+        """DeepSpeed's record of a tied module, if this stage is not the first that has it; None otherwise."""
+        tied = self.engine.module.tied_comms.get(name.split(".")[1]) if name.startswith(_TIED) else None
+        return tied if tied is not None and tied["ranks"][0] != self.engine.global_rank else None
 
 
 class _Endless:

@@ -1,4 +1,4 @@
-"""Where a rank stands inside its member, as DeepSpeed's own groups have it; and what it will be, before an engine."""
+"""A rank's coordinates in its member: from DeepSpeed's groups, or from model and config before an engine exists."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Degrees:
     """A member's inner degrees, known before its engine exists.
 
     Attributes:
-        pp, tp: pipeline stages and tensor shards.
-        counted: how often DeepSpeed's ``train_batch_size`` counts each data-parallel rank: AutoTP's tensor ranks
-            are counted as if they read data of their own.
+        pp, tp: number of pipeline stages and tensor shards.
+        counted: how often DeepSpeed's ``train_batch_size`` counts each data-parallel rank. It counts AutoTP's tensor
+            ranks as if they read data of their own.
     """
 
     pp: int = 1
@@ -40,7 +40,7 @@ def degrees_of(model: Any, mpu: Any, ds_config: Mapping[str, Any]) -> Degrees:
     """The degrees that DeepSpeed will give a member's engine.
 
     Raises:
-        ConfigError: if the model and the config say different numbers of stages.
+        ConfigError: if the model and the config have different numbers of stages.
     """
     stages, tp = degrees_from_config(ds_config)
     recorded = init_utils._TP_MODEL_INIT_ARGS
@@ -49,7 +49,7 @@ def degrees_of(model: Any, mpu: Any, ds_config: Mapping[str, Any]) -> Degrees:
         if stages not in (1, model.num_stages):
             raise ConfigError(
                 f"pipeline.stages is {stages}, and the PipelineModule was built with {model.num_stages} stages. "
-                f"Give both the same number, or leave pipeline.stages out."
+                f"Use the same number for both, or leave pipeline.stages out."
             )
         return Degrees(pp=model.num_stages, tp=model._grid.model_parallel_size)
     if mpu is not None:
@@ -59,7 +59,7 @@ def degrees_of(model: Any, mpu: Any, ds_config: Mapping[str, Any]) -> Degrees:
 
 @dataclass(frozen=True)
 class MemberCoordinates:
-    """A rank's coordinates in its member and its tensor group; None for the group where there is no sharding."""
+    """A rank's coordinates in its member, and its tensor group (None without tensor parallelism)."""
 
     pp_rank: int
     pp_size: int
@@ -71,7 +71,7 @@ class MemberCoordinates:
 
 
 def place_of(engine: Any) -> MemberCoordinates:
-    """Read from the engine's own groups."""
+    """The coordinates of this rank in the engine's own groups."""
     mpu = engine.mpu
     is_pipeline = isinstance(engine.module, PipelineModule)
     return MemberCoordinates(
@@ -86,25 +86,25 @@ def place_of(engine: Any) -> MemberCoordinates:
 
 
 def mpu_refusals(mpu: Any) -> Iterator[str]:
-    """Why a clan cannot run with such a model-parallel unit."""
+    """Yields the reasons for which a clan cannot run with a model-parallel unit."""
     stages = bwc_pipeline_parallel_world_size(mpu)
     if stages > 1:
         yield (
-            f"mpu has {stages} pipeline stages, and DeepSpeed's engine for plain modules knows none. "
+            f"mpu has {stages} pipeline stages, and DeepSpeed's engine for plain modules supports none. "
             f"Build a deepspeed.PipelineModule, or train with Megatron-core's own schedules."
         )
     if not hasattr(mpu, "get_data_parallel_group"):
         yield (
-            f"mpu is a {type(mpu).__name__} without get_data_parallel_group(). Pass one with Megatron's functions for "
-            f"data- and tensor-parallel groups, ranks and world sizes."
+            f"mpu is a {type(mpu).__name__} without get_data_parallel_group(). Pass an mpu with Megatron's functions "
+            f"for data- and tensor-parallel groups, ranks and world sizes."
         )
 
 
 @torch.no_grad()
 def unmarked_shards(module: torch.nn.Module, group: Any) -> list[str]:
-    """Parameters that differ over a tensor group and do not say along which dimension they are sharded.
+    """Names of parameters that differ over a tensor group and do not name the dimension that they are sharded along.
 
-    A collective of the tensor group. DeepSpeed itself counts such a parameter's gradient once in the norm.
+    This is a collective of the tensor group. DeepSpeed counts the gradient of these parameters once in the norm.
     """
     found = []
     for name, parameter in module.named_parameters():

@@ -1,19 +1,18 @@
-"""Averaging gradients over the clan where DeepSpeed reduces them anyway.
+"""Averaging gradients over the clan inside DeepSpeed's own gradient reduction.
 
-ZeRO 0, 1, 2 and ``BF16_Optimizer`` all-reduce gradients in buckets over data parallelism. Where members
-share, that one all-reduce is given the group of all their (member, data) ranks instead: the same collectives as
-plain data parallelism over those ranks, and the same roundings. An expert's gradient goes over its own
-expert-data group in every member. ZeRO 3 reduce-scatters inside the member; each shard is then all-reduced down
-its column, on the stream that DeepSpeed reduces on. The pipeline engine sums tied gradients over its stages
-first, by itself, as it does without a clan.
+ZeRO 0, 1, 2 and ``BF16_Optimizer`` all-reduce gradients in buckets over data parallelism. When members share gradients,
+that all-reduce gets the group of all their (member, data) ranks instead. The collectives and the roundings are those of
+plain data parallelism over these ranks. An expert's gradient uses its own expert-data group, extended to all members.
+ZeRO 3 reduce-scatters inside the member. Each shard is then all-reduced over its replica group, on DeepSpeed's
+reduction stream. The pipeline engine sums tied gradients over its stages first, as it does without a clan.
 
-Where DeepSpeed reduces during backward (ZeRO 1 and 2 with ``overlap_comm``, ZeRO 3), so does the clan. The ordering
-rule that NCCL asks for holds because nothing is posted anywhere else: each clan collective is posted in the place of
-one of DeepSpeed's or right after it, by the thread and on the stream that posted that one, and DeepSpeed posts its
-own in one order on all ranks. Ranks that share must therefore run the same graph: the same layers, frozen parameters
-and number of backward passes. ``tests/backends/test_deepspeed_overlap.py`` compares the order over ranks.
+If DeepSpeed reduces during backward (ZeRO 1 and 2 with ``overlap_comm``, ZeRO 3), so does the clan. NCCL requires all
+ranks to post collectives in the same order. This holds because each clan collective replaces one of DeepSpeed's or
+directly follows it, on the same thread and stream, and DeepSpeed posts its own in the same order on all ranks. Ranks
+that share gradients must run the same graph: the same layers, frozen parameters and number of backward passes.
+``tests/backends/test_deepspeed_overlap.py`` compares the order over ranks.
 
-The methods that are replaced are private ones of DeepSpeed 0.19 (there is no public seam);
+The replaced methods are private ones of DeepSpeed 0.19, which has no public interface for this.
 ``tests/backends/test_deepspeed_contract.py`` checks that the installed version has them.
 """
 
@@ -30,7 +29,11 @@ from clantune_scale.gradients.hooks import GradientSharing, replace_method
 
 
 def share(engine: Any, sharing: GradientSharing) -> list[Callable[[], None]]:
-    """Hooks ``engine``'s gradient reduction; returns what takes the hooks off again."""
+    """Hooks ``engine``'s gradient reduction.
+
+    Returns:
+        Functions that remove the hooks.
+    """
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return [_share_partitions(engine.optimizer, sharing)]
@@ -48,10 +51,11 @@ def _share_engine_buckets(engine: Any, sharing: GradientSharing) -> Callable[[],
         if len(team) == 1:
             return reduce(bucket, dp_group, dp_world_size)
         clan = sharing.across_members(team, dp_group)
-        # Not the clan's size: expert gradients are summed over fewer ranks than they are divided by.
+        # Not the group's size: an expert's gradient is summed over fewer ranks than it is divided by.
         divisor = (dp_world_size or dist.get_world_size(dp_group)) * len(team)
         own = None
         if sharing.probe.is_active:
+            # The reduction works in place, and the clan's mean still needs the bucket.
             own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
         sharing.groups.weigh(bucket, team)
         mean = reduce(bucket, clan, divisor)
@@ -67,7 +71,14 @@ def _share_zero_buckets(optimizer: Any, sharing: GradientSharing) -> Callable[[]
     """ZeRO 1 and 2: the optimizer's bucketed all-reduce."""
     reduce = optimizer.allreduce_bucket
 
-    def allreduce_bucket(bucket, communication_data_type, rank=None, log=None, divide=True, process_group=None):
+    def allreduce_bucket(
+        bucket: list[torch.Tensor],
+        communication_data_type: torch.dtype,
+        rank: int | None = None,
+        log: Any = None,
+        divide: bool = True,
+        process_group: Any = None,
+    ) -> torch.Tensor:
         options = {"rank": rank, "log": log, "divide": divide}
         team = sharing.team()
         if len(team) == 1:
@@ -78,8 +89,8 @@ def _share_zero_buckets(optimizer: Any, sharing: GradientSharing) -> Callable[[]
             own = reduce(copies, communication_data_type, process_group=process_group, **options)
         sharing.groups.weigh(bucket, team)
         if not divide:
-            # The caller divided by the member's degree; the rest is divided before the sum, so that
-            # sixteen-bit sums over the clan overflow no sooner than those over the member.
+            # The caller has divided by the member's degree. Dividing by the rest before the sum keeps a 16-bit sum over
+            # the clan from overflowing sooner than one over the member.
             torch._foreach_div_(list(bucket), len(team))
         clan = sharing.across_members(team, process_group or optimizer.dp_process_group)
         mean = reduce(bucket, communication_data_type, process_group=clan, **options)
@@ -122,7 +133,7 @@ def _share_partitions(optimizer: Any, sharing: GradientSharing) -> Callable[[], 
         team = sharing.team()
         if len(team) > 1 and grad_partitions:
             own = _flatten_dense_tensors(grad_partitions)
-            # In place where nobody looks at the member's own: it is a buffer of DeepSpeed's that is spent here.
+            # In place if the probe does not need the member's own: DeepSpeed does not use the buffer again.
             mean = own.clone() if sharing.probe.is_active else own
             sharing.groups.weigh([mean], team)
             mean.div_(len(team))

@@ -1,4 +1,4 @@
-"""Where each DeepSpeed optimizer keeps what training continues from, and how its 16-bit weights follow."""
+"""The training state of each DeepSpeed optimizer, and how its 16-bit weights are made from the masters."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _MASTERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
 
 
 def optimizer_kind(engine: Any) -> str:
-    """The name of DeepSpeed's wrapper, or "plain" where the user's optimizer steps on the parameters.
+    """The class name of DeepSpeed's wrapper, or "plain" if the user's optimizer updates the parameters directly.
 
     Raises:
-        ConfigError: for a wrapper whose state this version cannot find.
+        ConfigError: for a wrapper whose state this version does not find.
     """
     if engine.optimizer is engine.basic_optimizer:
         return "plain"
     kind = type(engine.optimizer).__name__
     if kind not in _MASTERS:
         raise ConfigError(
-            f"DeepSpeed wraps the optimizer in {kind}, whose state the clan cannot move. "
+            f"DeepSpeed wraps the optimizer in {kind}, and the clan cannot move its state. "
             f"Use one of {', '.join(_MASTERS)} (ZeRO 0 to 3 in fp32, bf16 or fp16)."
         )
     return kind
 
 
 def masters(engine: Any) -> list[torch.Tensor]:
-    """This rank's live fp32 weights, which are also the keys of the inner optimizer's state."""
+    """This rank's live fp32 weights. They are also the keys of the inner optimizer's state."""
     kind = optimizer_kind(engine)
     if kind == "plain":
         groups = engine.basic_optimizer.param_groups
@@ -57,9 +57,9 @@ def masters(engine: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def gradient_norm(engine: Any) -> float:
-    """The member's gradient norm where the user's optimizer steps on the parameters; what ranks share counts once.
+    """The member's gradient norm if the user's optimizer updates the parameters directly. Shared parts count once.
 
-    Where DeepSpeed clips such gradients in a pipeline, it goes by the norm of the first stage alone.
+    When DeepSpeed clips these gradients in a pipeline, it uses the norm of the first stage only.
     """
     mpu = engine.mpu
     is_first = bwc_tensor_model_parallel_rank(mpu) == 0
@@ -80,12 +80,12 @@ def gradient_norm(engine: Any) -> float:
 
 @torch.no_grad()
 def refresh(engine: Any) -> None:
-    """Writes the masters into the weights that the model computes with (a collective of the member)."""
+    """Writes the masters into the weights that the model computes with (a member collective)."""
     kind, optimizer = optimizer_kind(engine), engine.optimizer
     if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
         optimizer.update_lp_params()
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
-        # A parameter that is still gathered would keep the old weights, and without an error.
+        # A parameter that is still gathered would silently keep the old weights.
         optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
@@ -102,12 +102,11 @@ def refresh(engine: Any) -> None:
 
 @contextmanager
 def without_trace(engine: Any) -> Iterator[None]:
-    """Inside, forward passes leave no trace in ZeRO 3 from which training would learn.
+    """Keeps ZeRO 3 from recording the forward passes inside.
 
-    ZeRO 3 records its first passes to learn when each parameter is used again, and remembers for good which ones
-    it may drop when. Learnt from forward passes without backward ones (the evaluation before the first step), it
-    would gather half as many parameters again in every training step. A trace that training has completed fits
-    evaluation as far as it goes, and is left alone.
+    ZeRO 3 records the order of parameters in its first passes, and decides by it for good when to release a parameter.
+    A trace of forward passes without backward passes (the evaluation before the first step) would make every training
+    step gather half as many parameters again. A trace that training has completed also fits evaluation, so it stays.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
     if offload is None or offload.get_param_coordinator().is_complete_trace():
@@ -139,7 +138,7 @@ def member_state(engine: Any) -> MemberState:
 
 
 def _logical(engine: Any) -> dict[str, list[Piece]] | None:
-    """The pieces of every tensor of the state; None where they cannot be told."""
+    """The pieces of every tensor of the state; None if they are unknown."""
     keys = masters(engine)
     cut = pieces.master_pieces(engine, keys)
     if cut is None:
@@ -159,13 +158,13 @@ def _logical(engine: Any) -> dict[str, list[Piece]] | None:
 
 
 def _grow(engine: Any, names: Collection[str]) -> None:
-    """Optimizer state for exactly the masters that have some among ``names`` (see ``MemberState.grow``)."""
+    """Makes optimizer state for exactly the masters whose state is among ``names`` (see ``MemberState.grow``)."""
     wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
     keys, inner = masters(engine), engine.basic_optimizer
     if optimizer_kind(engine) != "DeepSpeedZeroOptimizer_Stage3":
         grow_optimizer(inner, keys, wanted)
         return
-    # ZeRO 3 shows the optimizer one master at a time, and none between steps.
+    # ZeRO 3 gives the optimizer one master at a time, and none between steps.
     hidden = [group["params"] for group in inner.param_groups]
     for index, group in enumerate(inner.param_groups):
         group["params"] = [
@@ -177,18 +176,18 @@ def _grow(engine: Any, names: Collection[str]) -> None:
 
 
 def counters(engine: Any) -> dict[str, int]:
-    """What DeepSpeed counts for itself."""
+    """DeepSpeed's own counters."""
     return {name: int(getattr(engine, name)) for name in _COUNTERS}
 
 
 def load_counters(engine: Any, saved: Mapping[str, int]) -> None:
-    """Takes over such counts."""
+    """Loads the result of :func:`counters`."""
     for name in _COUNTERS:
         setattr(engine, name, saved[name])
 
 
 def _is_scalar(value: torch.Tensor) -> bool:
-    """Step counts: torch keeps them in one-element tensors, on the host even where the weights are not."""
+    """Whether a tensor is a step count. torch keeps them in zero-dimensional tensors, often on the CPU."""
     return value.numel() == 1 and value.dim() == 0
 
 
@@ -224,12 +223,13 @@ def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _schedule_scalars(engine: Any) -> dict[str, Any] | None:
-    """The scheduler's state where JSON holds it; a schedule that it does not hold advances alike everywhere."""
+    """The part of the scheduler's state that JSON represents. The rest is equal on all members."""
     scheduler = engine.lr_scheduler
     if scheduler is None or not hasattr(scheduler, "state_dict"):
         return None
-    rates = [{key: group[key] for key in ("lr",) if key in group} for group in engine.basic_optimizer.param_groups]
-    return {"scheduler": plain(scheduler.state_dict()), "rates": plain({"": rates})[""]}
+    groups = engine.basic_optimizer.param_groups
+    learning_rates = [{"lr": group["lr"]} if "lr" in group else {} for group in groups]
+    return {"scheduler": plain(scheduler.state_dict()), "rates": plain({"": learning_rates})[""]}
 
 
 def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
     for master, counts in zip(masters(engine), optimizer_scalars["counts"], strict=True):
         entries = inner.state.get(master, {})
         for name in _counts(entries):
-            # What the other side does not have yet (it has not stepped) begins at zero.
+            # An optimizer that has not stepped has no state to send. Its counts are zero.
             if torch.is_tensor(entries[name]):
                 entries[name].fill_(counts.get(name, 0))
             else:
@@ -251,12 +251,12 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
     schedule = scalars.get("schedule")
     if schedule is not None:
         engine.lr_scheduler.load_state_dict(merged(engine.lr_scheduler.state_dict(), schedule["scheduler"]))
-        for group, rates in zip(inner.param_groups, schedule["rates"], strict=True):
-            group.update({key: merged(group.get(key), rate) for key, rate in rates.items()})
+        for group, saved in zip(inner.param_groups, schedule["rates"], strict=True):
+            group.update({key: merged(group.get(key), value) for key, value in saved.items()})
 
 
 def _scaler(engine: Any) -> Any | None:
-    """The object that holds the loss scale; its name differs between DeepSpeed's optimizers."""
+    """The object with the loss scale, which DeepSpeed's optimizers keep by different names; None without one."""
     if not engine.fp16_enabled():
         return None
     holders = (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
@@ -264,7 +264,7 @@ def _scaler(engine: Any) -> Any | None:
 
 
 def loss_scale(engine: Any) -> dict[str, float] | None:
-    """The dynamic loss scale's state, or None where nothing is scaled."""
+    """The dynamic loss scale's state; None if the loss is not scaled."""
     holder = _scaler(engine)
     if holder is None:
         return None
@@ -272,7 +272,7 @@ def loss_scale(engine: Any) -> dict[str, float] | None:
 
 
 def set_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
-    """Takes over such a state."""
+    """Loads the result of :func:`loss_scale`."""
     holder = _scaler(engine)
     for name, value in state.items():
         setattr(holder, name, value)

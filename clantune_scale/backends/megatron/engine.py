@@ -1,4 +1,4 @@
-"""One member's Megatron-core model and optimizer behind the clan's protocol: hooks on them, no wrapper around them."""
+"""One member's Megatron-core model and optimizer behind the clan's protocol: hooks on them and no wrapper."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from clantune_scale.transfer import MemberState
 class MegatronBackend:
     """Megatron's ``DistributedDataParallel`` and optimizer, built in the member's world.
 
-    Megatron's own schedule, gradient norm and update run as they are. An optimizer step begins and ends in
-    ``optimizer.step()``, whether it updates or is skipped because a scaled gradient was not finite; with a
-    scheduler, one that updates ends when ``scheduler.step()`` returns, so that what is cloned or saved then is a
-    whole step.
+    Megatron's own schedule, gradient norm and update run unchanged. An optimizer step is one call of
+    ``optimizer.step()``, whether it updates or is skipped because a scaled gradient is not finite. With a scheduler, a
+    step that updates ends when ``scheduler.step()`` returns. So the state that is cloned or saved then is a complete
+    step's.
 
     Args:
         model: Megatron's ``DistributedDataParallel``, or a list of one.
@@ -41,7 +41,7 @@ class MegatronBackend:
         accumulation: micro-batches per optimizer step, to give to the schedule as ``num_microbatches``.
 
     Raises:
-        ConfigError: for a setting that a clan cannot run under.
+        ConfigError: for a setting that a clan cannot run with.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class MegatronBackend:
     @accumulation.setter
     def accumulation(self, value: int) -> None:
         self._accumulation = value
-        # Who trains by Megatron's calculator asks it, and not the clan, for the number of micro-batches.
+        # A loop that uses Megatron's calculator reads the number of micro-batches from it and not from the clan.
         if num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
             num_microbatches_calculator.reconfigure_num_microbatches_calculator(
                 rank=dist.get_rank(),
@@ -125,14 +125,14 @@ class MegatronBackend:
         def step_and_show(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             if probe.is_active:
-                # Megatron's is None in a step that was skipped, and where a single optimizer does not clip.
+                # The norm is None in a skipped step, and if a single optimizer does not clip.
                 probe.norm = None if result[1] is None else float(result[1])
             return result
 
         self._undo.append(replace_method(self._optimizer, "step", step_and_show))
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Hooks ``step_with_ready_grads``, which ``optimizer.step`` calls after clipping, for an update alone."""
+        """Hooks ``step_with_ready_grads``, which ``optimizer.step`` calls after clipping, and only if it updates."""
         update = self._optimizer.step_with_ready_grads
 
         def update_in_context() -> bool:
@@ -142,7 +142,7 @@ class MegatronBackend:
         self._undo.append(replace_method(self._optimizer, "step_with_ready_grads", update_in_context))
 
     def after_step(self, callback: Callable[[], None]) -> None:
-        """Calls back when ``optimizer.step`` returns; with a scheduler and an update, when its ``step`` returns."""
+        """Calls back after ``optimizer.step``, or after the scheduler's ``step`` if there is one and an update."""
         step = self._optimizer.step
 
         def call_back() -> None:
@@ -153,7 +153,7 @@ class MegatronBackend:
         def step_then_call(*args: Any, **kwargs: Any) -> Any:
             self._require_schedule()
             result = step(*args, **kwargs)
-            # Megatron's loops leave the schedule where it is when a step was skipped.
+            # Megatron's loops do not step the scheduler after a skipped step.
             if self._scheduler is None or not result[0]:
                 call_back()
             else:
@@ -182,25 +182,25 @@ class MegatronBackend:
             )
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
-        """Hooks the first stage's forward pass, and on the way to backward the last stage's loss, for all stages."""
+        """Hooks the first stage's forward pass, and the last stage's loss, which all stages get."""
 
         def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
             if self.engine.training:
                 on_batch(args, kwargs)
 
-        # Later stages may be given masks and positions alone, which are the same in every batch.
+        # Later stages may get only masks and positions, which are equal in every batch.
         if self.pp_rank == 0:
             self._undo.append(self.engine.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
         self._undo += TrainingLoss(self._config, self._pp_group, self.device, on_loss).hook()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; each part's mode is afterwards what it was."""
+        """Evaluation mode without gradients. On exit each submodule has the mode that it had before."""
         with evaluation_mode(self.engine):
             yield
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
-        """Megatron's schedule, forward only, on one batch; of a user's ``evaluate`` the last stage's loss counts."""
+        """[] the loss of one batch by Megatron's forward-only schedule, or the last stage's loss of ``evaluate``."""
         return self._loss(batch, evaluate)
 
     def loss_scale(self) -> Mapping[str, Any] | None:
@@ -210,7 +210,7 @@ class MegatronBackend:
         state.set_loss_scale(self._optimizer, scale)
 
     def optimizer_name(self) -> str:
-        """The wrappers' names and their inner optimizers': state of one kind does not fit another."""
+        """The names of the inner optimizers and their wrappers. State of one kind does not fit another."""
         kinds = [(type(part).__name__, type(part.optimizer).__name__) for part in state.wrappers(self._optimizer)]
         return ", ".join(f"{inner} in {outer}" for outer, inner in kinds)
 
@@ -232,7 +232,7 @@ class MegatronBackend:
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         if self.engine.ddp_config.overlap_param_gather:
-            # The last update's weights would only be gathered by the next forward pass.
+            # The next forward pass would gather the last update's weights. Gather them now.
             self.refresh()
         if self.dp_rank > 0:
             return None

@@ -16,7 +16,7 @@ from clantune_scale.runtime.validation_window import loss_of
 
 
 class ScheduledLoss:
-    """Runs the pipeline forward, and tells every stage what the last one found.
+    """Runs the pipeline forward and broadcasts the last stage's loss to all stages.
 
     Args:
         model: Megatron's ``DistributedDataParallel``.
@@ -32,7 +32,11 @@ class ScheduledLoss:
         self._device = next(model.parameters()).device
 
     def __call__(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None = None) -> torch.Tensor:
-        """[] float64: the loss of ``batch``; a collective of the pipeline and of its tensor ranks.
+        """[] float64: the loss of ``batch`` (a collective of the pipeline and of its tensor ranks).
+
+        Args:
+            batch: as the data loader yields it.
+            evaluate: the user's ``(model, batch) -> loss``; None for the training's forward step.
 
         Raises:
             EvaluationError: if the last stage computed no loss.
@@ -60,7 +64,7 @@ class ScheduledLoss:
     def _schedule(self, batch: Any) -> None:
         samples = next(tensors_in(batch)).shape[0]
         get_forward_backward_func()(
-            forward_step_func=self._noting,
+            forward_step_func=self._forward_and_record,
             data_iterator=iter([batch]),
             model=[self._model],
             num_microbatches=1,
@@ -69,14 +73,14 @@ class ScheduledLoss:
             forward_only=True,
         )
 
-    def _noting(self, data_iterator: Any, model: Any, *options: Any) -> Any:
-        """The user's forward step, its loss function looked over the shoulder."""
+    def _forward_and_record(self, data_iterator: Any, model: Any, *options: Any) -> Any:
+        """The user's forward step, with a loss function that also records the loss."""
         output, loss_func = self._forward_step(data_iterator, model, *options)
-        return output, loss_func and partial(self._note, loss_func)
+        return output, loss_func and partial(self._record, loss_func)
 
-    def _note(self, loss_func: Callable[..., Any], output: Any, **options: Any) -> Any:
+    def _record(self, loss_func: Callable[..., Any], output: Any, **options: Any) -> Any:
         result = loss_func(output, **options)
-        # (loss, report), or (sum over tokens, number of tokens, report); the schedule divides in place later.
+        # (loss, report), or (sum over tokens, number of tokens, report). Cloned, as the schedule divides in place.
         self._found = result[0].detach().clone().float()
         if len(result) == 3:
             self._found /= result[1].clamp(min=1)

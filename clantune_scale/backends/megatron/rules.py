@@ -1,4 +1,4 @@
-"""What a clan of Megatron-core members cannot run under, with what to change."""
+"""Settings that a clan of Megatron-core members cannot run with, and what to change."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def only_chunk(model: Any) -> Any:
         model: Megatron's ``DistributedDataParallel``, or a list of one, as Megatron's trainers hold it.
 
     Raises:
-        ConfigError: if there are several, or it is another wrapper.
+        ConfigError: if there are several, or the wrapper is another one.
     """
     chunks = list(model) if isinstance(model, list | tuple) else [model]
     if len(chunks) != 1:
         raise ConfigError(
-            f"this rank holds {len(chunks)} model chunks, and virtual pipeline stages are not evaluated by a clan. "
+            f"this rank holds {len(chunks)} model chunks, and a clan cannot evaluate virtual pipeline stages. "
             f"Leave virtual_pipeline_model_parallel_size unset."
         )
     if not isinstance(chunks[0], DistributedDataParallel):
         raise ConfigError(
-            f"the model is a {type(chunks[0]).__name__}, and gradients are shared where Megatron-core's "
-            f"DistributedDataParallel reduces them. Wrap the model in it; for FSDP2 use clantune_scale.attach()."
+            f"the model is a {type(chunks[0]).__name__}, and the clan hooks the gradient reduction of Megatron-core's "
+            f"DistributedDataParallel. Wrap the model in it. For FSDP2 use clantune_scale.attach()."
         )
     return chunks[0]
 
 
 def refuse_unsupported(model: Any, config: Any, optimizer: Any) -> None:
-    """Settings under which state or gradients lie where this backend does not look.
+    """Refuses settings whose state or gradients this backend does not find.
 
     Args:
         model: Megatron's ``DistributedDataParallel``.
@@ -47,7 +47,7 @@ def refuse_unsupported(model: Any, config: Any, optimizer: Any) -> None:
         optimizer: Megatron's.
 
     Raises:
-        ConfigError: with the first of them.
+        ConfigError: for the first of them.
     """
     for text in _refusals(model, config, optimizer):
         raise ConfigError(text)
@@ -59,21 +59,21 @@ def _refusals(model: Any, config: Any, optimizer: Any) -> Iterator[str]:
             yield f"{degree} is {getattr(config, degree)}, which a clan does not support in this version. Set it to 1."
     if model.ddp_config.num_distributed_optimizer_instances > 1:
         yield (
-            f"num_distributed_optimizer_instances is {model.ddp_config.num_distributed_optimizer_instances}, and the "
-            f"clan has an instance for each member already. Set it to 1."
+            f"num_distributed_optimizer_instances is {model.ddp_config.num_distributed_optimizer_instances}, and each "
+            f"member of a clan is an instance already. Set it to 1."
         )
     if config.finalize_model_grads_func is None:
         yield (
-            "config.finalize_model_grads_func is None, so that Megatron's schedules would not reduce gradients. "
+            "config.finalize_model_grads_func is None, so Megatron's schedules would not reduce gradients. "
             "Set it to megatron.core.distributed.finalize_model_grads."
         )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not isinstance(part, _OPTIMIZERS):
             names = ", ".join(kind.__name__ for kind in _OPTIMIZERS)
-            yield f"the optimizer is a {type(part).__name__}, whose state the clan cannot move. Use one of {names}."
+            yield f"the optimizer is a {type(part).__name__}, and the clan cannot move its state. Use one of {names}."
     for setting in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
         if getattr(optimizer.config, setting):
-            yield f"{setting} is on, and the clan does not find the fp32 weights there. Set it to False."
+            yield f"{setting} is on, and the clan cannot find the fp32 weights with it. Set it to False."
     calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
     if isinstance(calculator, num_microbatches_calculator.RampupBatchsizeNumMicroBatchesCalculator):
-        yield "the batch size ramps up, which moves what members compare. Leave rampup_batch_size unset."
+        yield "the batch size ramps up, so members would compare different batches. Leave rampup_batch_size unset."

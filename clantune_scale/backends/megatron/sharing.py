@@ -1,18 +1,17 @@
-"""Averaging gradients over the clan where Megatron-core reduces them anyway.
+"""Averaging gradients over the clan inside Megatron-core's own gradient reduction.
 
-Its ``DistributedDataParallel`` all-reduces buckets over data parallelism, overlapping with backward where
-``overlap_grad_reduce`` is on. Where members share, that one all-reduce is given the group of all their
-(member, data) ranks instead: the same collectives as plain data parallelism over those ranks, and the same
-roundings. Megatron sums the gradients of tied embeddings and of sequence-parallel norms afterwards, inside the
-member, as it does without a clan.
+Its ``DistributedDataParallel`` all-reduces buckets over data parallelism, overlapping with backward if
+``overlap_grad_reduce`` is on. When members share gradients, that all-reduce gets the group of all their (member, data)
+ranks instead. The collectives and the roundings are those of plain data parallelism over these ranks. Megatron then
+sums the gradients of tied embeddings and of sequence-parallel norms inside the member, as it does without a clan.
 
-With the distributed optimizer it reduce-scatters inside the member, and with ``calculate_per_token_loss`` it
-divides by the member's tokens at the end: there the finished gradient (of the distributed optimizer this rank's
-shard) is averaged down the column, after ``config.finalize_model_grads_func``.
+With the distributed optimizer, Megatron reduce-scatters inside the member. With ``calculate_per_token_loss``, it
+divides by the member's tokens at the end. In these two cases the finished gradient (this rank's shard with the
+distributed optimizer) is averaged over the replica group, after ``config.finalize_model_grads_func``.
 
-The ordering rule that NCCL asks for holds because nothing is posted anywhere else: each clan collective is posted in
-the place of one of Megatron's, or after the last of them, and Megatron posts its own in one order on all ranks.
-Ranks that share must therefore run the same graph: the same layers, frozen parameters and number of micro-batches.
+NCCL requires all ranks to post collectives in the same order. This holds because each clan collective replaces one of
+Megatron's or follows the last of them, and Megatron posts its own in the same order on all ranks. Ranks that share
+gradients must therefore run the same graph: the same layers, frozen parameters and number of micro-batches.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def share(model: Any, config: Any, sharing: GradientSharing) -> list[Callable[[]
         sharing: what the hooks read.
 
     Returns:
-        What takes the hooks off again.
+        Functions that remove the hooks.
     """
     reductions = model.bucket_groups + model.expert_parallel_bucket_groups
     if model.ddp_config.use_distributed_optimizer or config.calculate_per_token_loss:
@@ -46,12 +45,13 @@ def share(model: Any, config: Any, sharing: GradientSharing) -> list[Callable[[]
 
 
 def _share_reduction(buckets: Any, sharing: GradientSharing) -> list[Callable[[], None]]:
-    """One group of buckets, whose all-reduce may still be under way when ``start_grad_sync`` returns."""
+    """Hooks one group of buckets. Its all-reduce may still run when ``start_grad_sync`` returns."""
     start, finish = buckets.start_grad_sync, buckets.finish_grad_sync
     own: list[torch.Tensor] = []
 
     def start_grad_sync(force_all_reduce: bool | None = False) -> None:
         team = sharing.team()
+        # With a handle the reduction is under way already, and Megatron only waits for it.
         if len(team) == 1 or buckets.grad_reduce_handle is not None:
             return start(force_all_reduce)
         if sharing.probe.is_active:
@@ -75,7 +75,7 @@ def _share_reduction(buckets: Any, sharing: GradientSharing) -> list[Callable[[]
 
 @contextmanager
 def _across_members(buckets: Any, groups: GradientGroups, team: tuple[int, ...]) -> Iterator[None]:
-    """Inside, a reduction that starts goes over its group's like in all members of the team."""
+    """A reduction that starts inside uses one group of the same ranks in all members of the team."""
     inside = buckets.data_parallel_group
     factors = [bucket.gradient_scaling_factor for bucket in buckets.buckets]
     buckets.data_parallel_group = groups.across_members(team, dist.get_process_group_ranks(inside))
@@ -91,7 +91,7 @@ def _across_members(buckets: Any, groups: GradientGroups, team: tuple[int, ...])
 
 
 def _member_means(buckets: Any) -> list[torch.Tensor]:
-    """Each bucket's gradient, reduced inside the member alone; the buckets stay as they are."""
+    """Each bucket's gradient, reduced inside the member only. The buckets stay unchanged."""
     averages = buckets.ddp_config.average_in_collective
     means = []
     for bucket in buckets.buckets:
@@ -104,7 +104,7 @@ def _member_means(buckets: Any) -> list[torch.Tensor]:
 
 
 def _share_finished(config: Any, reductions: Sequence[Any], sharing: GradientSharing) -> Callable[[], None]:
-    """The member's finished gradients, once Megatron is done with them."""
+    """Hooks the member's finished gradients, after Megatron has finalized them."""
     finalize = config.finalize_model_grads_func
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ def _share_finished(config: Any, reductions: Sequence[Any], sharing: GradientSha
             for mine in _owned(reductions):
                 own = mine.clone() if sharing.probe.is_active else None
                 sharing.groups.weigh([mine], team)
-                # Divided first: a sum of sixteen-bit gradients overflows no sooner than the member's own.
+                # Divided first, so that a 16-bit sum over the clan overflows no sooner than one over the member.
                 dist.all_reduce(mine.div_(len(team)), group=sharing.groups.replica_group(team))
                 if own is not None:
                     sharing.probe.compare(own, mine)
@@ -125,7 +125,7 @@ def _share_finished(config: Any, reductions: Sequence[Any], sharing: GradientSha
 
 
 def _owned(reductions: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """What this rank updates weights from: whole buckets, or with the distributed optimizer its shard of each."""
+    """The gradients that this rank's update uses: whole buckets, or its shards with the distributed optimizer."""
     for buckets in reductions:
         for bucket in buckets.buckets:
             if not buckets.ddp_config.use_distributed_optimizer:

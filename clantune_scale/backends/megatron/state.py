@@ -1,4 +1,4 @@
-"""Where Megatron-core's optimizers keep what training continues from, and how the model's weights follow."""
+"""The training state of Megatron-core's optimizers, and how the model's weights are made from the masters."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ _SCALE = {"cur_scale": "_scale", "growth_tracker": "_growth_tracker", "hysteresi
 
 
 def wrappers(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers around torch's, without those that hold no parameter of this rank."""
+    """Megatron's wrappers of torch's optimizers, without those that hold no parameter of this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
 
 
 def masters(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's live fp32 weights (of the distributed optimizer its shards): the keys of the inner state."""
+    """This rank's live fp32 weights (its shards with the distributed optimizer), the keys of the inner state."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @torch.no_grad()
 def refresh(model: Any, optimizer: Any) -> None:
-    """Writes the masters into the weights that the model computes with (a collective of the member)."""
+    """Writes the masters into the weights that the model computes with (a member collective)."""
     for wrapper in wrappers(optimizer):
         if hasattr(wrapper, "_copy_main_params_to_model_params"):
             wrapper._copy_main_params_to_model_params()
     if model.ddp_config.use_distributed_optimizer:
         for buckets in model.bucket_groups + model.expert_parallel_bucket_groups:
-            # A gather that is under way brings old weights; asking for one meanwhile only waits for it.
+            # A gather that is under way brings old weights. This call waits for it, and the next one gathers anew.
             if buckets.param_gather_handle is not None:
                 buckets.start_param_sync(force_sync=True)
         model.start_param_sync(force_sync=True)
 
 
 class _Inner:
-    """Torch's optimizers inside Megatron's, seen as one."""
+    """The torch optimizers inside Megatron's wrappers, seen as one."""
 
     def __init__(self, optimizer: Any) -> None:
         self._parts = [wrapper.optimizer for wrapper in wrappers(optimizer)]
         self.param_groups = optimizer.param_groups
-        self.state = self
+        self.state: Any = self
 
     def get(self, parameter: torch.Tensor, default: Any) -> Any:
-        """What the optimizer that updates ``parameter`` keeps for it."""
+        """The state that ``parameter``'s optimizer keeps for it."""
         return next((part.state[parameter] for part in self._parts if parameter in part.state), default)
 
 
 class _Schedule:
-    """Megatron's scheduler: all its values follow from the number of its steps."""
+    """Megatron's scheduler, whose values all follow from its number of steps."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -63,9 +63,9 @@ class _Schedule:
         return {"num_steps": self._scheduler.num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # Its own load_state_dict adds to the steps that were taken.
+        # Megatron's own load_state_dict adds the saved steps to the present ones.
         self._scheduler.num_steps = state["num_steps"]
-        # The class's own: the instance's is hooked, and would take this for the end of a step.
+        # The class's method: the instance's is hooked and would count this as the end of a step.
         type(self._scheduler).step(self._scheduler, 0)
 
 
@@ -79,13 +79,13 @@ def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler:
         scheduler: its scheduler, or None.
     """
     trained = [(str(index), master) for index, master in enumerate(masters(optimizer))]
-    fixed = [(name, parameter) for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    fixed: list[tuple[str, torch.Tensor]] = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
     fixed += list(module.named_buffers())
     schedule = _Schedule(scheduler) if hasattr(scheduler, "num_steps") else scheduler
     state = plain_state(
         _Inner(optimizer), trained, fixed, schedule, lambda: refresh(model, optimizer), starts=lambda: None
     )
-    # The distributed optimizer's shards are not told apart by parameter: a resume needs as many ranks as there were.
+    # The distributed optimizer's shards do not map to parameters, so a resume needs the same number of ranks.
     state.logical = None
     state.scalars["optimizer"]["loss_scale"] = loss_scale(optimizer)
     load_plain = state.load_scalars
@@ -101,7 +101,7 @@ def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler:
 
 
 def _grow(optimizer: Any, names: Collection[str]) -> None:
-    """Optimizer state for exactly the masters that have some among ``names`` (see ``MemberState.grow``)."""
+    """Makes optimizer state for exactly the masters whose state is among ``names`` (see ``MemberState.grow``)."""
     wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
     places = {id(master): index for index, master in enumerate(masters(optimizer))}
     for wrapper in wrappers(optimizer):
@@ -110,7 +110,7 @@ def _grow(optimizer: Any, names: Collection[str]) -> None:
 
 
 def random_streams() -> dict[str, torch.Tensor]:
-    """The states of the streams that Megatron's layers draw from under tensor parallelism."""
+    """The states of the random streams that Megatron's layers draw from under tensor parallelism."""
     states = get_cuda_rng_tracker().get_states()
     return {
         name: (state.get_state() if isinstance(state, torch.Generator) else state).clone()
@@ -119,7 +119,7 @@ def random_streams() -> dict[str, torch.Tensor]:
 
 
 def load_random_streams(streams: Mapping[str, torch.Tensor]) -> None:
-    """Takes over such states."""
+    """Loads the result of :func:`random_streams`."""
     tracker = get_cuda_rng_tracker()
     states = tracker.get_states()
     for name, saved in streams.items():
@@ -131,13 +131,13 @@ def load_random_streams(streams: Mapping[str, torch.Tensor]) -> None:
 
 
 def _scalers(optimizer: Any) -> Sequence[Any]:
-    """The objects with a dynamic loss scale; each of several chained optimizers has its own."""
+    """The objects with a dynamic loss scale. Each of several chained optimizers has its own."""
     scalers = (getattr(wrapper, "grad_scaler", None) for wrapper in wrappers(optimizer))
     return [scaler for scaler in scalers if hasattr(scaler, "_growth_tracker")]
 
 
 def loss_scale(optimizer: Any) -> dict[str, float] | None:
-    """The dynamic loss scale's state, or None where nothing is scaled, or by a constant."""
+    """The dynamic loss scale's state; None without a loss scale or with a constant one."""
     scalers = _scalers(optimizer)
     if not scalers:
         return None
@@ -145,7 +145,7 @@ def loss_scale(optimizer: Any) -> dict[str, float] | None:
 
 
 def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
-    """Takes over such a state."""
+    """Loads the result of :func:`loss_scale`."""
     for scaler in _scalers(optimizer):
         scaler._scale = torch.full_like(scaler._scale, state["cur_scale"])
         scaler._growth_tracker = int(state["growth_tracker"])

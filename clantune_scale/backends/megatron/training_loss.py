@@ -1,4 +1,4 @@
-"""The loss of each training step, seen on its way to backward."""
+"""The loss of each training step, read just before backward."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clantune_scale.gradients.hooks import replace_method
 
 
 class TrainingLoss:
-    """Adds up the micro-batches' losses on the last stage and tells all stages their mean, once per step.
+    """Sums the micro-batches' losses on the last stage and broadcasts their mean to all stages, once per step.
 
-    Megatron hands each loss to ``config.grad_scale_func`` before it goes backward, divided by the number of
-    micro-batches (or, with ``calculate_per_token_loss``, as a sum over tokens), and calls
-    ``config.finalize_model_grads_func`` when all have gone.
+    Megatron passes each loss to ``config.grad_scale_func`` before its backward pass, divided by the number of
+    micro-batches (or as a sum over tokens, with ``calculate_per_token_loss``). It calls
+    ``config.finalize_model_grads_func`` after the last of them.
 
     Args:
         config: the model's ``TransformerConfig``.
@@ -32,18 +32,22 @@ class TrainingLoss:
         self._losses: list[torch.Tensor] = []
 
     def hook(self) -> list[Callable[[], None]]:
-        """Hooks the two functions; returns what takes the hooks off again."""
+        """Hooks the two functions.
+
+        Returns:
+            Functions that remove the hooks.
+        """
         scale, finalize = self._config.grad_scale_func, self._config.finalize_model_grads_func
 
         def grad_scale(loss: torch.Tensor) -> torch.Tensor:
-            # Megatron also asks for the scale alone, by a constant 1.
+            # Megatron also calls this with a constant 1 to learn the scale.
             if loss.requires_grad:
                 self._losses.append(loss.detach().float().reshape(()))
             return loss if scale is None else scale(loss)
 
         def finalize_model_grads(model: Any, num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            # Before Megatron sums the tokens over the member, in place.
-            self._tell(num_tokens)
+            # Called first, because Megatron sums the tokens over the member in place.
+            self._broadcast_mean(num_tokens)
             return finalize(model, num_tokens, *args, **kwargs)
 
         return [
@@ -52,7 +56,7 @@ class TrainingLoss:
         ]
 
     @torch.no_grad()
-    def _tell(self, num_tokens: torch.Tensor | None) -> None:
+    def _broadcast_mean(self, num_tokens: torch.Tensor | None) -> None:
         mean = torch.full((), float("nan"), device=self._device)
         if self._losses:
             mean = torch.stack(self._losses).sum()

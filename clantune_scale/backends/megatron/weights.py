@@ -1,18 +1,18 @@
-"""A member's weights as one model: tensor shards joined, layers numbered through all pipeline stages."""
+"""A member's weights as one model: tensor shards joined, and layers numbered over all pipeline stages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 
 def whole_names(module: torch.nn.Module) -> dict[str, str]:
-    """By each parameter's or buffer's name on this stage, its name in a model without pipeline stages.
+    """Maps each parameter's or buffer's name on this stage to its name in a model without pipeline stages.
 
-    Megatron numbers the layers of each stage from 0 and keeps the number in the model, from 1, with the layer.
+    Megatron numbers the layers of each stage from 0. Each layer also has its number in the whole model, from 1.
     """
     prefixes = {}
     for path, part in module.named_modules():
@@ -32,13 +32,13 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
 def joined(module: torch.nn.Module, tp_group: Any, *, is_gated: bool) -> dict[str, torch.Tensor]:
     """This stage's weights and persistent buffers in host memory, by their names in the whole model.
 
-    A collective of the tensor-parallel group; every rank of it gets the same. An embedding's copy in the last
-    stage, which serves as the output layer, is left out: the first stage has it.
+    This is a collective of the tensor-parallel group, and all of its ranks get the same. The last stage's copy of the
+    embedding, which is the output layer, is left out because the first stage has it.
 
     Args:
         module: the stage.
-        tp_group: over which its tensors are sharded.
-        is_gated: whether the first layer of each MLP holds a gate and a value, one after the other.
+        tp_group: the group over which its tensors are sharded.
+        is_gated: whether the first layer of each MLP holds a gate followed by a value.
     """
     names = whole_names(module)
     weights = {}
@@ -58,9 +58,10 @@ def _whole(parameter: torch.nn.Parameter, tp_group: Any, *, is_gated: bool) -> t
         return parameter.data
     shards = [torch.empty_like(parameter.data) for _ in range(tp_group.size())]
     dist.all_gather(shards, parameter.data.contiguous(), group=tp_group)
-    dim = parameter.partition_dim
+    # The attribute is Megatron's, which torch's Parameter does not declare.
+    dim: int = cast(Any, parameter).partition_dim
     if is_gated:
-        # Each shard holds its part of the gate and its part of the value.
+        # Each shard holds a part of the gate and a part of the value.
         halves = [shard.chunk(2, dim=dim) for shard in shards]
         shards = [gate for gate, _ in halves] + [value for _, value in halves]
     return torch.cat(shards, dim=dim)

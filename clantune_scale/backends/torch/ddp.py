@@ -1,6 +1,6 @@
-"""DDP members: every rank holds the whole model, and gradients are averaged in buckets while backward goes on."""
+"""DDP members: every rank holds the whole model, and gradients are averaged in buckets during backward."""
 
-# No postponed annotations here: DDP reads the types of its communication hook and takes no names of types.
+# No postponed annotations here: DDP checks the types of its communication hook and does not resolve strings.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,10 +22,10 @@ class DDPBackend(LoopBackend):
     Args:
         model: what the loop calls.
         ddp: the DDP module in it.
-        optimizer, scheduler, options: as :class:`LoopBackend` takes them.
+        optimizer, scheduler, options: see :class:`LoopBackend`.
 
     Raises:
-        ConfigError: if DDP averages over another group than the member's, or with a hook of the user's.
+        ConfigError: if DDP averages over another group than the member's, or has a communication hook of the user's.
     """
 
     tp_rank = 0
@@ -54,7 +54,7 @@ class DDPBackend(LoopBackend):
         groups: GradientGroups,
         probe: GradientProbe | None = None,
     ) -> None:
-        """One communication hook for good: DDP registers it once in its life, and the team is read in each step."""
+        """Registers one communication hook for good, as DDP accepts no second one. It reads the team in each step."""
         self._probe = probe or self._probe
         self._sharing = BucketSharing(self.dp_group, team, groups, self._probe, self._order)
         self._ddp.register_comm_hook(self._sharing, average_bucket)
@@ -69,10 +69,10 @@ class BucketSharing:
 
     Args:
         member_group: all ranks of the member.
-        team: the members that share gradients in the step that runs, this one among them.
+        team: returns the members that share gradients in the current step. This member is one of them.
         groups: the stand-alone groups that cross members.
-        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
-        order: notes what is posted.
+        probe: compares the member's own gradient with the clan's, in the steps in which it is active.
+        order: records the collectives that are posted.
     """
 
     def __init__(
@@ -90,44 +90,50 @@ class BucketSharing:
 
     @property
     def is_sharing(self) -> bool:
-        """Whether gradients cross members in the step that runs."""
+        """Whether gradients cross members in the current step."""
         return not self._is_in_member and len(self._team()) > 1
 
     @property
     def group(self) -> Any:
-        """The ranks over which gradients are averaged in the step that runs."""
+        """The ranks over which gradients are averaged in the current step."""
         return self._groups.gradient(self._team()) if self.is_sharing else self.member_group
 
     def weigh(self, gradients: torch.Tensor) -> None:
-        """Leaves this rank's part of the sum out where it is not finite."""
+        """Applies the non-finite mask to this rank's term of the sum, in place."""
         self._groups.weigh([gradients], self._team())
 
     def stay_in_member(self) -> None:
-        """From now on gradients are the member's own: DDP cannot take a hook off."""
+        """Stops sharing for good. DDP cannot remove a hook, so the hook then averages inside the member."""
         self._is_in_member = True
 
     def check_order(self, device: torch.device) -> None:
-        """Compares what ranks posted, in the first step in which they share and once in each phase after."""
+        """Compares what ranks posted: in the first step in which they share gradients, then once per phase."""
         if self.is_sharing and (self.probe.is_active or not self._has_checked):
             self._has_checked = True
             self.order.check(self.group, device)
 
 
 def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: one bucket's mean, over the member or over all members that share.
+    """DDP's communication hook: the mean of one bucket over the member, or over all members that share gradients.
 
-    The same collective as plain data parallelism over those ranks, posted without waiting: DDP waits for all of
-    them at the end of backward.
+    It posts the same asynchronous collective as plain data parallelism over those ranks. DDP waits for all of them at
+    the end of backward.
+
+    Args:
+        sharing: what the hook reads.
+        bucket: DDP's, averaged in place.
     """
     gradients, group = bucket.buffer(), sharing.group
     own = None
     if sharing.is_sharing:
+        # Noted at the moment of posting: buckets of equal size would be mixed without an error if orders differ.
         sharing.order.note(str(bucket.index()), gradients)
         if sharing.probe.is_active:
             own = gradients / sharing.member_group.size()
             dist.all_reduce(own, group=sharing.member_group)
+        # After the probe's copy, so that the probe sees what the member computed.
         sharing.weigh(gradients)
-    # DDP without a hook multiplies so, and a division by three would round otherwise.
+    # DDP without a hook multiplies by the reciprocal. A division by three would round differently.
     gradients.mul_(1.0 / group.size())
     work = dist.all_reduce(gradients, group=group, async_op=True)
     if own is not None:
@@ -137,21 +143,21 @@ def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.fut
 
 
 def _refuse_unsupported(ddp: DistributedDataParallel) -> None:
-    """DDP over anything but the member, or with a hook already."""
+    """Refuses DDP over another group than the member, and DDP that has a communication hook."""
     ranks = dist.get_process_group_ranks(ddp.process_group)
     if ranks != list(range(dist.get_world_size())):
         raise ConfigError(
             f"DDP averages over the ranks {ranks} of a member that has {dist.get_world_size()}. Leave process_group "
-            f"out: in a clan the world that DDP takes is the member."
+            f"out: in a clan, DDP's default group is the member."
         )
     if getattr(ddp, "_comm_hooks", None):
         names = ", ".join(hook.__name__ for hook, _ in ddp._comm_hooks)
         raise ConfigError(
-            f"DDP has a communication hook already ({names}) and takes one only. Leave it out: the clan's own averages "
+            f"DDP has a communication hook already ({names}) and accepts one only. Remove it. The clan's hook averages "
             f"gradients in their own dtype."
         )
     if getattr(ddp, "mixed_precision", None) is not None:
         raise ConfigError(
-            "DDP's own mixed precision brings a communication hook of its own. Use torch.autocast, or FSDP2 with a "
-            "MixedPrecisionPolicy."
+            "DDP's mixed precision registers a communication hook of its own, and the clan needs that place. Use "
+            "torch.autocast, or FSDP2 with a MixedPrecisionPolicy."
         )

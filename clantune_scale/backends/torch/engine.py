@@ -1,4 +1,4 @@
-"""What FSDP2 and DDP members have in common: a module and an optimizer in a loop of the user's own."""
+"""The common part of FSDP2 and DDP members: a module and an optimizer in the user's own loop."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class LoopBackend:
-    """A member whose loop calls ``optimizer.step()`` itself; FSDP2 and DDP each say how gradients meet.
+    """A member whose loop calls ``optimizer.step()`` itself. Subclasses for FSDP2 and DDP share the gradients.
 
-    A step ends when the optimizer's last step hook has run; with a scheduler, when ``scheduler.step()`` after it
-    returns, so that what is cloned or saved at a round's end is a whole step.
+    A step ends when the optimizer's last step hook has run. With a scheduler, it ends when the following
+    ``scheduler.step()`` returns. So the state that is cloned or saved at the end of a round is a complete step's.
 
     Args:
-        model: what the loop calls: the module, or what ``torch.compile`` made of it.
+        model: what the loop calls: the module, or the result of ``torch.compile``.
         module: the user's own module in it.
-        optimizer: steps on ``module``'s parameters.
-        scheduler: stepped once after each optimizer step, or None.
+        optimizer: updates ``module``'s parameters.
+        scheduler: stepped once after each optimizer step; None for no scheduler.
         micro_batch_size: samples per rank and backward pass.
         accumulation: micro-batches per optimizer step.
         gradient_clipping: gradient-norm threshold, 0 for none.
@@ -55,6 +55,12 @@ class LoopBackend:
     tp_size: int
     dp_group: Any
     tp_group: Any = None
+    # The subclasses know these.
+    dp_group: Any
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
 
     def __init__(
         self,
@@ -89,22 +95,22 @@ class LoopBackend:
         return [state.local(parameter) for _, parameter in self._trained]
 
     def refresh(self) -> None:
-        """Nothing to do: the model computes with the masters."""
+        """Does nothing: the model computes with the masters."""
 
     def state(self) -> MemberState:
         fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
         return state.member_state(self._optimizer, self._trained, fixed, self._scheduler, self.refresh, self._starts)
 
     def _starts(self) -> Mapping[str, int] | None:
-        """Where this rank's shards begin in their parameters: whole ones at their first element."""
+        """By parameter, the first element that this rank's shard holds; left out for 0."""
         return {}
 
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around one micro-batch's forward and backward: gradients cross ranks in the step's last one alone."""
+        """The context of one micro-batch's forward and backward. Gradients cross ranks in the step's last one only."""
         raise NotImplementedError
 
     def clip_gradients(self) -> torch.Tensor:
-        """[] the member's gradient norm; gradients are scaled down to the threshold in effect, once in a step."""
+        """[] the member's gradient norm before clipping. It clips to the present threshold, once per step."""
         if self._is_clipped:
             return total_norm(parameter for _, parameter in self._trained)
         norm = clip_grad_norm_([parameter for _, parameter in self._trained], self.clip)
@@ -114,13 +120,13 @@ class LoopBackend:
         return norm
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Hooks the optimizer's update, which comes after the user's clipping and before the scheduler's step."""
+        """Hooks the optimizer's update, after the user's clipping and before the scheduler's step."""
         entered = ExitStack()
 
         def before(_: Any, args: tuple, kwargs: dict) -> None:
             require_plain_step(args[1:], kwargs)
             self._require_schedule()
-            # Where the last update raised, torch did not call what comes after it.
+            # If the last update raised, torch did not call the post hook, and the context is still open.
             entered.close()
             self._before_update()
             entered.enter_context(context())
@@ -142,10 +148,10 @@ class LoopBackend:
         self._check_order()
 
     def _check_order(self) -> None:
-        """Compares the order of the clan's collectives down the column: in the first step, and once in a phase."""
+        """Compares the posting order of the clan's collectives over the ranks, in the first step and once per phase."""
 
     def after_step(self, callback: Callable[[], None]) -> None:
-        """Calls back when the update is done; with a scheduler, when its ``step`` after that returns."""
+        """Calls back after the update. With a scheduler, it calls back when the scheduler's ``step`` returns."""
 
         def call_back() -> None:
             self._awaits_schedule = False
@@ -175,13 +181,13 @@ class LoopBackend:
         if self._awaits_schedule:
             raise ClanError(
                 f"scheduler.step() was not called after optimizer step {self.num_steps + 1}. Call it once after each "
-                f"optimizer.step(), or leave the scheduler out of attach() where it moves otherwise."
+                f"optimizer.step(). If it is not stepped once per optimizer step, leave it out of attach()."
             )
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
-        """Hooks the model's forward pass while it trains: its arguments, and the loss where it returns one."""
+        """Hooks the model's training forward pass: its arguments, and the loss if it returns one."""
 
-        # Graphs of torch.compile are made without these: what they do is not a part of the model.
+        # torch.compile must not trace the hooks: they are not part of the model.
         @torch.compiler.disable
         def before_forward(_: Any, args: tuple, kwargs: dict) -> None:
             if self.engine.training:
@@ -200,7 +206,7 @@ class LoopBackend:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; each part's mode is afterwards what it was."""
+        """Evaluation mode without gradients. On exit each submodule has the mode that it had before."""
         try:
             with evaluation_mode(self.engine):
                 yield
@@ -208,7 +214,7 @@ class LoopBackend:
             self.refresh()
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
-        """The model on one batch: a mapping by keyword, a sequence by position, anything else as it is."""
+        """[] the loss on one batch: a mapping is passed by keyword, a sequence by position, anything else as it is."""
         if evaluate is not None:
             loss = loss_of(evaluate(self.engine, batch))
         else:
@@ -219,7 +225,7 @@ class LoopBackend:
                 loss = loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
         loss = (loss.full_tensor() if isinstance(loss, DTensor) else loss).detach().to(self.device)
         if self.tp_group is not None:
-            # Every rank decides by this number: tensor ranks that sum in different orders must not differ.
+            # All ranks decide by this number. Tensor ranks that sum in different orders could differ in the last bit.
             dist.broadcast(loss, group_src=0, group=self.tp_group)
         return loss
 
@@ -227,7 +233,9 @@ class LoopBackend:
         return None
 
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
-        raise ClanError(f"the loss is not scaled in this loop, and cannot take {dict(state)}. Train in bf16 or fp32.")
+        raise ClanError(
+            f"this loop does not scale the loss, so it cannot load the loss scale {dict(state)}. Train in bf16 or fp32."
+        )
 
     def optimizer_name(self) -> str:
         return type(self._optimizer).__name__
@@ -245,7 +253,7 @@ class LoopBackend:
         return {}
 
     def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
-        """PyTorch's own parallelism draws from torch's streams alone."""
+        """Does nothing: PyTorch's parallelism draws from torch's own streams only."""
 
     def share_gradients(
         self,
@@ -274,7 +282,7 @@ class LoopBackend:
 
 
 def _found_loss(output: Any) -> torch.Tensor | None:
-    """The loss in what a training forward returned, or None where it returns something else (logits)."""
+    """The loss in the output of a training forward pass; None if the output is something else (logits)."""
     try:
         return loss_of(output)
     except EvaluationError:
@@ -282,7 +290,7 @@ def _found_loss(output: Any) -> torch.Tensor | None:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without what compiling or checkpointing its module put into it."""
+    """A parameter's name without the prefixes of compiled and activation-checkpointed modules."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,14 @@ from clantune_scale.runtime.engine_protocol import GradientGroups
 class FSDPBackend(LoopBackend):
     """A module to which ``fully_shard`` was applied inside the member's world.
 
-    The sharded parameters are what the optimizer updates: 16-bit weights of a mixed-precision policy are made
-    from them whenever they are gathered, so that nothing has to be brought up to date after a clone.
+    The optimizer updates the sharded parameters. FSDP2 makes the 16-bit weights of a mixed-precision policy from them
+    at each gather, so a clone needs no update of the model's weights.
 
     Args:
-        model, module, optimizer, scheduler, options: as :class:`LoopBackend` takes them.
+        model, module, optimizer, scheduler, options: see :class:`LoopBackend`.
 
     Raises:
-        ConfigError: for a way of sharding that a clan cannot run under.
+        ConfigError: for a way of sharding that a clan cannot run with.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class FSDPBackend(LoopBackend):
         scheduler: Any = None,
         **options: Any,
     ) -> None:
-        self._parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-        # A part that is still gathered shows parameters that the optimizer does not know.
+        self._parts: list[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        # A submodule that is still gathered has parameters that the optimizer does not know.
         self._reshard()
         _refuse_unsupported(module, self._parts)
         super().__init__(model, module, optimizer, scheduler, **options)
@@ -56,11 +57,11 @@ class FSDPBackend(LoopBackend):
             part.reshard()
 
     def refresh(self) -> None:
-        """Drops gathered weights: a forward pass without a backward one leaves the root's behind, out of date."""
+        """Drops gathered weights. A forward pass without a backward pass leaves outdated ones in the root module."""
         self._reshard()
 
     def _starts(self) -> Mapping[str, int] | None:
-        """FSDP2 cuts a parameter (or this tensor rank's part of it) into as many rows for each rank."""
+        """FSDP2 shards a parameter (or this tensor rank's part of it) by rows, with equally many for each rank."""
         names = {id(parameter): name for name, parameter in self._trained + self._frozen}
         starts = {}
         for shard in (shard for group in _param_groups(self._parts) for shard in group.fsdp_params):
@@ -73,7 +74,7 @@ class FSDPBackend(LoopBackend):
 
     @contextmanager
     def exchanging(self, is_last: bool) -> Iterator[None]:
-        """FSDP2 keeps whole gradients until the last micro-batch, and reduces their sum: one clan collective."""
+        """FSDP2 accumulates whole gradients until the last micro-batch and reduces their sum: one clan collective."""
         self._set_sync(is_last)
         try:
             yield
@@ -90,14 +91,14 @@ class FSDPBackend(LoopBackend):
         groups: GradientGroups,
         probe: GradientProbe | None = None,
     ) -> None:
-        """One stateful hook on every FSDP module: torch's setter does not go down to those inside."""
+        """Sets one hook on every FSDP module, because torch's setter does not reach nested modules."""
         self._probe = probe or self._probe
         self._sharing = ShardSharing(team, groups, self._probe, self._order)
         for part in self._parts:
             for group in _groups_of(part):
                 before = group._all_reduce_hook
                 part.set_all_reduce_hook(self._sharing.hook(group))
-                self._undo.append(lambda part=part, before=before: part.set_all_reduce_hook(before))
+                self._undo.append(partial(part.set_all_reduce_hook, before))
 
     def _check_order(self) -> None:
         self._sharing.check_order(self.device)
@@ -115,7 +116,7 @@ def data_parallel_size(module: torch.nn.Module) -> int:
 
 
 def _groups_of(part: FSDPModule) -> list[Any]:
-    """A module's parameter groups; torch before 2.11 keeps one at most."""
+    """A module's parameter groups. Before 2.11, torch kept at most one."""
     state = part._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -127,44 +128,44 @@ def _param_groups(parts: list[FSDPModule]) -> list[Any]:
 
 
 def _refuse_unsupported(module: torch.nn.Module, parts: list[FSDPModule]) -> None:
-    """Ways of sharding under which gradients or state lie where this backend does not look."""
+    """Refuses ways of sharding whose gradients or state this backend does not find."""
     groups = _param_groups(parts)
     if any(len(_groups_of(part)) > 1 for part in parts):
         raise ConfigError(
-            "a module's parameters are sharded over several meshes (a shard_placement_fn gives each its own), and "
-            "torch calls no hook for those. Apply fully_shard() to each part with a mesh of its own."
+            "a module's parameters are sharded over several meshes (by a shard_placement_fn), and torch calls no hook "
+            "for them. Apply fully_shard() separately to each submodule that has a mesh of its own."
         )
     for group in groups:
         if group._is_hsdp:
             raise ConfigError(
-                f"{group._module_fqn or 'the model'} is sharded over a mesh of two dimensions (hybrid sharding). A "
-                f"member is the replica in a clan, whose members are no dimension of a mesh: give fully_shard() the "
+                f"{group._module_fqn or 'the model'} is sharded over a mesh of two dimensions (hybrid sharding). In a "
+                f"clan the members are the replicas, and they are no dimension of a mesh. Give fully_shard() the "
                 f"member's one data-parallel dimension, and raise population_size for more replicas."
             )
         if group._all_reduce_hook is not None:
             raise ConfigError(
-                f"{group._module_fqn or 'the model'} has an all-reduce hook already, and FSDP2 keeps one for each "
+                f"{group._module_fqn or 'the model'} has an all-reduce hook already, and FSDP2 accepts one for each "
                 f"module. Remove it before attach()."
             )
     sharded = {id(shard.sharded_param) for group in groups for shard in group.fsdp_params}
     outside = next((n for n, p in module.named_parameters() if p.requires_grad and id(p) not in sharded), None)
     if outside is not None:
         raise ConfigError(
-            f"{outside} trains and lies in no part that fully_shard() was applied to, so that no gradient of it is "
-            f"reduced. Apply fully_shard() to the whole model last."
+            f"{outside} trains, and fully_shard() was not applied to its module, so its gradient is not reduced. Apply "
+            f"fully_shard() to the whole model last."
         )
-    sizes = {dist.get_process_group_ranks(group.mesh_info.shard_process_group)[0:].__len__() for group in groups}
+    sizes = {len(dist.get_process_group_ranks(group.mesh_info.shard_process_group)) for group in groups}
     if len(sizes) > 1:
         raise ConfigError(
-            f"parts of the model are sharded over meshes of {sorted(sizes)} ranks. Shard all of them over one."
+            f"the model's modules are sharded over meshes of {sorted(sizes)} ranks. Shard all of them over one mesh."
         )
 
 
-def _tensor_group(named: list[tuple[str, torch.Tensor]], tp_size: int) -> Any:
-    """The group over which tensor parallelism splits this replica; None where it does not.
+def _tensor_group(named: Sequence[tuple[str, torch.Tensor]], tp_size: int) -> Any:
+    """The group over which tensor parallelism shards this replica; None without tensor parallelism.
 
     Raises:
-        ConfigError: if the ranks that FSDP2 leaves over are in no mesh of the model's.
+        ConfigError: if FSDP2 does not use all ranks of the member, and tensor parallelism does not use the rest.
     """
     if tp_size == 1:
         return None
@@ -173,6 +174,6 @@ def _tensor_group(named: list[tuple[str, torch.Tensor]], tp_size: int) -> Any:
             return tensor.device_mesh.get_group(1)
     raise ConfigError(
         f"a member has {dist.get_world_size()} ranks and its model is sharded over {dist.get_world_size() // tp_size} "
-        f"of them, with no tensor parallelism over the rest. Give fully_shard() a mesh of all the member's ranks, or "
+        f"of them, without tensor parallelism over the rest. Give fully_shard() a mesh of all the member's ranks, or "
         f"parallelize_module() the other dimension."
     )

@@ -1,13 +1,13 @@
-"""Averaging FSDP2's gradients over the clan, each shard down its column, while backward goes on.
+"""Averaging FSDP2's gradients over the clan: each shard over its replica group, overlapping with backward.
 
-FSDP2 reduce-scatters a module's gradients inside the member as soon as backward has passed it, and then calls the
-module's all-reduce hook with this rank's shard, divided by the member's degree. There the shard is averaged over the
-members that share.
+FSDP2 reduce-scatters a module's gradients inside the member as soon as backward has passed the module. It then calls
+the module's all-reduce hook with this rank's shard, divided by the member's degree. The hook averages the shard over
+the members that share gradients.
 
-- On CUDA the hook runs on FSDP2's own all-reduce stream, which backward does not wait for.
-- On the host the collective is posted without waiting where the shard's memory becomes the gradient (the reduction's
-  dtype is the parameter's, nothing is accumulated onto it), and backward waits for it at its end, so that gradients
-  are what they should be when ``loss.backward()`` returns. Elsewhere it is waited for on the spot.
+- On CUDA the hook runs on FSDP2's own all-reduce stream, and backward does not wait for that stream.
+- On the CPU the collective is asynchronous if the shard's memory becomes the gradient (the reduction has the
+  parameter's dtype, and nothing is accumulated). Backward waits for it at its end, so the gradients are complete when
+  ``loss.backward()`` returns. In all other cases the hook waits for the collective.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 class ShardSharing:
-    """What the hooks of all FSDP modules have in common.
+    """The state that the hooks of all FSDP modules share.
 
     Args:
-        team: the members that share gradients in the step that runs, this one among them.
+        team: returns the members that share gradients in the current step. This member is one of them.
         groups: the stand-alone groups that cross members.
-        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
-        order: notes what is posted.
+        probe: compares the member's own gradient with the clan's, in the steps in which it is active.
+        order: records the collectives that are posted.
     """
 
     def __init__(
@@ -56,18 +56,21 @@ class ShardSharing:
         return all_reduce_hook
 
     def _average(self, shard: torch.Tensor, team: tuple[int, ...], param_group: Any) -> None:
+        # Copied before the mask, so that the probe sees what the member computed.
         own = shard.clone() if self._probe.is_active else None
         self._groups.weigh([shard], team)
-        # Before the sum, so that sixteen-bit sums over the clan overflow no sooner than those over the member.
+        # Divided before the sum, so that a 16-bit sum over the clan overflows no sooner than one over the member.
         shard.div_(len(team))
         group = self._groups.replica_group(team)
         self._order.note(str(param_group._module_fqn), shard)
         if shard.is_cuda:
             dist.all_reduce(shard, group=group)
-            # FSDP2 drops a buffer that it casts from, and its own stream may take the memory while this one sums.
+            # FSDP2 releases a buffer that it casts from. Without this its own stream could reuse the memory during the
+            # sum.
             shard.record_stream(torch.cuda.current_stream())
         elif own is None and _becomes_gradient(shard, param_group):
             work = dist.all_reduce(shard, group=group, async_op=True)
+            # Autograd runs the callback at the end of this backward pass, before loss.backward() returns.
             Variable._execution_engine.queue_callback(work.wait)
         else:
             dist.all_reduce(shard, group=group)
@@ -75,7 +78,7 @@ class ShardSharing:
             self._probe.compare(own, shard)
 
     def check_order(self, device: torch.device) -> None:
-        """Compares what members posted, in the first step in which they share and once in each phase after."""
+        """Compares what members posted: in the first step in which they share gradients, then once per phase."""
         team = self._team()
         if len(team) > 1 and (self._probe.is_active or not self._has_checked):
             self._has_checked = True
@@ -83,7 +86,7 @@ class ShardSharing:
 
 
 def _becomes_gradient(shard: torch.Tensor, param_group: Any) -> bool:
-    """Whether FSDP2 makes the gradients views of the shard's memory, and does nothing else to it after the hook."""
+    """Whether FSDP2 makes the gradients views of the shard's memory and does not change it after the hook."""
     return (
         shard.dtype in (torch.float32, torch.bfloat16)
         and param_group.gradient_divide_factor is None

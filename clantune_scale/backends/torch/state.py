@@ -1,9 +1,9 @@
-"""What training continues from where the user's own optimizer steps on the parameters: local shards, all live."""
+"""The training state of a member whose optimizer updates the parameters directly: live local shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,8 +14,18 @@ from clantune_scale.transfer.state import Piece, grow_optimizer, local, merged, 
 Named = Sequence[tuple[str, torch.Tensor]]
 
 
+class InnerOptimizer(Protocol):
+    """What the state of an optimizer is read from: torch's own, or several that are seen as one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Any: ...
+
+
 def member_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: InnerOptimizer,
     trained: Named,
     fixed: Named,
     scheduler: Any,
@@ -25,13 +35,13 @@ def member_state(
     """This rank's training state.
 
     Args:
-        optimizer: whose moments and step counts are in it.
+        optimizer: its moments and step counts are part of the state. Megatron's backend passes several seen as one.
         trained: the parameters that it updates, by name: the fp32 masters.
         fixed: frozen parameters and buffers, by name.
         scheduler: a learning-rate scheduler, or None.
-        refresh: brings the model's weights up to date with the masters.
-        starts: by parameter, the first of its elements that this rank's shard holds, 0 where left out; or None where
-            a shard is no stretch of elements.
+        refresh: updates the model's weights from the masters.
+        starts: returns, by parameter, the index of the first element that this rank's shard holds (left out for 0), or
+            None if a shard is not a contiguous slice.
     """
     return MemberState(
         tensors=list(_tensors(optimizer, trained, fixed)),
@@ -43,7 +53,7 @@ def member_state(
     )
 
 
-def _tensors(optimizer: torch.optim.Optimizer, trained: Named, fixed: Named) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(optimizer: InnerOptimizer, trained: Named, fixed: Named) -> Iterator[tuple[str, torch.Tensor]]:
     for index, (_, parameter) in enumerate(trained):
         yield f"master.{index}", local(parameter)
         moments = optimizer.state.get(parameter, {})
@@ -55,23 +65,23 @@ def _tensors(optimizer: torch.optim.Optimizer, trained: Named, fixed: Named) -> 
         yield f"fixed.{name}", local(tensor)
 
 
-def _require_plain(optimizer: torch.optim.Optimizer, key: str, value: Any) -> None:
-    """Refuses state that lies deeper than one tensor or number: it would stay behind when a member is cloned."""
+def _require_plain(optimizer: InnerOptimizer, key: str, value: Any) -> None:
+    """Refuses optimizer state that is no tensor and no number. A clone would not copy it."""
     if value is None or torch.is_tensor(value) or isinstance(value, bool | int | float):
         return
     raise ConfigError(
         f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__}, for each parameter, and a clone would "
-        f"train on without it: tensors and numbers are moved, nothing that holds them. Use another optimizer."
+        f"not copy it: only tensors and numbers are moved. Use another optimizer."
     )
 
 
-def _optimizer_scalars(optimizer: torch.optim.Optimizer, trained: Named) -> dict[str, Any]:
+def _optimizer_scalars(optimizer: InnerOptimizer, trained: Named) -> dict[str, Any]:
     counts = [_counts(optimizer.state.get(parameter, {})) for _, parameter in trained]
     return {"counts": counts, "group_steps": [group.get("step") for group in optimizer.param_groups]}
 
 
 def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in one parameter's state: torch keeps step counts in tensors without dimensions."""
+    """The numbers in one parameter's optimizer state. torch keeps step counts in zero-dimensional tensors."""
     numbers = {}
     for name, value in entries.items():
         if isinstance(value, bool | int | float):
@@ -81,18 +91,18 @@ def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any] | None:
-    """The scheduler's state as far as JSON holds it; what it does not hold (functions) is the same everywhere."""
+def _schedule(optimizer: InnerOptimizer, scheduler: Any) -> dict[str, Any] | None:
+    """The part of the scheduler's state that JSON represents. The rest (functions) is equal on all members."""
     if scheduler is None or not hasattr(scheduler, "state_dict"):
         return None
     return {"scheduler": plain(scheduler.state_dict()), "rates": [float(g["lr"]) for g in optimizer.param_groups]}
 
 
-def _load(optimizer: torch.optim.Optimizer, trained: Named, scheduler: Any, scalars: Mapping[str, Any]) -> None:
+def _load(optimizer: InnerOptimizer, trained: Named, scheduler: Any, scalars: Mapping[str, Any]) -> None:
     for (_, parameter), counts in zip(trained, scalars["optimizer"]["counts"], strict=True):
         entries = optimizer.state.get(parameter, {})
         for name in _counts(entries):
-            # What the other side does not have yet (it has not stepped) begins at zero.
+            # An optimizer that has not stepped has no state to send. Its counts are zero.
             if torch.is_tensor(entries[name]):
                 local(entries[name]).fill_(counts.get(name, 0))
             else:
@@ -104,20 +114,21 @@ def _load(optimizer: torch.optim.Optimizer, trained: Named, scheduler: Any, scal
     if schedule is None:
         return
     scheduler.load_state_dict(merged(scheduler.state_dict(), schedule["scheduler"]))
-    for group, rate in zip(optimizer.param_groups, schedule["rates"], strict=True):
-        group["lr"] = merged(group["lr"], rate)
+    for group, learning_rate in zip(optimizer.param_groups, schedule["rates"], strict=True):
+        group["lr"] = merged(group["lr"], learning_rate)
 
 
-def _grow(optimizer: torch.optim.Optimizer, trained: Named, names: Collection[str]) -> None:
-    """Optimizer state for exactly the parameters that have some among ``names`` (see ``MemberState.grow``)."""
+def _grow(optimizer: InnerOptimizer, trained: Named, names: Collection[str]) -> None:
+    """Makes optimizer state for exactly the parameters whose state is among ``names`` (see ``MemberState.grow``)."""
+    assert isinstance(optimizer, torch.optim.Optimizer), "several optimizers as one grow theirs one by one"
     wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
     grow_optimizer(optimizer, [parameter for _, parameter in trained], wanted)
 
 
 def _pieces(
-    optimizer: torch.optim.Optimizer, trained: Named, fixed: Named, starts: Mapping[str, int] | None
+    optimizer: InnerOptimizer, trained: Named, fixed: Named, starts: Mapping[str, int] | None
 ) -> dict[str, list[Piece]] | None:
-    """Which elements of which parameter each tensor of the state holds (see ``MemberState.logical``)."""
+    """The elements of the parameters that each tensor of the state holds (see ``MemberState.logical``)."""
     if starts is None:
         return None
     found = {}
@@ -129,7 +140,7 @@ def _pieces(
             index, _, moment = rest.partition(".")
             owner, parameter = trained[int(index)]
             if tensor.numel() != local(parameter).numel():
-                # A moment of another shape than its parameter (a factored one) is cut by rules of its own.
+                # A moment that is shaped differently from its parameter (a factored one) is sharded differently too.
                 return None
             key, start = f"{moment or kind}/{owner}", starts.get(owner, 0)
         found[name] = [Piece(key, start, 0, tensor.numel())]

@@ -52,7 +52,7 @@ class Heartbeat:
         """Stops both threads. ``on_failure`` is not called after this."""
         self._is_over.set()
 
-    def tell(self, reason: str) -> str:
+    def report(self, reason: str) -> str:
         """Writes a failure into the store for the other ranks.
 
         Returns:
@@ -74,7 +74,7 @@ class Heartbeat:
             # Adding 0 reads the counter. It stays the same between two beats if the next rank is silent.
             last, same = seen, same + 1 if seen == last else 0
             if failure is None and same * self._beat_s > self._silence_s:
-                failure = self.tell(f"{self._name(self._next)} gave no sign of life for {self._silence_s:g} s")
+                failure = self.report(f"{self._name(self._next)} sent no heartbeat for {self._silence_s:g} s")
             if failure is not None:
                 self._fail(failure)
                 return

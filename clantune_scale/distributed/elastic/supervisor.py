@@ -178,7 +178,7 @@ class Supervisor:
         reason = f"{self._name}: {reason}"
         if self._heartbeat is not None:
             heartbeat, own = self._heartbeat, reason
-            reason = within(2.0, lambda: heartbeat.tell(own)) or own
+            reason = within(2.0, lambda: heartbeat.report(own)) or own
         following = self._following(reason)
         for action in self.before_restart:
             within(_FLUSH_S, action)

@@ -46,7 +46,7 @@ class Trace:
 
     def _noted(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         work = self._all_reduce(tensor, *args, **kwargs)
-        # What is waited for on the spot is the vote on finite gradients, a number.
+        # The only synchronous collective is that of the non-finite mask, a number per member.
         if work is None or kwargs.get("group") not in self._groups:
             return work
         self.events.append("posted")

@@ -1,4 +1,4 @@
-"""Signs of life on a store, with threads in place of processes."""
+"""Heartbeats on a store, with threads in place of processes."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_who_falls_silent_is_missed_and_all_hear_of_it(served):
     made[1].stop()
     for rank in (0, 2):
         assert listeners[rank].heard.wait(5)
-        assert listeners[rank].reasons == ["rank 1 gave no sign of life for 1 s"]
+        assert listeners[rank].reasons == ["rank 1 sent no heartbeat for 1 s"]
     assert listeners[1].reasons == []
 
 
 def test_what_was_seen_first_is_what_all_hear(served):
     made, listeners = heartbeats(served, 3, silence_s=10.0)
-    assert made[0].tell("the first") == "the first"
-    assert made[1].tell("the second") == "the first"
+    assert made[0].report("the first") == "the first"
+    assert made[1].report("the second") == "the first"
     for listener in listeners:
         assert listener.heard.wait(5) and listener.reasons == ["the first"]
 

@@ -30,7 +30,7 @@ def again(monkeypatch):
     return ended
 
 
-def guarded(run_dir=None, *, generation=None, min_members=2):
+def supervised(run_dir=None, *, generation=None, min_members=2):
     environ = {"RANK": "0", "CLANTUNE_RESUME": "before"}
     made = Supervisor(
         FaultsConfig(min_members=min_members),
@@ -55,7 +55,7 @@ def fail(error):
 
 def test_a_peers_failure_leads_to_the_next_generation(tmp_path, again, caplog):
     commit(tmp_path, "round-000003")
-    _, environ = guarded(tmp_path)
+    _, environ = supervised(tmp_path)
     with pytest.raises(Again):
         fail(GONE)
     generation = Generation.read(environ)
@@ -69,14 +69,14 @@ def test_a_peers_failure_leads_to_the_next_generation(tmp_path, again, caplog):
 
 
 def test_without_a_committed_round_it_begins_anew(tmp_path, again):
-    _, environ = guarded(tmp_path)
+    _, environ = supervised(tmp_path)
     with pytest.raises(Again):
         fail(GONE)
     assert "CLANTUNE_RESUME" not in environ and Generation.read(environ).run_dir is None
 
 
 def test_a_users_error_ends_the_process(tmp_path, again):
-    made, environ = guarded(tmp_path)
+    made, environ = supervised(tmp_path)
     error = ValueError("of the user")
     fail(error)
     assert again == [error] and VARIABLE not in environ
@@ -88,14 +88,14 @@ def test_a_users_error_ends_the_process(tmp_path, again):
 
 def test_where_members_may_not_die_the_end_says_how_the_run_goes_on(tmp_path, again, caplog):
     commit(tmp_path, "round-000003")
-    _, environ = guarded(tmp_path, min_members=None)
+    _, environ = supervised(tmp_path, min_members=None)
     fail(GONE)
     assert again == [GONE] and VARIABLE not in environ
     assert f"a member is lost. Launch again with CLANTUNE_RESUME={tmp_path}" in caplog.text
 
 
 def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
-    made, _ = guarded(tmp_path)
+    made, _ = supervised(tmp_path)
     below, seen = sys.excepthook, []
 
     def hook(kind, error, traceback):
@@ -110,7 +110,7 @@ def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
 
 
 def test_a_users_error_passes_all_hooks_once(tmp_path, again):
-    made, _ = guarded(tmp_path)
+    made, _ = supervised(tmp_path)
     below, seen = sys.excepthook, []
 
     def hook(kind, error, traceback):
@@ -125,11 +125,11 @@ def test_a_users_error_passes_all_hooks_once(tmp_path, again):
 
 
 def test_what_is_queued_is_sent_before(tmp_path, again):
-    made, _ = guarded(tmp_path)
+    made, _ = supervised(tmp_path)
     sent = []
     made.before_restart.append(lambda: sent.append(1))
     with pytest.raises(Again):
-        made._on_failure("rank 0 of member 3 gave no sign of life for 1 s")
+        made._on_failure("rank 0 of member 3 sent no heartbeat for 1 s")
     assert sent == [1]
 
 
@@ -144,17 +144,17 @@ def test_generations_without_progress_are_the_last(tmp_path, again, monkeypatch,
     commit(tmp_path, "round-000003")
     generation = Generation(launch={"RANK": "5"})
     for number in range(1, 5):
-        _, environ = guarded(tmp_path, generation=generation)
+        _, environ = supervised(tmp_path, generation=generation)
         with pytest.raises(Again):
             fail(GONE)
         generation = Generation.read(environ)
         assert (generation.number, generation.num_idle) == (number, number - 1)
     commit(tmp_path, "round-000004")
-    _, environ = guarded(tmp_path, generation=generation)
+    _, environ = supervised(tmp_path, generation=generation)
     with pytest.raises(Again):
         fail(GONE)
     assert Generation.read(environ).num_idle == 0
-    _, environ = guarded(tmp_path, generation=Generation(5, (0, 2, 3), launch={}, num_idle=3, newest="round-000004"))
+    _, environ = supervised(tmp_path, generation=Generation(5, (0, 2, 3), launch={}, num_idle=3, newest="round-000004"))
     with pytest.raises(Exit, match="1"):
         fail(GONE)
     assert "4 generations in a row began with all members and failed" in caplog.text

@@ -141,7 +141,7 @@ def test_members_die_one_after_the_other(tmp_path):
     assert [rank.code for rank in ended] == [-9, 0, 0, -9], ended[1].text
     assert [rank.num_lives for rank in ended] == [2, 3, 3, 1]
     told = [event["left"] for event in jobs.events(tmp_path, "member_lost")]
-    # The first was told after the round from which the second epoch went on: its event is behind that round.
+    # The first was told after the round from which the second generation resumed: its event is behind that round.
     assert told[-1] == [1, 2]
 
 
@@ -175,7 +175,7 @@ def test_who_dies_while_the_champion_is_written_is_not_waited_for(tmp_path):
     fault = Fault(1, "champion")
     ended = lives.run(3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD)
     assert [rank.code for rank in ended] == [1, -9, 1]
-    assert "rank 0 of member 1 gave no sign of life for 4 s, while the others waited for it" in ended[0].text
+    assert "rank 0 of member 1 sent no heartbeat for 4 s, while the others waited for it" in ended[0].text
     assert f"CLANTUNE_RESUME={tmp_path / 'run'}" in ended[0].text
 
 
