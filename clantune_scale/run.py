@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,15 @@ def _replacement(eval_data: str | None, engines: list[Any]) -> Callable[..., Any
     from clantune_scale.backends.deepspeed.attach import initialize
 
     @wraps(initialize)
-    def initialize_with_validation(*args: Any, training_data: Dataset | None = None, **kwargs: Any) -> Any:
+    def initialize_with_validation(*args: Any, **kwargs: Any) -> Any:
+        # A script may pass the training data by position, as deepspeed.initialize allows.
+        call = inspect.signature(initialize).bind(*args, **kwargs)
         validation = _load(eval_data) if eval_data else None
+        training_data = call.arguments.get("training_data")
         if validation is None and training_data is not None:
-            training_data, validation = hold_out(training_data)
-        result = initialize(*args, training_data=training_data, eval_data=validation, **kwargs)
+            call.arguments["training_data"], validation = hold_out(training_data)
+        call.arguments["eval_data"] = validation
+        result = initialize(*call.args, **call.kwargs)
         engines.append(result[0])
         return result
 
@@ -108,6 +113,11 @@ def _replacement(eval_data: str | None, engines: list[Any]) -> Callable[..., Any
 def hold_out(dataset: Dataset, share: float = HOLDOUT) -> tuple[Subset, Subset]:
     """Splits a map-style dataset: every 1/share-th example goes to validation, the rest to training."""
     stride = round(1 / share)
+    if not isinstance(dataset, Sized):
+        raise ConfigError(
+            f"the training data is a {type(dataset).__name__} without a length, so that nothing can be held out of it. "
+            f"Pass --eval_data module:callable."
+        )
     indices = np.arange(len(dataset))
     held = indices % stride == stride - 1
     return Subset(dataset, indices[~held].tolist()), Subset(dataset, indices[held].tolist())

@@ -8,8 +8,10 @@ import re
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
+from clantune_scale import run
+from clantune_scale.errors import ConfigError
 from clantune_scale.run import hold_out, main
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config
@@ -73,3 +75,25 @@ def test_a_failing_script_fails_the_run(tmp_path):
     config.write_text(json.dumps(clan_config(tmp_path / "runs")))
     with pytest.raises(RankError, match="RuntimeError: of my own"):
         run_ranks(2, _run_script, script, config)
+
+
+def test_data_without_a_length_cannot_be_held_out():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ConfigError, match="a Stream without a length.*--eval_data"):
+        hold_out(Stream())
+
+
+def test_training_data_may_be_passed_by_position(monkeypatch):
+    calls = []
+
+    def initialize(args=None, model=None, training_data=None, *, eval_data=None):
+        calls.append((len(training_data), len(eval_data)))
+        return ("engine",)
+
+    monkeypatch.setattr("clantune_scale.backends.deepspeed.attach.initialize", initialize)
+    engines = []
+    run._replacement(None, engines)(None, "model", TensorDataset(torch.arange(100)))
+    assert (calls, engines) == ([(95, 5)], ["engine"])

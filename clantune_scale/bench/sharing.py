@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from clantune_scale.bench.ranks import Ranks, timed
-from clantune_scale.config.schema import ClanConfig
+from clantune_scale.config.schema import ClanConfig, StrategyConfig, TrackingConfig
 
 KINDS = ("flat", "cooperative", "competitive")
 MICRO_BATCH = 8
@@ -85,14 +85,13 @@ class SharingRank:
         torch.manual_seed(0)
         model = Blocks(setting.width, setting.depth)
         self._tokens = torch.randn(MICRO_BATCH, TOKENS, setting.width)
-        options = {"eval_data": TensorDataset(self._tokens)} if directory else {}
         # The clan's own lines would stand in the middle of the table.
         with redirect_stdout(io.StringIO()):
             self._engine, *_ = clantune_scale.initialize(
                 model=model,
                 model_parameters=list(model.parameters()),
                 config=_ds_config(setting, stage, directory),
-                **options,
+                eval_data=TensorDataset(self._tokens) if directory else None,
             )
 
     def train(self, kind: str, num_steps: int) -> float | int:
@@ -202,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _ds_config(setting: SharingSetting, stage: int, directory: str | None) -> dict[str, Any]:
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
@@ -214,8 +213,8 @@ def _ds_config(setting: SharingSetting, stage: int, directory: str | None) -> di
         config["clantune"] = ClanConfig(
             population_size=setting.members,
             round_length=10**9,
-            strategy="control",
-            tracking={"directory": directory, "mlflow": False, "print_every_steps": 10**9},
+            strategy=StrategyConfig(name="control"),
+            tracking=TrackingConfig(directory=directory, mlflow=False, print_every_steps=10**9),
         ).model_dump()
     return config
 

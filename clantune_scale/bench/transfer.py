@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Literal
 
 import torch
 
 from clantune_scale.bench.ranks import Ranks
 from clantune_scale.config.schema import TransferConfig
 
-TRANSPORTS = ("peer", "dcp_peer", "dcp_files")
+TRANSPORTS: tuple[Literal["peer", "dcp_peer", "dcp_files"], ...] = ("peer", "dcp_peer", "dcp_files")
 _MEBIBYTE = 1 << 20
 
 

@@ -18,6 +18,7 @@ import time
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
@@ -78,7 +79,10 @@ def _build(topology: Topology, rank: int) -> dict[str, object]:
     dist.init_process_group("fake", rank=member_rank, world_size=topology.member_size, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (topology.pp, topology.dp, topology.tp), mesh_dim_names=("pp", "dp", "tp"))
-        stands = tuple(mesh.get_coordinate())
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None, "every rank of the group is in its mesh"
+        pp, dp, tp = coordinate
+        stands = (pp, dp, tp)
         outer = Topology.from_world(topology.world_size, population_size=topology.population_size)
         joined = ClanWorld(outer, outer.coordinates(rank), HashStore(), _fake_replica_group(topology, member), 60.0)
         joined.arrange(pp=topology.pp, tp=topology.tp, stands=stands)
@@ -97,13 +101,20 @@ def _fake_group(named: list[str]):
 
     def stand_alone_group(store: object, name: str, rank: int, size: int, **_: object) -> FakeProcessGroup:
         named.append(name)
-        return FakeProcessGroup._create_internal(rank, size, FakeProcessGroup.Options())
+        return _fake_process_group(rank, size)
 
     return stand_alone_group
 
 
+def _fake_process_group(rank: int, size: int) -> FakeProcessGroup:
+    """A process group without connections. torch's stub lacks the options that its function takes."""
+    create: Any = FakeProcessGroup._create_internal
+    options: Any = FakeProcessGroup.Options
+    return create(rank, size, options())
+
+
 def _fake_replica_group(topology: Topology, member: int) -> ReplicaGroup:
-    group = FakeProcessGroup._create_internal(member, topology.population_size, FakeProcessGroup.Options())
+    group = _fake_process_group(member, topology.population_size)
     return ReplicaGroup(group, member, topology.population_size)
 
 

@@ -27,7 +27,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "forward": ("clantune_scale.data.watch", "BatchWatch.on_batch"),
     "step": ("clantune_scale.runtime.clan", "Clan._after_step"),
     "evaluation": ("clantune_scale.runtime.validation_window", "ValidationWindow.losses"),
-    "figures": ("clantune_scale.runtime.clan", "gather_diagnostics"),
+    "diagnostics": ("clantune_scale.runtime.clan", "gather_diagnostics"),
     "decision": ("clantune_scale.runtime.clan", "decide"),
     "transfer": ("clantune_scale.transfer.transfers", "Transfers.run"),
     "record": ("clantune_scale.runtime.recorder", "Recorder.round_end"),
@@ -49,7 +49,7 @@ class Fault:
         point: one of :data:`POINTS`, with ``:after`` behind it for its end.
         step: optimizer steps that are done; None for the first time that the point is reached.
         action: one of :data:`clantune_scale.bench.faults.actions.ACTIONS`.
-        epoch: in which it strikes: who starts again comes to the same point once more.
+        generation: number of the generation it is injected in. Restarted processes reach the same point again.
     """
 
     rank: int
@@ -95,7 +95,7 @@ def _clans() -> list[Any]:
         clans.append(self)
         make(self, *args, **options)
 
-    Clan.__init__ = remember
+    setattr(Clan, "__init__", remember)  # noqa: B010 - mypy allows no assignment to a method
     return clans
 
 

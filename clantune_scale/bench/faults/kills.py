@@ -41,7 +41,7 @@ POINTS: tuple[tuple[str, int | None], ...] = (
     ("forward", 9),
     ("step", 11),
     ("evaluation", 10),
-    ("figures", 10),
+    ("diagnostics", 10),
     ("decision", 10),
     ("transfer", 10),
     ("record", 10),

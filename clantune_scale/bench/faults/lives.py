@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _live(environ: dict[str, str], place: str, function: Callable[..., Any], arg
 
     torch.set_num_threads(1)
 
-    def hand_over(environ: Any) -> None:
+    def hand_over(environ: MutableMapping[str, str] = os.environ) -> None:
         Path(f"{place}.next").write_text(json.dumps(dict(environ)))
         sys.stderr.flush()
         os._exit(_AGAIN)

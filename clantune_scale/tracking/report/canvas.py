@@ -34,7 +34,8 @@ _MAX_SHADES = 120
 _MAX_MARKS = 80
 _UNJOINED = {"linestyle": ""}
 
-_STYLE = {
+#: matplotlib's own annotation lists every key of its settings as a Literal; a plain name does not pass.
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
     "legend.fontsize": 10.5,

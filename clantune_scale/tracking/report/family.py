@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def _tree(figure: Figure, run: Run) -> None:
     own = np.arange(run.num_members)
     for index in range(run.num_rounds):
         for member in own:
-            style = {"color": canvas.BLUE, "linewidth": 2.2} if alive[index, member] else _GIVEN_UP
+            style: dict[str, Any] = {"color": canvas.BLUE, "linewidth": 2.2} if alive[index, member] else _GIVEN_UP
             axes.plot([index, index + 1], [member, member], **style)
         for member in np.flatnonzero(run.donors[index] != own):
             _clone(axes, index + 1, int(run.donors[index, member]), int(member))
@@ -69,7 +69,7 @@ def _tree(figure: Figure, run: Run) -> None:
     axes.set_xlabel("rounds, by the optimizer step of their end")
 
 
-_GIVEN_UP = {"color": "0.55", "linewidth": 1.2, "linestyle": ":"}
+_GIVEN_UP: dict[str, Any] = {"color": "0.55", "linewidth": 1.2, "linestyle": ":"}
 
 
 def _clone(axes: Axes, step: float, donor: int, recipient: int) -> None:

@@ -34,8 +34,8 @@ def gathering(monkeypatch):
 
 def test_a_fault_strikes_once_before_or_after(gathering):
     module, calls = gathering
-    environ = {"RANK": "1", **to_environ([Fault(1, "figures", action="raise"), Fault(0, "figures:after")])}
-    assert install(environ) == [Fault(1, "figures", action="raise")]
+    environ = {"RANK": "1", **to_environ([Fault(1, "diagnostics", action="raise"), Fault(0, "diagnostics:after")])}
+    assert install(environ) == [Fault(1, "diagnostics", action="raise")]
     with pytest.raises(InjectedError):
         module.gather_diagnostics()
     assert calls == []
@@ -45,18 +45,18 @@ def test_a_fault_strikes_once_before_or_after(gathering):
 
 def test_after(gathering):
     module, calls = gathering
-    install({"RANK": "0", **to_environ([Fault(0, "figures:after", action="raise")])})
+    install({"RANK": "0", **to_environ([Fault(0, "diagnostics:after", action="raise")])})
     with pytest.raises(InjectedError):
         module.gather_diagnostics()
     assert calls == [1]
 
 
-def test_another_epoch_is_left_alone(gathering):
-    environ = to_environ([Fault(1, "figures", generation=1)])
+def test_another_generation_is_not_touched(gathering):
+    environ = to_environ([Fault(1, "diagnostics", generation=1)])
     assert install({"RANK": "1", **environ}) == []
     later = {"RANK": "1", **environ}
     Generation(1, launch={}).write(later)
-    assert install(later) == [Fault(1, "figures", generation=1)]
+    assert install(later) == [Fault(1, "diagnostics", generation=1)]
 
 
 def test_a_step_is_waited_for(gathering, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_step_is_waited_for(gathering, monkeypatch):
                 step = 4
 
     monkeypatch.setattr(injector, "_clans", lambda: [Clan])
-    install({"RANK": "0", **to_environ([Fault(0, "figures", 5, "raise")])})
+    install({"RANK": "0", **to_environ([Fault(0, "diagnostics", 5, "raise")])})
     module.gather_diagnostics()
     Clan.phases.position.step = 5
     with pytest.raises(InjectedError):
