@@ -5,14 +5,14 @@ import re
 import pytest
 
 from clantune_scale.bench.ranks import Ranks
-from clantune_scale.bench.sharing import Measurement, Setting, _in_turns, main, table
+from clantune_scale.bench.sharing import PairedStepTimes, SharingSetting, _in_turns, main, table
 from clantune_scale.errors import ClanError
 
 
 def test_ratios_are_taken_pair_by_pair():
     # The machine was ten times as busy in the second pair: a ratio of medians would not be 1.5.
     seconds = {"flat": [0.1, 1.0, 0.2], "cooperative": [0.15, 1.5, 0.32], "competitive": [0.1, 0.8, 0.2]}
-    measured = Measurement(2, seconds, {"flat": 3, "cooperative": 3, "competitive": 4})
+    measured = PairedStepTimes(2, seconds, {"flat": 3, "cooperative": 3, "competitive": 4})
     assert measured.ratio("cooperative") == pytest.approx((1.5, 1.5, 1.55))
     assert measured.ratio("competitive") == pytest.approx((0.9, 1.0, 1.0))
     assert table([measured]).splitlines()[2] == "| 2 | 200.0 | 1.50 (1.50 to 1.55) | 1.00 (0.90 to 1.00) | 3, 3, 4 |"
@@ -32,7 +32,7 @@ class FakeRanks:
 def test_the_order_turns_round_and_the_slowest_rank_counts():
     calls: list = []
     kinds = ("flat", "cooperative", "competitive")
-    measured = _in_turns({kind: FakeRanks(calls) for kind in kinds}, Setting(steps=7), 1, 2)
+    measured = _in_turns({kind: FakeRanks(calls) for kind in kinds}, SharingSetting(steps=7), 1, 2)
     assert [kind for kind, num_steps in calls if num_steps == 7] == [*kinds, *reversed(kinds)]
     assert measured.seconds == {kind: [0.2, 0.2] for kind in kinds}
     assert measured.collectives == dict.fromkeys(kinds, 5)

@@ -55,12 +55,6 @@ class LoopBackend:
     tp_size: int
     dp_group: Any
     tp_group: Any = None
-    # The subclasses know these.
-    dp_group: Any
-    dp_rank: int
-    dp_size: int
-    tp_rank: int
-    tp_size: int
 
     def __init__(
         self,
