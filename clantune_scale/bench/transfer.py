@@ -59,7 +59,7 @@ class TransferRank:
         joined = world.join(setting.ranks)
         groups = ClanGroups(joined, "cpu")
         bucket_bytes = setting.bucket_mebibytes * _MEBIBYTE
-        self._transfers = {
+        self._transfers: dict[str, Transfers] = {
             name: Transfers.of(
                 joined,
                 groups,

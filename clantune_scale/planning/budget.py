@@ -83,7 +83,7 @@ def forecast(
     _, batch = split_batch(ds_config, population_size=block.population_size, dp_size=dp)
     facts = run_facts(block, genes, ds_config)
     if facts.total_steps is not None:
-        # Where the config does not say how long the run is, the strategy will not know: no race, no freeze.
+        # Without total_steps in the config the strategy has no learning-rate trial and no freeze.
         facts = replace(facts, total_steps=num_steps)
     strategy = build(block.strategy.name, facts, block.strategy.options)
     job = describe_job(

@@ -1,4 +1,4 @@
-"""What the user sees while the clan trains: a line per some steps, a table per round, and where everything is."""
+"""The terminal output of a run: a line every few steps, a table per round, and the paths of all results."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Terminal:
         )
 
     def _resume(self, event: Event) -> Sequence[str]:
-        lost = f"; what came after is in {event['lost_events']}" if event["lost_events"] else ""
+        lost = f"; later events are in {event['lost_events']}" if event["lost_events"] else ""
         return (
-            f"clan {event['name']}: goes on after {event['step']} steps, from {event['resumed_from']}",
+            f"clan {event['name']}: resumes after {event['step']} steps from {event['resumed_from']}",
             f"clan {event['name']}: events in {self._events_path}{lost}",
         )
 
@@ -78,15 +78,15 @@ class Terminal:
         seconds = ", ".join(f"{part} {value:.1f}" for part, value in event["seconds"].items())
         title = f"round {event['round']}: steps {event['start_step']} to {event['step']}, seconds: {seconds}"
         if event["restored"]:
-            title += ", restored to the last good state"
+            title += ", rolled back"
         return (title, *("  " + line for line in _aligned(_round_table(event))))
 
     def _lost(self, event: Event) -> Sequence[str]:
-        lost = "; ".join(f"member {member}: {what}" for member, what in event["members"].items()) or "no member is lost"
+        lost = "; ".join(f"member {member}: {what}" for member, what in event["members"].items()) or "no member lost"
         left = ", ".join(map(str, event["left"]))
         return (
-            f"clan generation {event['generation']}: {lost}; goes on after {event['seconds']:.0f} s with members "
-            f"{left} (first seen by {event['reason']})",
+            f"clan generation {event['generation']}: {lost}; continues after {event['seconds']:.0f} s with members "
+            f"{left} (reported by {event['reason']})",
         )
 
     def _end(self, event: Event) -> Sequence[str]:
@@ -102,7 +102,7 @@ class Terminal:
 
 def _round_table(event: Event) -> list[list[str]]:
     genes = list(event["members"][0]["genome"]["values"])
-    header = ["member", "loss", "± se", *genes, "rate", "parent", "reason"]
+    header = ["member", "loss", "± se", *genes, "learning rate", "parent", "reason"]
     rows = []
     for member, rate in zip(event["members"], event["learning_rates"], strict=True):
         values = [f"{member['genome']['values'][gene]:.4g}" for gene in genes]
@@ -116,7 +116,7 @@ def _round_table(event: Event) -> list[list[str]]:
 
 
 def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, replica_group)) for replica_group in zip(*table, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     # Numbers to the right; the last column is a phrase.
     return [
         "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip()

@@ -1,4 +1,4 @@
-"""A run seen from elsewhere: its events file, followed as it grows, as the lines that rank 0 prints."""
+"""Follows a run's events file as it grows and prints the lines that rank 0 prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clantune_scale.tracking.events import check_schema, parse_event
 from clantune_scale.tracking.live import Screen, screen
 from clantune_scale.tracking.terminal import Terminal
 
-# Silence after which one asks oneself whether the run is still there: longer than most rounds' evaluation.
+# Time without an event after which a message is printed: longer than the evaluation of most rounds.
 _SILENCE_S = 600.0
 
 
@@ -33,7 +33,7 @@ def watch(
     Args:
         run_dir: folder of the run; it need not be there yet.
         on: where it is printed; standard output where None, live if that is a terminal.
-        poll_s: seconds between two looks at the file.
+        poll_s: seconds between two reads of the file.
         timeout_s: seconds without an event after which watching ends; None waits for ever.
         past_rounds: rounds that were over when watching began and are still shown; the rest is counted.
 
@@ -73,7 +73,7 @@ class _Follower:
         self.is_behind = True
 
     def events(self) -> Iterator[Event]:
-        """Every event there is and every one that comes, until nothing comes for too long."""
+        """All events of the file and each new one, until the time-out without a new one."""
         if not self._wait_for(self._path.exists, f"waiting for {self._path}"):
             return
         told_s = last_s = -math.inf
@@ -141,7 +141,7 @@ class _Follower:
 
     def _silence(self) -> str:
         return (
-            f"no event for {_SILENCE_S / 60:.0f} minutes: a round may be that long, or the run died without a word "
+            f"no event for {_SILENCE_S / 60:.0f} minutes: either a round is that long, or the run died without a run_end event "
             f"(Ctrl-C ends watching)"
         )
 

@@ -1,7 +1,8 @@
-"""Faults on purpose, and what comes of them: ``python -m clantune_scale.bench.faults``.
+"""Fault injection, and what a run does after each fault: ``python -m clantune_scale.bench.faults``.
 
-- ``injector``, ``actions``: what happens where; a script calls ``install`` before it joins.
-- ``lives``: ranks of this machine without a launcher; one that starts again does so as a new process of the harness.
-- ``workload``: what trains, and how a rank stood at its end.
-- ``kills``, ``survivors``, ``numbers``, ``damage``, ``resumes``, ``trackers``: a kind of fault each, in ``sections``.
+- ``injector``, ``actions``: what is injected, and at which point; a script calls ``install`` before it joins.
+- ``processes``: ranks on this machine without a launcher; the harness restarts a rank as a new process.
+- ``workload``: what is trained, and each rank's final state.
+- ``kills``, ``survivors``, ``numbers``, ``damage``, ``resumes``, ``trackers``: one kind of fault each.
+- ``sections``: the kinds of faults, and the engines that each one runs on.
 """

@@ -1,8 +1,8 @@
-"""``python -m clantune_scale.bench.faults``: strikes, and prints what came of it as a table.
+"""``python -m clantune_scale.bench.faults``: injects faults and prints the results as a table.
 
-Each section runs in processes of its own. Every fault is a real one (a signal, a changed file, a full file system, a
-number that is not finite), in gloo ranks on this machine, and what comes of it is compared with a run that nothing
-struck: weights, optimizer states, genomes, decisions, random streams and the order of the data, to the last bit.
+Each section runs in its own processes, with gloo ranks on this machine. Every fault is real: a signal, a changed file,
+a full file system or a non-finite number. The result is compared with an uninterrupted run: weights, optimizer states,
+genomes, decisions, random streams and data order must be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from functools import partial
 from pathlib import Path
 
 from clantune_scale.bench.faults import results
-from clantune_scale.bench.faults.sections import SECTIONS, strike, strikes
+from clantune_scale.bench.faults.sections import SECTIONS, parts, run_part
 from clantune_scale.bench.faults.workload import FAMILIES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 where something came out wrong."""
+    """Runs the command; returns 1 if any fault failed its check."""
     parser = argparse.ArgumentParser(prog="python -m clantune_scale.bench.faults", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--engine", nargs="+", help="names as in the table's second column; all where left out")
-    parser.add_argument("--families", default=FAMILIES, help="package with the engines' set-ups")
-    parser.add_argument("--results", type=Path, help="file for every single result; one that exists is added to")
+    parser.add_argument("--engine", nargs="+", help="names as in the table's second column (default: all)")
+    parser.add_argument("--families", default=FAMILIES, help="package with the set-ups of the engines")
+    parser.add_argument("--results", type=Path, help="file for the individual results; an existing file is extended")
     options = parser.parse_args(arguments)
     found = results.read(options.results) if options.results is not None and options.results.exists() else []
-    wanted = [one for one in strikes(options.only) if options.engine is None or one[1] in options.engine]
+    wanted = [one for one in parts(options.only) if options.engine is None or one[1] in options.engine]
     began = time.monotonic()
     for number, (section, name) in enumerate(wanted, start=1):
         # A fork server can have one engine loaded, and Megatron's ranks are made without the others.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             progress = f"[{number}/{len(wanted)} {time.monotonic() - began:5.0f} s]"
-            found += pool.submit(partial(strike, section, name, options.families, progress)).result()
+            found += pool.submit(partial(run_part, section, name, options.families, progress)).result()
         if options.results is not None:
             results.write(options.results, found)
     print(f"\n{results.table(found)}\n\n{time.monotonic() - began:.0f} s.")

@@ -1,4 +1,4 @@
-"""What a fault does: to the process, to its numbers, to its disk."""
+"""The actions of faults: on the process, its numbers and its disk."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
-#: The file that ends a ``wait``.
+#: File that ends a ``wait``.
 GO_ON = "go-on"
-#: What a process says when it has spoilt something: that a run came through proves nothing if nothing was.
-STRUCK = "a fault has struck"
+#: Printed by an action that changed a number: a run that passes proves nothing if the fault was never injected.
+INJECTED = "a fault was injected"
 
 
 class InjectedError(Exception):
-    """A user's own mistake, on purpose."""
+    """An exception in the user's code, raised on purpose."""
 
 
 def _raise(clan: Any) -> None:
-    raise InjectedError("a fault that was asked for")
+    raise InjectedError("an injected error")
 
 
 def _signal(number: int) -> Callable[[Any], None]:
@@ -34,7 +34,7 @@ def _signal(number: int) -> Callable[[Any], None]:
 
 
 def _spoil_weights(value: float) -> Callable[[Any], None]:
-    """One tensor of this rank's fp32 weights, as a broken memory chip would."""
+    """Overwrites one tensor of this rank's fp32 weights, as a broken memory chip would."""
 
     def spoil(clan: Any) -> None:
         clan.backend.masters()[0].data.fill_(value)
@@ -44,7 +44,7 @@ def _spoil_weights(value: float) -> Callable[[Any], None]:
 
 
 def _spoil_activations(value: float) -> Callable[[Any], None]:
-    """What the next module computes, once: the loss that follows is not finite, nor is any gradient."""
+    """Changes the output of the next module once: the next loss and all its gradients are not finite."""
 
     def spoil(clan: Any) -> None:
         def hook(called: Any, inputs: Any, outputs: Any) -> Any:
@@ -61,7 +61,7 @@ def _spoil_activations(value: float) -> Callable[[Any], None]:
 
 
 def _spoil_gradient(value: float) -> Callable[[Any], None]:
-    """What flows back through the next module's output, once: its loss was finite."""
+    """Changes the gradient of the next module's output once; its loss stays finite."""
 
     def spoilt(gradient: torch.Tensor) -> torch.Tensor:
         _tell()
@@ -80,7 +80,7 @@ def _spoil_gradient(value: float) -> Callable[[Any], None]:
 
 
 def _tell() -> None:
-    print(STRUCK, file=sys.stderr, flush=True)
+    print(INJECTED, file=sys.stderr, flush=True)
 
 
 def _first_floating(outputs: Any) -> torch.Tensor | None:
@@ -95,7 +95,7 @@ def _replaced(outputs: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
 
 
 def _spoil_transfers(times: int) -> Callable[[Any], None]:
-    """A number of what this rank receives is not what was sent, as often as that."""
+    """Changes one number that this rank receives, in the first ``times`` transfers."""
 
     def spoil(clan: Any) -> None:
         transport = clan.transfers.transport
@@ -119,7 +119,7 @@ def _filler(clan: Any) -> Path:
 
 
 def _fill_disk(clan: Any) -> None:
-    """Until the file system of the runs has no byte left, nor the last block of the events file."""
+    """Fills the file system of the runs to the last byte, and the last block of the events file."""
     with open(_filler(clan), "ab", buffering=0) as file:
         for size in (1 << 16, 1):
             try:
@@ -137,12 +137,12 @@ def _free_disk(clan: Any) -> None:
 
 
 def _wait(clan: Any) -> None:
-    """Stands still, while the others wait for it, until someone makes a file beside the runs."""
+    """Waits until the file ``go-on`` exists beside the runs."""
     while not (clan.recorder.run_dir.parent / GO_ON).exists():
         time.sleep(0.05)
 
 
-#: By name; each is given the clan of its process, or None where there is none yet.
+#: By name; each gets the clan of its process, or None before there is one.
 ACTIONS: dict[str, Callable[[Any], None]] = {
     "kill": _signal(signal.SIGKILL),
     "stop": _signal(signal.SIGSTOP),

@@ -1,4 +1,4 @@
-"""Files of a committed round that are not what was written, a disk that fills up, and folders that were used."""
+"""Damaged files of a committed round, and a full disk."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NUM_FLIPS = 1000
 _NEWEST, _BEFORE = "round-000002", "round-000001"
 
 
-def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
-    """All of this section, on rounds of one uninterrupted run."""
+def inject(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
+    """Runs this section on the rounds of one uninterrupted run."""
     whole = uninterrupted(workload, folder, asynchronous=False)
     yield from _flips(workload, name, whole, folder / "flips")
     yield from _resumes(workload, name, whole, folder)
@@ -32,7 +32,7 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]
 
 
 def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[FaultResult]:
-    """Single bits, in turn over all files of a round, at places drawn at random; every rank looks at its files."""
+    """Flips single bits at random places, in turn over all files of a round; every rank checks its files."""
     shutil.copytree(whole / "run" / "rounds" / _NEWEST, folder)
     setup = workload.setup
     grid = Topology.from_world(setup.world_size, population_size=setup.members, pp=setup.pp, tp=setup.tp)
@@ -43,10 +43,10 @@ def _flips(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator
         data = path.read_bytes()
         place, bit = generator.randrange(len(data)), generator.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
-        # White space between the manifest's words may change without any effect.
+        # A change of the manifest's white space has no effect.
         is_seen = _fault(folder, setup, grid) or manifest.read(folder) == before
         path.write_bytes(data)
-        wrong = "" if is_seen else "nobody saw it"
+        wrong = "" if is_seen else "no rank noticed it"
         yield FaultResult("a flipped bit in a round's files", name, f"{path.name}, byte {place}, bit {bit}", wrong)
 
 
@@ -76,13 +76,13 @@ def _truncate(path: Path) -> None:
 
 _SPOILS: dict[str, Callable[[Path], None]] = {
     "a flipped bit, then a resume": _flip,
-    "a file that is cut short, then a resume": _truncate,
-    "a file that is gone, then a resume": Path.unlink,
+    "a truncated file, then a resume": _truncate,
+    "a missing file, then a resume": Path.unlink,
 }
 
 
 def _resumes(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[FaultResult]:
-    """One file of each kind is spoilt, and the run resumed: from the round before, and to the same end."""
+    """Damages one file of each kind and resumes: the run must resume from the round before and reach the same end."""
     kinds: dict[str, Path] = {}
     for path in _files(whole / "run" / "rounds" / _NEWEST):
         is_at_top = path.parent.name == _NEWEST
@@ -93,9 +93,9 @@ def _resumes(workload: Workload, name: str, whole: Path, folder: Path) -> Iterat
             here = folder / "spoilt"
             shutil.copytree(whole / "run", here / "run")
             spoil(here / "run" / kind)
-            # What a process leaves that died while it wrote, and a pointer that is torn.
+            # The leftovers of a process that died while it wrote, and an incomplete pointer.
             (here / "run" / "rounds" / ".round-000003.1.partial").mkdir()
-            (here / "run" / "rounds" / "LATEST").write_bytes(b"\x00torn")
+            (here / "run" / "rounds" / "LATEST").write_bytes(b"\x00part")
             wrong = _resume(workload, here, whole, kind.name)
             yield FaultResult(what, name, str(kind), wrong, time.monotonic() - began)
             shutil.rmtree(here)
@@ -108,12 +108,12 @@ def _resume(workload: Workload, folder: Path, whole: Path, spoilt: str) -> str:
         return last_words(ended)
     (resume,) = events(folder, "resume")
     if Path(resume["resumed_from"]).name != _BEFORE:
-        return f"went on from {resume['resumed_from']}"
+        return f"resumed from {resume['resumed_from']}"
     said = " ".join(event["message"] for event in events(folder, "warning"))
     if _NEWEST not in said or spoilt not in said:
-        return f"said nothing of {_NEWEST} and {spoilt}: {said}"
+        return f"no warning names {_NEWEST} and {spoilt}: {said}"
     if not (folder / "run" / "rounds" / "lost-1" / _NEWEST).exists():
-        return "the damaged round is gone"
+        return "the damaged round was deleted"
     return differences(stood(folder), stood(whole))
 
 
@@ -124,14 +124,14 @@ def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> F
         _truncate(folder / "run" / "rounds" / round_name / "clan.json")
     ended = workload.launch(folder, block=workload.block(folder, resume=str(folder / "run")))
     told = ended[0].text
-    is_right = all(rank.code for rank in ended) and all(round_name in told for round_name in names)
-    is_right = is_right and "start anew" in told
+    has_passed = all(rank.code for rank in ended) and all(round_name in told for round_name in names)
+    has_passed = has_passed and "start anew" in told
     shutil.rmtree(folder)
-    return FaultResult("every round damaged", name, "clan.json", "" if is_right else told[-500:])
+    return FaultResult("every round damaged", name, "clan.json", "" if has_passed else told[-500:])
 
 
 def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iterator[FaultResult]:
-    """A disk of 16 MB that is full from a step of the second round on, and has room again in the third."""
+    """Fills a disk of 16 MB in the second round and frees it in the third."""
     what = "a full disk (ENOSPC) in training"
     folder.mkdir()
     mounted = subprocess.run(
@@ -153,12 +153,12 @@ def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iter
 
 def _after_full_disk(folder: Path, whole: Path, ended: list) -> str:
     if "is full" not in ended[0].text:
-        return "nobody said that the disk is full"
+        return "no rank reported that the disk is full"
     if manifest.committed(folder / "run" / "rounds") != [_NEWEST, "round-000000"]:
         return f"committed: {manifest.committed(folder / 'run' / 'rounds')}"
     if not any(_BEFORE in event["message"] for event in events(folder, "warning")):
         return f"no warning names {_BEFORE}"
     steps = [event["step"] for event in events(folder, "step")]
     if steps != [event["step"] for event in events(whole, "step")]:
-        return f"events are lost: {steps}"
+        return f"events are missing: {steps}"
     return differences(stood(folder), stood(whole))

@@ -1,7 +1,7 @@
-"""A fault at (rank, step, point): ``CLANTUNE_FAULTS`` says which, and :func:`install` puts them where they strike.
+"""A fault at (rank, step, point): ``CLANTUNE_FAULTS`` lists them, and :func:`install` injects them.
 
-A point is a function of this package; a fault strikes as it is entered, or, with ``:after`` behind the point's name,
-as it is left. Nothing in the package knows of it.
+A point is a function of this package. A fault is injected when the function is entered, or when it returns if the
+point's name ends in ``:after``. The package itself does not know of the faults.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clantune_scale.errors import ConfigError
 
 VARIABLE = "CLANTUNE_FAULTS"
 
-#: Name to the module and the function in it, in the order in which a round comes to them.
+#: Name to (module, function), in the order in which a round reaches them.
 POINTS: dict[str, tuple[str, str]] = {
     "join": ("clantune_scale.distributed.world", "open_replica_group"),
     "start": ("clantune_scale.runtime.clan", "Clan._begin_run"),
@@ -42,12 +42,12 @@ POINTS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens where.
+    """One fault.
 
     Attributes:
         rank: of the launch, ``member x ranks of a member + rank in the member``.
-        point: one of :data:`POINTS`, with ``:after`` behind it for its end.
-        step: optimizer steps that are done; None for the first time that the point is reached.
+        point: one of :data:`POINTS`, with ``:after`` appended for its end.
+        step: number of finished optimizer steps; None for the first time that the point is reached.
         action: one of :data:`clantune_scale.bench.faults.actions.ACTIONS`.
         generation: number of the generation it is injected in. Restarted processes reach the same point again.
     """
@@ -61,8 +61,8 @@ class Fault:
     def __post_init__(self) -> None:
         if self.point.removesuffix(":after") not in POINTS or self.action not in ACTIONS:
             raise ConfigError(
-                f"there is no fault {self.action!r} at {self.point!r}. Points are {list(POINTS)}, with :after behind "
-                f"them or not; actions are {list(ACTIONS)}."
+                f"there is no fault {self.action!r} at {self.point!r}. Points are {list(POINTS)}, with or without "
+                f":after; actions are {list(ACTIONS)}."
             )
 
 
@@ -72,7 +72,7 @@ def to_environ(faults: Iterable[Fault]) -> dict[str, str]:
 
 
 def install(environ: Mapping[str, str] = os.environ) -> list[Fault]:
-    """Puts the faults of this process into the package; those that it has, to be taken out again by nobody."""
+    """Injects the faults of this process into the package, for the rest of its life; returns them."""
     rank, generation = int(environ["RANK"]), Generation.read(environ).number
     faults = [Fault(**fault) for fault in json.loads(environ.get(VARIABLE, "[]"))]
     mine = [fault for fault in faults if (fault.rank, fault.generation) == (rank, generation)]
@@ -84,7 +84,7 @@ def install(environ: Mapping[str, str] = os.environ) -> list[Fault]:
 
 
 def _clans() -> list[Any]:
-    """The list that the clan of this process will be in: it knows the step."""
+    """The list that will hold the clan of this process, from which the step is read."""
     from clantune_scale.runtime.clan import Clan
 
     clans: list[Any] = []
@@ -106,23 +106,23 @@ def _put(fault: Fault, clans: list[Any]) -> None:
     for parent in parents:
         owner = getattr(owner, parent)
     function = getattr(owner, name)
-    has_struck = False
+    is_injected = False
 
-    def strike() -> None:
-        nonlocal has_struck
+    def inject() -> None:
+        nonlocal is_injected
         phases = getattr(clans[-1], "phases", None) if clans else None
         step = phases.position.step if phases is not None else 0
-        if not has_struck and fault.step in (None, step):
-            has_struck = True
+        if not is_injected and fault.step in (None, step):
+            is_injected = True
             ACTIONS[fault.action](clans[-1] if clans else None)
 
     @functools.wraps(function)
-    def struck(*args: Any, **options: Any) -> Any:
+    def wrapped(*args: Any, **options: Any) -> Any:
         if not fault.point.endswith(":after"):
-            strike()
+            inject()
         result = function(*args, **options)
         if fault.point.endswith(":after"):
-            strike()
+            inject()
         return result
 
-    setattr(owner, name, struck)
+    setattr(owner, name, wrapped)

@@ -1,4 +1,4 @@
-"""A rank is killed in each phase of the protocol, the same launch is repeated, and all is as if nothing had been."""
+"""A rank is killed in each phase of the protocol. The same launch is repeated and must end as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from clantune_scale.bench.faults.workload import (
 )
 from clantune_scale.checkpoint import manifest
 
-#: By action, and by how the same launch went on: a round was committed, none was yet, or the run was over.
+#: By action, and by what the repeated launch did: it resumed, started again, or found the run finished.
 WHAT = {
     "kill": "SIGKILL of a rank, then the same launch again",
     "terminate": "SIGTERM to all ranks, then the same launch again",
 }
-RESUMED, ANEW, OVER = "it resumes", "it begins anew: nothing was committed yet", "nothing was left to do"
+RESUMED, ANEW, OVER = "it resumes", "it starts again: no round was committed yet", "the run had finished"
 
-#: Where, and after how many optimizer steps; None where it happens once. Round 1 ends at step 10, and its
-#: competitive phase, where the strategy has one, begins at step 8.
+#: Point, and number of optimizer steps before it; None if it is reached once. Round 1 ends at step 10, and its
+#: competitive phase, if the strategy has one, begins at step 8.
 POINTS: tuple[tuple[str, int | None], ...] = (
     ("join", None),
     ("start", None),
@@ -52,19 +52,19 @@ POINTS: tuple[tuple[str, int | None], ...] = (
     ("finish", None),
     ("champion", None),
 )
-#: Then a launcher would end the others; most see by themselves that a rank is gone.
+#: A launcher would then end the others; most ranks notice by themselves that one is gone.
 _PATIENCE_S = 10.0
-#: What the first rank alone does, at the round's end where rounds are not written beside training.
+#: Done by the first rank only, at the round's end if rounds are written synchronously.
 _LEADERS = ("manifest", "latest")
 
 
 def faults(place: int, world_size: int, member_size: int) -> Iterator[Fault]:
-    """Every second point for one workload, the others for the next, at their begin and their end in turn.
+    """Every second point for one workload and the others for the next; in turn at its begin and at its end.
 
     Args:
-        place: of the workload among those that are struck.
-        world_size: its ranks, that die in turn.
-        member_size: those of a member; its first one reads batches on every engine.
+        place: index of the workload.
+        world_size: number of its ranks, which are killed in turn.
+        member_size: ranks of a member; its first rank reads batches on every engine.
     """
     for number, (point, step) in enumerate(POINTS):
         if (number + place) % 2 == 0:
@@ -74,21 +74,21 @@ def faults(place: int, world_size: int, member_size: int) -> Iterator[Fault]:
             yield Fault(rank, point + moment, step)
 
 
-def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[FaultResult]:
-    """All of a workload's kills against its uninterrupted run."""
+def inject(workload: Workload, name: str, place: int, folder: Path) -> Iterator[FaultResult]:
+    """Compares each kill of a workload with its uninterrupted run."""
     whole = uninterrupted(workload, folder)
     ranks = range(workload.setup.world_size)
     kills = [[fault] for fault in faults(place, len(ranks), workload.setup.member_size)]
     # Ranks compare whether a signal came at step 8 for the first time: all stop there, inside a round.
     terms = [[Fault(rank, "step", 3 + place % 5, "terminate") for rank in ranks]]
-    for number, struck in enumerate(kills + terms):
+    for number, injected in enumerate(kills + terms):
         began = time.monotonic()
         here = folder / f"kill-{number}"
         here.mkdir()
         # Every second workload's rounds are written beside training, where the point does not ask for its own moment.
-        first = struck[0]
+        first = injected[0]
         block = workload.block(here, asynchronous=place % 2 == 0 and first.point.partition(":")[0] not in _LEADERS)
-        how, wrong = _stop_and_go_on(workload, struck, block, here, whole)
+        how, wrong = _stop_and_go_on(workload, injected, block, here, whole)
         told = f"rank {first.rank}, {first.point}" + (f", step {first.step}" if first.step is not None else "")
         yield FaultResult(f"{WHAT[first.action]}: {how}", name, told, wrong, time.monotonic() - began)
         if not wrong:
@@ -96,13 +96,13 @@ def strike(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
 
 
 def _stop_and_go_on(
-    workload: Workload, struck: list[Fault], block: dict[str, Any], folder: Path, whole: Path
+    workload: Workload, injected: list[Fault], block: dict[str, Any], folder: Path, whole: Path
 ) -> tuple[str, str]:
-    """How the launch after the fault went on, and what was wrong."""
-    stopped = workload.launch(folder, *struck, block=block, patience_s=_PATIENCE_S)
-    code = -signal.SIGKILL if struck[0].action == "kill" else 128 + signal.SIGTERM
-    if any(stopped[one.rank].code != code for one in struck):
-        return RESUMED, f"the fault never struck: ranks ended with {[rank.code for rank in stopped]}, not {code}"
+    """What the launch after the fault did, and the first check that failed."""
+    stopped = workload.launch(folder, *injected, block=block, patience_s=_PATIENCE_S)
+    code = -signal.SIGKILL if injected[0].action == "kill" else 128 + signal.SIGTERM
+    if any(stopped[one.rank].code != code for one in injected):
+        return RESUMED, f"the fault was never injected: ranks ended with {[rank.code for rank in stopped]}, not {code}"
     if any(event["status"] == "FINISHED" for event in _ends(folder)):
         # The same launch would begin another run.
         return OVER, _outcome(folder, whole)
@@ -115,7 +115,7 @@ def _stop_and_go_on(
         return how, last_words(ended)
     resumes = [Path(event["resumed_from"]).name for event in events(folder, "resume", _newest(folder))]
     if resumes != committed[:1]:
-        return how, f"{committed[:1]} was committed, and the launch went on from {resumes}"
+        return how, f"{committed[:1]} was committed, but the launch resumed from {resumes}"
     return how, _outcome(folder, whole)
 
 
@@ -124,7 +124,7 @@ def _outcome(folder: Path, whole: Path) -> str:
 
 
 def differences(ours: Mapping[str, Mapping], theirs: Mapping[str, Mapping]) -> str:
-    """What differs by rank, or nothing."""
+    """The differences by rank; empty if there are none."""
     if ours.keys() != theirs.keys() or not ours:
         return f"ranks {sorted(ours)} ended, not {sorted(theirs)}"
     wrong = {
@@ -135,15 +135,15 @@ def differences(ours: Mapping[str, Mapping], theirs: Mapping[str, Mapping]) -> s
 
 
 def _record_faults(folder: Path, whole: Path) -> str:
-    """The record tells each round once, its end, and the champion is the same; nothing half written lies about."""
+    """Checks that events have each round once and one end, that the champion is equal, and that no file is partial."""
     run = _newest(folder)
     indices = [event["round"] for event in events(folder, "round_end", run)]
     if indices != list(range(STEPS // ROUND)):
-        return f"the record tells of rounds {indices}"
+        return f"the events have the rounds {indices}"
     if [event["status"] for event in events(folder, "run_end", run)] != ["FINISHED"]:
-        return "the record has no one end"
+        return "the events do not have exactly one run_end"
     if not _champion(whole / "run") or _champion(folder / run) != _champion(whole / "run"):
-        return "another champion"
+        return "the champion is another one"
     leftovers = [path.name for path in (folder / run / "rounds").glob(".*") if path.name != ".lock"]
     return f"left behind: {leftovers}" if leftovers else ""
 
@@ -153,7 +153,7 @@ def _champion(run_dir: Path) -> dict[str, str]:
 
 
 def _newest(folder: Path) -> str:
-    """The run that went on: one that had committed nothing begins anew beside what was left."""
+    """The newest run: a launch that found no committed round starts a new run beside the old one."""
     return max((path.parent.name for path in folder.glob("run*/events.jsonl")), key=lambda name: (len(name), name))
 
 

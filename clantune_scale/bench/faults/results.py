@@ -1,4 +1,4 @@
-"""What came of each fault, and the table of them."""
+"""The result of each fault, and the table of results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class FaultResult:
     """One fault.
 
     Attributes:
-        what: the kind of fault: a row of the table, with ``where``.
-        where: what it struck.
-        fault: which one it was.
-        wrong: what was not as it should be; empty where all was.
-        seconds: that it took, the resume included.
+        what: the kind of fault, one row of the table.
+        where: the workload that it was injected into.
+        fault: which fault of that kind.
+        wrong: the first check that failed; empty if all passed.
+        seconds: duration, including the resume.
     """
 
     what: str
@@ -28,15 +28,17 @@ class FaultResult:
 
     @property
     def line(self) -> str:
-        return f"{'WRONG' if self.wrong else 'right'}  {self.what} | {self.where} | {self.fault}  {self.wrong}".rstrip()
+        return (
+            f"{'FAILED' if self.wrong else 'passed'}  {self.what} | {self.where} | {self.fault}  {self.wrong}".rstrip()
+        )
 
 
 def table(results: Iterable[FaultResult]) -> str:
-    """Markdown: kinds of faults, what they struck, how many of them, and how many came out right."""
+    """Markdown: kinds of faults, workloads, faults injected and faults passed."""
     rows: dict[str, list[FaultResult]] = {}
     for result in results:
         rows.setdefault(result.what, []).append(result)
-    lines = ["| what strikes | where | times | right |", "| --- | --- | --- | --- |"]
+    lines = ["| fault | workloads | injected | passed |", "| --- | --- | --- | --- |"]
     for what, found in rows.items():
         where = ", ".join(dict.fromkeys(result.where for result in found))
         lines.append(f"| {what} | {where} | {len(found):,} | {sum(not result.wrong for result in found):,} |")
@@ -44,7 +46,7 @@ def table(results: Iterable[FaultResult]) -> str:
 
 
 def write(path: Path, results: Iterable[FaultResult]) -> None:
-    """All of them, one JSON object a line."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
 
 

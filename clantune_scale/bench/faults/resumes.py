@@ -1,4 +1,4 @@
-"""Two launches that want one run, and a launch that is not the one that stopped."""
+"""Two launches of one run at the same time, and a resume with changed settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
-#: By what is named in the refusal: what is otherwise in the set-up, and in the block.
+#: By the setting that the refusal names: changes of the set-up, and changes of the block.
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "population_size": ({}, {"population_size": 3}),
     "topology": ({"dp": 1}, {}),
@@ -31,11 +31,11 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fitness": ({}, {"fitness": {"num_samples": 32, "batch_size": 8}}),
     "nonfinite_mask": ({}, {"faults": {"deadline_s": 30.0, "nonfinite_mask": False}}),
 }
-_UNFIT = "a resume that does not fit what was saved"
+_UNFIT = "a resume with changed settings"
 
 
-def strike(workload: Workload, name: str, other: Workload, folder: Path) -> Iterator[FaultResult]:
-    """Both, against one uninterrupted run.
+def inject(workload: Workload, name: str, other: Workload, folder: Path) -> Iterator[FaultResult]:
+    """Compares both with one uninterrupted run.
 
     Args:
         workload: of the run.
@@ -49,7 +49,7 @@ def strike(workload: Workload, name: str, other: Workload, folder: Path) -> Iter
 
 
 def _two_runs(workload: Workload, name: str, folder: Path, whole: Path) -> Iterator[FaultResult]:
-    """While one run stands still, another launch asks for it, and a third for a run of the same name."""
+    """While one run waits, a second launch resumes it and a third starts a run of the same name."""
     folder.mkdir()
     first: list = []
     fault = Fault(1, "step", 11, "wait")
@@ -61,17 +61,17 @@ def _two_runs(workload: Workload, name: str, folder: Path, whole: Path) -> Itera
     wrong = ""
     if not all(rank.code for rank in second) or "is being written by process" not in second[0].text:
         wrong = f"the second launch ended with {[rank.code for rank in second]}: {second[0].text[-300:]}"
-    yield FaultResult("a launch that resumes a living run", name, "latest", wrong, time.monotonic() - began)
+    yield FaultResult("a launch that resumes a running run", name, "latest", wrong, time.monotonic() - began)
     began = time.monotonic()
     third = workload.launch(folder, block=workload.block(folder, resume="never"))
     wrong = last_words(third) if any(rank.code for rank in third) else differences(stood(folder), stood(whole))
     if not wrong and events(folder, "run_end", "run-2")[-1]["status"] != "FINISHED":
-        wrong = "run-2 has no end"
-    yield FaultResult("two runs of one name in one folder", name, "the second", wrong, time.monotonic() - began)
+        wrong = "run-2 did not finish"
+    yield FaultResult("two runs with one name in one folder", name, "the second", wrong, time.monotonic() - began)
     (folder / GO_ON).touch()
     thread.join()
     wrong = last_words(first) if any(rank.code for rank in first) else differences(stood(folder), stood(whole))
-    yield FaultResult("two runs of one name in one folder", name, "the first", wrong)
+    yield FaultResult("two runs with one name in one folder", name, "the first", wrong)
 
 
 def _wait_for_rounds(folder: Path) -> None:
@@ -84,7 +84,7 @@ def _wait_for_rounds(folder: Path) -> None:
 
 
 def _unfit(workload: Workload, name: str, other: Workload, folder: Path, whole: Path) -> Iterator[FaultResult]:
-    """Each difference is refused by its name, and leaves the run as it was: at last it goes on."""
+    """Each changed setting is refused by name and leaves the run unchanged; the original settings then resume it."""
     folder.mkdir()
     killed = workload.launch(folder, Fault(0, "step", 16))
     before = _contents(folder)
@@ -105,12 +105,12 @@ def _unfit(workload: Workload, name: str, other: Workload, folder: Path, whole: 
         yield FaultResult(_UNFIT, name, what, wrong, time.monotonic() - began)
     ended = workload.launch(folder)
     wrong = last_words(ended) if any(rank.code for rank in ended) else differences(stood(folder), stood(whole))
-    wrong = wrong or ("" if killed[0].code == -9 else f"the run was never stopped: {killed[0].code}")
-    yield FaultResult(_UNFIT, name, "and then the one that fits", wrong)
+    wrong = wrong or ("" if killed[0].code == -9 else f"the run was not killed: exit code {killed[0].code}")
+    yield FaultResult(_UNFIT, name, "the original settings", wrong)
     shutil.rmtree(folder)
 
 
 def _contents(folder: Path) -> dict[str, int]:
-    """Of the run: files and their lengths; who looked at it last is not its content."""
+    """The run's files and their lengths, without its lock file."""
     files = (path for path in (folder / "run").rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}

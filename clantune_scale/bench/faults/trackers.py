@@ -1,4 +1,4 @@
-"""An MLflow that refuses, hangs, or dies on the way: the run is what it is without one, and can be sent later."""
+"""An MLflow server that refuses, hangs or dies: the run ends as without MLflow, and can be uploaded later."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from clantune_scale.bench.faults.results import FaultResult
 from clantune_scale.bench.faults.workload import Workload, events, last_words, stood, uninterrupted
 
 
-def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
-    """Each kind of failure against the run without MLflow."""
+def inject(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]:
+    """Compares each kind of failure with the run without MLflow."""
     whole = uninterrupted(workload, folder)
     kinds = {"that refuses": _refusing, "that hangs": _hanging, "that dies": _dying}
     for what, server in kinds.items():
@@ -38,19 +38,19 @@ def strike(workload: Workload, name: str, folder: Path) -> Iterator[FaultResult]
 
 
 def _warning_missing(folder: Path) -> str:
-    """One warning, with the command that sends the run later; that command works on the store that it is given."""
+    """Checks that there is one warning, and that its command uploads the run later."""
     warnings = [event["message"] for event in events(folder, "warning") if "MLflow" in event["message"]]
     if len(warnings) != 1 or "clantune_scale.tracking.mlflow" not in warnings[0]:
         return f"warnings: {warnings}"
     store = f"sqlite:///{folder / 'later.db'}"
     command = [sys.executable, "-m", "clantune_scale.tracking.mlflow", str(folder / "run"), "--tracking-uri", store]
     sent = subprocess.run(command, capture_output=True, text=True)
-    return "" if sent.returncode == 0 else f"it cannot be sent later: {sent.stderr[-300:]}"
+    return "" if sent.returncode == 0 else f"the later upload failed: {sent.stderr[-300:]}"
 
 
 @contextlib.contextmanager
 def _refusing(folder: Path) -> Iterator[str]:
-    """A port that nobody listens on."""
+    """A port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -58,7 +58,7 @@ def _refusing(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _hanging(folder: Path) -> Iterator[str]:
-    """Takes connections and never says a word."""
+    """Accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
@@ -67,7 +67,7 @@ def _hanging(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _dying(folder: Path) -> Iterator[str]:
-    """A real server that is killed as soon as it has heard of the run."""
+    """A real server, killed when it knows the run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -102,7 +102,7 @@ def _wait_for(url: str, process: subprocess.Popen) -> None:
 
 
 def _kill_when_it_has_a_run(folder: Path, group: int) -> None:
-    """The run that the server knows of is the one whose events have a second round."""
+    """Waits for the run's second round, then kills the server."""
     path = folder / "run" / "events.jsonl"
     while not (path.exists() and '"round_end"' in path.read_text()):
         time.sleep(0.02)

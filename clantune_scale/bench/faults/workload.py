@@ -1,4 +1,4 @@
-"""What trains while faults strike it, and how each rank stood at the end: what two runs are compared by."""
+"""What is trained under fault injection, and each rank's final state, by which two runs are compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.bench.faults import lives
+from clantune_scale.bench.faults import processes
 from clantune_scale.bench.faults.injector import Fault
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.tracking import read_events
@@ -30,7 +30,7 @@ class Workload:
 
     Attributes:
         family, case: a module of ``families`` and one of its ``CASES``.
-        changes: fields of the case's set-up that are otherwise.
+        changes: changed fields of the case's set-up.
         families: the package.
         strategy: the clan's.
     """
@@ -42,7 +42,7 @@ class Workload:
     strategy: str = "clan"
 
     def of(self, families: str) -> Workload:
-        """The same, from another package."""
+        """The same workload from another package."""
         return replace(self, families=families)
 
     @property
@@ -50,7 +50,7 @@ class Workload:
         """The family.
 
         Raises:
-            ConfigError: if it is not there, as in an installed package without its repository.
+            ConfigError: if it cannot be imported, as in an installed package without the repository.
         """
         try:
             return importlib.import_module(f"{self.families}.{self.family}")
@@ -65,7 +65,7 @@ class Workload:
         return replace(self.module.CASES[self.case], **self.changes)
 
     def block(self, folder: Path, **checkpoint: Any) -> dict[str, Any]:
-        """The clan's block: rounds of 5 steps, and the same launch goes on where the last one stopped."""
+        """The clan's block: rounds of 5 steps; the same launch resumes where the last one stopped."""
         return {
             "population_size": self.setup.members,
             "round_length": ROUND,
@@ -86,11 +86,11 @@ class Workload:
         num_steps: int = STEPS,
         timeout_s: float = 180.0,
         patience_s: float | None = None,
-    ) -> list[lives.Ended]:
-        """Trains on this machine's ranks; each leaves how it stood in ``folder``. See :func:`lives.run`."""
+    ) -> list[processes.Ended]:
+        """Trains on ranks of this machine; each writes its final state to ``folder``. See :func:`processes.run`."""
         block = dict(block or self.block(folder))
         preload = getattr(self.module, "PRELOAD", f"{self.families.partition('.')[0]}.preload")
-        return lives.run(
+        return processes.run(
             block["population_size"] * self.setup.member_size,
             train,
             str(folder),
@@ -105,7 +105,7 @@ class Workload:
 
 
 def uninterrupted(workload: Workload, folder: Path, **checkpoint: Any) -> Path:
-    """The folder of a run that nothing strikes, ``whole`` in ``folder``.
+    """Runs the workload without faults; returns its folder, ``folder/whole``.
 
     Raises:
         ClanError: if it fails by itself.
@@ -114,21 +114,19 @@ def uninterrupted(workload: Workload, folder: Path, **checkpoint: Any) -> Path:
     whole.mkdir()
     ended = workload.launch(whole, block=workload.block(whole, **checkpoint))
     if any(rank.code for rank in ended):
-        raise ClanError(
-            f"the run that nothing strikes failed, so that there is nothing to compare: {last_words(ended)}"
-        )
+        raise ClanError(f"the run without faults failed, so there is nothing to compare with: {last_words(ended)}")
     return whole
 
 
-def last_words(ended: Sequence[lives.Ended]) -> str:
-    """Of the first rank that ended with an error."""
+def last_words(ended: Sequence[processes.Ended]) -> str:
+    """The last lines of the first rank that ended with an error."""
     number, rank = next((number, rank) for number, rank in enumerate(ended) if rank.code)
     lines = [line for line in rank.text.splitlines() if line.strip()]
     return f"rank {number} ended with {rank.code}: {' / '.join(lines[-3:])}"
 
 
 def train(folder: str, workload: Workload, block: dict[str, Any], num_steps: int) -> None:
-    """A user's script: trains, writes down how this rank stands, and finishes."""
+    """A user's script: trains, writes this rank's state and finishes."""
     torch.manual_seed(int(os.environ["RANK"]))
     run = workload.module.start(replace(workload.setup, members=block["population_size"]), block)
     run.train(num_steps)
@@ -144,7 +142,7 @@ def train(folder: str, workload: Workload, block: dict[str, Any], num_steps: int
 
 
 def standing(clan: Any) -> dict[str, str | list[int]]:
-    """All that a resume must bring back to the last bit, as text: equal texts, equal states."""
+    """All state that a resume must restore to the last bit, as text; equal texts mean equal states."""
     with torch.random.fork_rng([]):
         draw = torch.rand(3).tolist()
     state = clan.state()
@@ -156,10 +154,10 @@ def standing(clan: Any) -> dict[str, str | list[int]]:
         "draw": draw,
         "next": [sampler.state_dict() for sampler in clan.progress.samplers],
         "counters": clan.backend.counters(),
-        "kept": None
+        "rollback_snapshot": None
         if clan.progress.rollback_snapshot is None
         else [tensor.sum().item() for _, tensor in clan.progress.rollback_snapshot.tensors],
-        "aside": None
+        "phase_snapshot": None
         if clan.progress.phase_snapshot is None
         else [tensor.sum().item() for _, tensor in clan.progress.phase_snapshot.tensors],
         "samples": clan.progress.num_samples,
@@ -177,7 +175,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def stood(folder: Path) -> dict[str, dict[str, Any]]:
-    """By rank (member and place in it), how it stood at the end."""
+    """The final states, by rank (member and rank in the member)."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("stood-*.json"))}
 
 

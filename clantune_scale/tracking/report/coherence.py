@@ -1,4 +1,4 @@
-"""Drawing: how far apart the members were, and how far their gradients agreed."""
+"""Drawing: distance between members, and agreement of their gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def coherence(run: Run) -> Drawing | None:
         "drift": "Drift: distance of a member's weights from the clan's mean, as a share of that mean's norm, before "
         "states are copied.",
         "alignment": "Alignment: cosine of a member's own gradient with the clan's mean, in the cooperative phase's "
-        "last step; 1 means that it pulls as the others do.",
+        "last step; 1 means the same direction.",
         "gradient_norm": "Gradient norm: mean over the round, before clipping.",
     }
     caption = " ".join(meanings[name] for name in present) + canvas.shading_note(run)

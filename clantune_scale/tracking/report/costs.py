@@ -1,4 +1,4 @@
-"""Drawing: where the time went."""
+"""Drawing: the run's time by part."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def costs(run: Run) -> Drawing:
             bar.set_edgecolor("white")
         above.set_yticks(range(len(totals)), [canvas.plain(part) for part in totals])
         above.invert_yaxis()
-        above.set_xlabel("seconds in all")
+        above.set_xlabel("total seconds")
         first = thin.bins(run.num_rounds) if thin.is_long(run.num_rounds) else np.arange(run.num_rounds)
         steps = np.add.reduceat(run.end_steps - run.start_steps, first)
         edges = np.append(run.start_steps[first], run.num_steps)
@@ -53,8 +53,10 @@ def costs(run: Run) -> Drawing:
     whole = sum(totals.values())
     shares = ", ".join(f"{part} {seconds / max(whole, 1e-9):.1%}" for part, seconds in totals.items())
     notes = ("seconds per step are means over stretches of rounds",) if thin.is_long(run.num_rounds) else ()
-    caption = f"Rank 0's clock: {shares}. Below: the cost of a step, evaluation and transfer shared out."
-    return Drawing("costs", "Where the time went", caption, draw, rows=1.7, notes=notes)
+    caption = (
+        f"Rank 0's clock: {shares}. Below: seconds per step, with evaluation and transfer divided among the steps."
+    )
+    return Drawing("costs", "Time", caption, draw, rows=1.7, notes=notes)
 
 
 def _look(part: str) -> tuple[str, str]:

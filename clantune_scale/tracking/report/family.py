@@ -1,4 +1,4 @@
-"""Drawing: who descends from whom."""
+"""Drawing: the lineage of the members."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_CELLS = 1_200
 
 
 def survivors(run: Run) -> np.ndarray:
-    """[R, M] bool: whether what the member trained in that round lives on in any member of today."""
+    """[R, M] bool: whether what the member trained in that round has descendants among the current members."""
     alive = np.zeros(run.donors.shape, dtype=bool)
     ancestors = np.arange(run.num_members)
     for index in range(run.num_rounds - 1, -1, -1):
@@ -29,18 +29,18 @@ def survivors(run: Run) -> np.ndarray:
 
 
 def family(run: Run) -> Drawing:
-    """The tree with every clone and death; of a large run, where deaths fall and how few lines survive."""
+    """The tree with every clone and death; for a large run, counts of deaths and of surviving lines."""
     if run.num_rounds <= _MAX_ROUNDS and run.donors.size <= _MAX_CELLS:
         caption = (
-            "A lane for each member. Blue: states that live on today; dotted grey: states that were given up; a cross "
-            "ends them, an arrow shows whose state was taken instead. Black: the ancestry of member "
+            "A lane for each member. Blue: states with living descendants. Dotted grey: replaced states; a cross "
+            "marks their end, an arrow comes from the donor. Black: the ancestry of member "
             f"{run.best}."
         )
         rows = min(0.5 + 0.25 * run.num_members, 4.0)
         return Drawing("family", "Family tree", caption, lambda figure: _tree(figure, run), rows=max(rows, 1.2))
     caption = (
-        "Above: how many members' states were given up, by member and stretch of the run, with a dot for who carried "
-        f"what member {run.best} descends from. Below: how many different states of that time live on today."
+        "Above: number of replaced states, by member and stretch of the run; dots mark the ancestors of member "
+        f"{run.best}. Below: number of states of that time with living descendants."
     )
     deaths = int((run.donors != np.arange(run.num_members)).sum())
     note = f"{deaths:,} clones are counted in {len(_stretches(run)):,} stretches and not drawn one by one"
@@ -86,12 +86,12 @@ def _map(figure: Figure, run: Run) -> None:
     lanes = np.arange(run.num_members + 1) - 0.5
     # As an image inside the drawing: a cell each would be megabytes of paths.
     image = above.pcolormesh(edges, lanes, deaths.T, cmap="Blues", vmin=0, rasterized=True)
-    figure.colorbar(image, ax=above, label="states given up", fraction=0.05)
+    figure.colorbar(image, ax=above, label="states replaced", fraction=0.05)
     above.plot(run.start_steps[first], run.ancestry(run.best)[first], ".", color=canvas.ORANGE, markersize=4)
     _lanes(above, run)
     x, y = thin.thin_line(run.end_steps, survivors(run).sum(axis=1).astype(float))
     below.plot(x, y, color=canvas.BLUE)
-    below.set(ylabel="states that\nlive on", yscale="log")
+    below.set(ylabel="surviving\nstates", yscale="log")
     canvas.step_axis(below, run)
     below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 

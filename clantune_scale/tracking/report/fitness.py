@@ -1,4 +1,4 @@
-"""Drawing: how fit every member was, over the steps."""
+"""Drawings: the members' losses over the steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fitness(run: Run) -> Drawing:
-    """The members' validation loss at every round's end, the training loss, restored rounds and the freeze."""
+    """The members' validation loss at every round's end, the training loss, rollbacks and the freeze."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -29,7 +29,7 @@ def fitness(run: Run) -> Drawing:
         canvas.legend(figure, axes)
 
     caption = (
-        "Validation loss of every member at each round's end, on the same window for all; lower is fitter."
+        "Validation loss of every member at each round's end, on the same window for all. Lower is fitter."
         + (" Dotted grey: training loss of rank 0's member." if len(run.training) else "")
         + canvas.shading_note(run)
     )
@@ -37,7 +37,7 @@ def fitness(run: Run) -> Drawing:
 
 
 def gaps(run: Run) -> Drawing:
-    """How far each member was from the round's best: what selection decided on, invisible beside the whole loss."""
+    """Each member's loss minus the round's lowest: the differences that selection uses."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -54,9 +54,9 @@ def gaps(run: Run) -> Drawing:
         canvas.legend(figure, axes)
 
     caption = (
-        "Each member's loss minus that of the fittest in its round: what selection had to go by. Dotted: the standard "
-        "error of one member's loss over the window; differences between members are surer than that, because all are "
-        "measured on the same examples." + canvas.shading_note(run)
+        "Each member's loss minus the lowest in its round: the differences that selection uses. Dotted: the standard "
+        "error of one member's loss over the window. Differences between members have a smaller error, because all "
+        "members are evaluated on the same examples." + canvas.shading_note(run)
     )
     return Drawing("gaps", "Differences between members", caption, draw, rows=1.1, notes=canvas.thinning_notes(run))
 
@@ -69,7 +69,7 @@ def _training(axes: Axes, run: Run) -> None:
 
 def _events(axes: Axes, run: Run) -> None:
     for index, step in enumerate(run.end_steps[run.restored][:100]):
-        label = "restored" if index == 0 else None
+        label = "rolled back" if index == 0 else None
         axes.axvline(step, color=canvas.RED, linestyle="--", linewidth=1.2, label=label)
     frozen = run.frozen_round
     if frozen is not None:

@@ -1,4 +1,4 @@
-"""Drawings: where each gene went, and how large its steps were."""
+"""Drawings: each gene's values and step sizes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def trajectory(run: Run, gene: Gene, *, number: int) -> Drawing:
         canvas.legend(figure, axes)
 
     low, high = gene.bounds
-    kind = "shows only in competitive phases" if gene.kind == "specialized" else "in effect throughout"
+    kind = "in effect only in competitive phases" if gene.kind == "specialized" else "in effect throughout"
     relative = "multiplies your own schedule; " if gene.relative else ""
     caption = (
-        f"{relative}{kind}. Allowed: {low:g} to {high:g} (a dash-dotted red line where a bound is in view)."
-        + canvas.shading_note(run)
+        f"{relative}{kind}. Bounds: {low:g} to {high:g} (a dash-dotted red line if in view)." + canvas.shading_note(run)
     )
     title = f"Gene {gene.name}"
     notes = canvas.thinning_notes(run)
@@ -48,7 +47,7 @@ def trajectory(run: Run, gene: Gene, *, number: int) -> Drawing:
 
 
 def step_sizes(run: Run) -> Drawing:
-    """The step size of every gene: the median over members, and from the least to the greatest."""
+    """The step size of every gene: the median over members, and the range from lowest to highest."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -65,7 +64,7 @@ def step_sizes(run: Run) -> Drawing:
         canvas.legend(figure, axes)
 
     caption = (
-        "Standard deviation of a change, by gene: the median over members, shaded from the least to the greatest. In "
+        "Standard deviation of a change, by gene: the median over members, shaded from lowest to highest. In "
         "scale units: 0.1 is about 10 % of a gene on a logarithmic scale."
     )
     notes = canvas.thinning_notes(run)[1:] if run.num_members > thin.MAX_LINES else canvas.thinning_notes(run)

@@ -1,4 +1,4 @@
-"""The report as one HTML page: nothing to load, nothing to run, readable on a telephone and on paper."""
+"""The report as one HTML page without scripts or external files, readable on a telephone and on paper."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def page(run: Run, pictures: Sequence[tuple[Drawing, str]]) -> str:
     """The whole page.
 
     Args:
-        run: what to tell of.
+        run: the run.
         pictures: drawings with their ``<svg>`` elements, in order.
     """
     name = escape(str(run.start.get("name") or "clan run"))
@@ -65,22 +65,22 @@ def page(run: Run, pictures: Sequence[tuple[Drawing, str]]) -> str:
 </header>
 <main>
 <section id="outcome">{_list(findings.outcome(run))}</section>
-<section id="next-run"><h2>What it means for the next run</h2>
+<section id="next-run"><h2>For the next run</h2>
 {_list(findings.next_run(run))}
 <div class="grid">
-<div><h3>The run itself</h3>
+<div><h3>This run</h3>
 {_list(findings.health(run))}</div>
 <div>{genes}</div>
 </div></section>
 <section id="genes"><h2>Genes</h2>{_gene_table(run)}</section>
-<section id="pictures"><h2>Pictures</h2>
+<section id="pictures"><h2>Plots</h2>
 <div class="grid">
 {figures}
 </div></section>
 <section id="members"><h2>Members in the last round</h2>{_member_table(run)}</section>
-<section id="made-with"><h2>Made with</h2>{_versions(run)}</section>
+<section id="made-with"><h2>Package versions</h2>{_versions(run)}</section>
 </main>
-<footer><p>Written {time.strftime("%Y-%m-%d %H:%M:%S %z")} from the run's events file alone.</p></footer>
+<footer><p>Written {time.strftime("%Y-%m-%d %H:%M:%S %z")} from the run's events file.</p></footer>
 </body>
 </html>
 """
@@ -100,12 +100,12 @@ def _setup(run: Run) -> str:
 
 def _list(sentences: Sequence[str]) -> str:
     if not sentences:
-        return "<p>Nothing to say.</p>"
+        return "<p>No findings.</p>"
     return "<ul>\n" + "\n".join(f"<li>{_prose(sentence)}</li>" for sentence in sentences) + "\n</ul>"
 
 
 def _prose(sentence: str) -> str:
-    """Escaped; what stands between backquotes, pair by pair, is code."""
+    """Escaped HTML; text between a pair of backquotes is code."""
     parts = escape(sentence).split("`")
     if len(parts) % 2 == 0:
         return escape(sentence)
@@ -113,7 +113,7 @@ def _prose(sentence: str) -> str:
 
 
 def _figure(drawing: Drawing, svg: str) -> str:
-    notes = f'<br><span class="note">Thinned: {escape("; ".join(drawing.notes))}.</span>' if drawing.notes else ""
+    notes = f'<br><span class="note">Reduced: {escape("; ".join(drawing.notes))}.</span>' if drawing.notes else ""
     caption = escape(drawing.caption)
     title = escape(drawing.title)
     return (
@@ -131,13 +131,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _gene_table(run: Run) -> str:
     if not run.genes:
         return "<p>The run had no genes.</p>"
-    header = ("gene", "kind", "scale", "lowest allowed", "started at", "ended at", "highest allowed", "loss explained")
+    header = ("gene", "kind", "scale", "lower bound", "initial", "final", "upper bound", "loss explained")
     rows = []
     for gene in run.genes:
         told = influence(run, gene)
         low, high = gene.bounds
         numbers = (f"{value:.4g}" for value in (low, told.first, told.last, high))
-        explained = "not known" if told.explained is None else f"{told.explained:.0%}"
+        explained = "unknown" if told.explained is None else f"{told.explained:.0%}"
         rows.append((gene.name, gene.kind, gene.scale, *numbers, explained))
     return _table(header, rows)
 

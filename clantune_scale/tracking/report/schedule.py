@@ -1,4 +1,4 @@
-"""Drawing: the schedule that was found, beside the one that the run started from."""
+"""Drawing: the schedule found by the run, beside the user's own."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def along(run: Run, values: np.ndarray) -> np.ndarray:
 
 
 def rates(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """Learning rates at each round's end, [R] each: along the champion's ancestry, and what it would have been without
-    the clan; None where the events do not have them.
+    """Learning rates at each round's end, [R] each: along the champion's ancestry, and that of the
+    user's own schedule. None if the events do not have them.
     """
     gene = next((gene for gene in run.genes if gene.target == "lr"), None)
     found = along(run, run.rates)
@@ -34,7 +34,7 @@ def rates(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _undone(run: Run, gene: Gene | None, found: np.ndarray) -> np.ndarray:
-    """[R] the rates without the gene and the decay's share, for events that do not say what the user's schedule did."""
+    """[R] the learning rates without the gene and the decay, for events without the user's schedule."""
     if gene is None:
         return found / _positive(run.lr_factor)
     if not gene.relative:
@@ -69,18 +69,17 @@ def found(run: Run) -> Drawing:
         canvas.legend(figure, max(figure.axes, key=lambda axes: len(axes.lines)))
 
     caption = (
-        f"Along the ancestry of member {run.best}, whose state {_carrier(run)}: what was in effect, beside what would "
-        "have been without the clan (your own schedule and starting values). The final decay of the strategy is part "
-        "of what was found."
-        + (" Dotted: the clan's value, in effect while members cooperate." if has_specialized else "")
+        f"The values in effect along the ancestry of member {run.best}, {_carrier(run)}, beside your own schedule and "
+        "initial values. The strategy's final decay is part of the schedule found."
+        + (" Dotted: the clan's value, in effect in cooperative phases." if has_specialized else "")
     )
     notes = canvas.thinning_notes(run)[-1:] if thin.is_long(run.num_rounds) else ()
-    return Drawing("schedule", "The schedule that was found", caption, draw, rows=0.9 * max(count, 1), notes=notes)
+    return Drawing("schedule", "Schedule found", caption, draw, rows=0.9 * max(count, 1), notes=notes)
 
 
 def _panel(axes: Axes, run: Run, label: str, x: np.ndarray, lines: tuple[np.ndarray, np.ndarray]) -> None:
     with canvas.panel(axes, run, label):
-        axes.plot(*thin.thin_line(x, lines[1]), color=canvas.ORANGE, linestyle="--", label="started from")
+        axes.plot(*thin.thin_line(x, lines[1]), color=canvas.ORANGE, linestyle="--", label="your own")
         axes.plot(*thin.thin_line(x, lines[0]), color=canvas.BLUE, linewidth=2, label="found")
 
 
@@ -89,7 +88,7 @@ def _label(gene: Gene) -> str:
 
 
 def _carrier(run: Run) -> str:
-    return "is the champion's" if run.end is not None and run.end.get("champion") is not None else "is the fittest now"
+    return "the champion" if run.end is not None and run.end.get("champion") is not None else "the fittest so far"
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

@@ -20,14 +20,14 @@ class Run:
         genes: of its genomes.
         start_steps: [R] optimizer steps that were done before each round.
         end_steps: [R] optimizer steps that were done after it.
-        measured: by name (loss, standard_error, gradient_norm, drift, alignment, strikes), [R, M] float64; nan
+        measured: by name (loss, standard_error, gradient_norm, drift, alignment, ``strikes``: the non-finite micro-batches), [R, M] float64; nan
             throughout where the events are of a version that did not have it.
         values: by gene, [R, M]; what each member carried through the round.
         step_sizes: by gene, [R, M], scale units.
         consensus: by gene, [R]; the clan's one value.
         donors: [R, M] whose state each member received at the round's end; itself where it kept its own.
-        restored: [R] bool; the clan went back to its last good state.
-        undone: [R] bool; the round's training was given up by that.
+        restored: [R] bool; the clan was rolled back.
+        undone: [R] bool; the round's training was discarded by a rollback.
         explores: by round, the genes in which members might differ; None where the events do not say.
         rates: [R, M] learning rate of the first parameter group at the round's end.
         lr_factor: [R] the final decay's share in its last step.
@@ -39,7 +39,7 @@ class Run:
         samples: trained by the clan so far; None where the events do not say.
         tokens: the same in tokens.
         stragglers: (step, member, seconds) where a round had one.
-        memorizing: steps at whose round's end the strategy said that the data are learnt by heart.
+        overfitting: steps of the rounds' ends at which the strategy reported overfitting.
         warnings: (step, message).
     """
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clantune_scale.bench.faults.actions import ACTIONS, STRUCK
+from clantune_scale.bench.faults.actions import ACTIONS, INJECTED
 
 
 def _gradients(module: torch.nn.Module) -> tuple[float, bool]:
@@ -25,10 +25,10 @@ def test_one_pass_is_spoilt_and_the_next_is_as_before(what, value, capsys):
     module = torch.nn.Linear(3, 2)
     whole = _gradients(module)
     ACTIONS[f"{value}-{what}"](None)
-    assert STRUCK not in capsys.readouterr().err
+    assert INJECTED not in capsys.readouterr().err
     loss, is_finite = _gradients(module)
     assert not is_finite and math.isfinite(loss) == (what == "gradient")
-    assert capsys.readouterr().err.count(STRUCK) == 1
+    assert capsys.readouterr().err.count(INJECTED) == 1
     assert _gradients(module) == whole
 
 
@@ -37,13 +37,13 @@ def test_a_pass_without_gradients_is_no_training_step(capsys):
     ACTIONS["nan-loss"](None)
     with torch.no_grad():
         assert module(torch.ones(2, 3)).isfinite().all()
-    assert not _gradients(module)[1] and STRUCK in capsys.readouterr().err
+    assert not _gradients(module)[1] and INJECTED in capsys.readouterr().err
 
 
 def test_the_first_of_the_masters_is_spoilt(capsys):
     masters = [torch.ones(2), torch.ones(2)]
     ACTIONS["nan-weights"](SimpleNamespace(backend=SimpleNamespace(masters=lambda: masters)))
-    assert masters[0].isnan().all() and masters[1].isfinite().all() and STRUCK in capsys.readouterr().err
+    assert masters[0].isnan().all() and masters[1].isfinite().all() and INJECTED in capsys.readouterr().err
 
 
 def test_transfers_are_spoilt_as_often_as_is_said_and_on_recipients_alone(capsys):
@@ -54,4 +54,4 @@ def test_transfers_are_spoilt_as_often_as_is_said_and_on_recipients_alone(capsys
     for before in (None, 0, 0, 0):
         clan.transfers.transport.move(state, SimpleNamespace(before=before))
     assert len(moves) == 4 and state.tensors[0][1].tolist() == [2.0, 0.0]
-    assert capsys.readouterr().err.count(STRUCK) == 2
+    assert capsys.readouterr().err.count(INJECTED) == 2

@@ -1,4 +1,4 @@
-"""Faults strike where they are put."""
+"""Faults are injected at their points."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gathering(monkeypatch):
     return module, calls
 
 
-def test_a_fault_strikes_once_before_or_after(gathering):
+def test_a_fault_is_injected_once_before_or_after(gathering):
     module, calls = gathering
     environ = {"RANK": "1", **to_environ([Fault(1, "diagnostics", action="raise"), Fault(0, "diagnostics:after")])}
     assert install(environ) == [Fault(1, "diagnostics", action="raise")]

@@ -1,4 +1,4 @@
-"""What the benchmark of faults strikes, and that it can say that something came out wrong."""
+"""The faults benchmark covers every engine, and reports a fault that fails its check."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from clantune_scale.bench.faults.damage import _flip
 from clantune_scale.bench.faults.injector import POINTS
 from clantune_scale.bench.faults.kills import differences
 from clantune_scale.bench.faults.results import FaultResult
-from clantune_scale.bench.faults.sections import SECTIONS, THREES, WORKLOADS, strikes
+from clantune_scale.bench.faults.sections import SECTIONS, THREES, WORKLOADS, parts
 from clantune_scale.bench.faults.workload import Workload, stood
 from clantune_scale.errors import ConfigError
 
 
-def test_every_point_is_struck_at_its_begin_and_its_end_and_on_every_rank():
-    struck = [fault for place in range(len(WORKLOADS)) for fault in kills.faults(place, 4, 2)]
-    assert len(struck) >= 50
-    assert {fault.point.partition(":")[0] for fault in struck} == set(POINTS)
-    assert {fault.rank for fault in struck} == {0, 1, 2, 3}
-    moments = {point: {":after" in f.point for f in struck if f.point.startswith(point)} for point, _ in kills.POINTS}
+def test_every_point_gets_a_fault_at_its_begin_and_its_end_and_on_every_rank():
+    found_faults = [fault for place in range(len(WORKLOADS)) for fault in kills.faults(place, 4, 2)]
+    assert len(found_faults) >= 50
+    assert {fault.point.partition(":")[0] for fault in found_faults} == set(POINTS)
+    assert {fault.rank for fault in found_faults} == {0, 1, 2, 3}
+    moments = {
+        point: {":after" in f.point for f in found_faults if f.point.startswith(point)} for point, _ in kills.POINTS
+    }
     assert all(found == {True, False} for found in moments.values()), moments
     assert len(THREES) * len(survivors.POINTS) == 20
 
 
-def test_sections_name_what_they_strike():
-    assert [section for section, _ in strikes(list(SECTIONS))][-3:] == ["files", "resumes", "mlflow"]
-    assert list(strikes(["survivors"])) == [("survivors", name) for name in THREES]
+def test_sections_name_their_workloads():
+    assert [section for section, _ in parts(list(SECTIONS))][-3:] == ["files", "resumes", "mlflow"]
+    assert list(parts(["survivors"])) == [("survivors", name) for name in THREES]
 
 
 def test_a_table_counts_what_came_out_right(tmp_path):
@@ -41,7 +43,7 @@ def test_a_table_counts_what_came_out_right(tmp_path):
     assert lines == ["| a kill | DDP, ZeRO | 3 | 2 |"]
     results.write(tmp_path / "results", found)
     assert results.read(tmp_path / "results") == found
-    assert found[1].line == "WRONG  a kill | DDP | two  lost"
+    assert found[1].line == "FAILED  a kill | DDP | two  lost"
 
 
 def test_a_rank_that_stands_otherwise_is_a_difference(tmp_path):

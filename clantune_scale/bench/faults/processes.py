@@ -1,7 +1,7 @@
-"""Ranks of this machine without a launcher, that die and start again, at a fraction of a real start's time.
+"""Ranks on this machine without a launcher, which can be killed and restarted in a fraction of a real start's time.
 
-Each life is a process forked from a server that has the engine loaded. Where the package would replace a process by a
-new one of the same command, the harness starts the next life in its place, with the environment that was left to it.
+Each process is forked from a server that has the engine loaded. When the package would replace a process by a new one
+of the same command, the harness forks the new process instead, with the environment that the old one left.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Ended:
     """How a rank ended.
 
     Attributes:
-        code: its last life's exit code; negative for a signal.
-        num_lives: how often it was started.
-        text: what all its lives said.
+        code: exit code of its last process; negative for a signal.
+        num_starts: number of its processes: 1 + restarts.
+        text: output of all its processes.
     """
 
     code: int
-    num_lives: int
+    num_starts: int
     text: str
 
 
@@ -51,19 +51,19 @@ def run(
     timeout_s: float = 120.0,
     patience_s: float | None = None,
 ) -> list[Ended]:
-    """Runs ``function(*args)`` on each rank until all have ended but those that a fault has stopped.
+    """Runs ``function(*args)`` on each rank; returns when all ranks have ended, except those stopped by a fault.
 
     Args:
         world_size: number of ranks.
-        function, args: what a rank's script would do; at module level, and what can be pickled.
-        faults: that strike them.
-        environ: further variables.
-        preload: modules that each life finds loaded.
-        timeout_s: for all to end.
-        patience_s: once a rank has died, seconds until the others are killed too, as launchers do; never if None.
+        function, args: what a rank runs; the function is at module level and all can be pickled.
+        faults: to inject.
+        environ: additional environment variables.
+        preload: modules loaded in each process from the start.
+        timeout_s: time limit until all have ended.
+        patience_s: seconds from the first death until the other ranks are killed too, as launchers do; None for never.
 
     Raises:
-        ClanError: if some have not ended in time, with what they said last.
+        ClanError: if ranks have not ended in time, with the end of their output.
     """
     faults = list(faults)
     context = multiprocessing.get_context("forkserver")
@@ -80,7 +80,7 @@ def run(
                 rank.start(function, args)
             ends = time.monotonic() + timeout_s
             kill_at = float("inf")
-            # All are asked each time: who is asked begins the next life.
+            # A list, not a generator: has_ended() also starts the next process, so each rank must be asked.
             while not all([rank.has_ended(function, args) for n, rank in enumerate(ranks) if n not in may_stay]):  # noqa: C419
                 if time.monotonic() > ends:
                     told = "\n".join(f"rank {n}: {rank.text()[-1500:]}" for n, rank in enumerate(ranks))
@@ -98,16 +98,18 @@ def run(
 
 
 class _Rank:
-    """One rank's lives."""
+    """The processes of one rank."""
 
     def __init__(self, context: Any, place: Path, environ: dict[str, str]) -> None:
         self._context, self._place, self._environ = context, place, environ
-        self._num_lives = 0
+        self._num_starts = 0
         self._process: Any = None
 
     def start(self, function: Callable[..., Any], args: tuple) -> None:
-        self._num_lives += 1
-        self._process = self._context.Process(target=_live, args=(self._environ, str(self._place), function, args))
+        self._num_starts += 1
+        self._process = self._context.Process(
+            target=_run_process, args=(self._environ, str(self._place), function, args)
+        )
         self._process.start()
 
     def has_ended(self, function: Callable[..., Any], args: tuple) -> bool:
@@ -130,11 +132,11 @@ class _Rank:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def ended(self) -> Ended:
-        return Ended(self._process.exitcode, self._num_lives, self.text())
+        return Ended(self._process.exitcode, self._num_starts, self.text())
 
 
-def _live(environ: dict[str, str], place: str, function: Callable[..., Any], args: tuple) -> None:
-    """One life, with the end that the interpreter would give it."""
+def _run_process(environ: dict[str, str], place: str, function: Callable[..., Any], args: tuple) -> None:
+    """One process, ended as the interpreter would end it."""
     os.environ.clear()
     os.environ.update(environ)
     text = os.open(f"{place}.text", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
