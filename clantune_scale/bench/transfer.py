@@ -21,7 +21,7 @@ import torch
 from clantune_scale.bench.ranks import Ranks
 from clantune_scale.config.schema import TransferConfig
 
-TRANSPORTS = ("peer", "dcp_peer", "dcp_files")
+TRANSPORTS = ("peer", "dcp_files")
 _MEBIBYTE = 1 << 20
 
 

@@ -157,8 +157,9 @@ class CheckpointConfig(Block):
 class TransferConfig(Block):
     """How a member's state becomes another's."""
 
-    transport: Literal["peer", "dcp_peer", "dcp_files"] = "peer"
-    """`peer` (rank to rank), `dcp_peer` (the same by torch's DCP planner), or `dcp_files` (DCP on a shared folder)."""
+    transport: Literal["peer", "dcp_files"] = "peer"
+    """`peer` (rank to rank), or `dcp_files` (torch's DCP on a shared folder, some 12 times slower: for a backend that
+    has collectives and no point-to-point messages)."""
 
     bucket_bytes: Annotated[Count, Field(ge=1024)] = 1 << 25
     """Size of a message; a receiving rank needs room for two, and digests are compared by it."""

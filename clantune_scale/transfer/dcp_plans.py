@@ -1,4 +1,4 @@
-"""What both DCP transports share: the names under which a shard travels, and a planner that can be watched."""
+"""What the DCP transport asks of torch: the names of a shard, a planner that can be watched, saving and loading."""
 
 from __future__ import annotations
 

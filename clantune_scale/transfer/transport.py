@@ -46,10 +46,6 @@ def build(config: TransferConfig, *, runs: Path) -> Transport:
         runs: the folder of runs, under which files are exchanged where the config names no folder.
     """
     # Torch's checkpoint package takes a second to import: only who uses it pays.
-    if config.transport == "dcp_peer":
-        from clantune_scale.transfer.dcp_peer import DcpPeerTransport
-
-        return DcpPeerTransport(bucket_bytes=config.bucket_bytes)
     if config.transport == "dcp_files":
         from clantune_scale.transfer.dcp_files import DcpFilesTransport
 

@@ -84,7 +84,10 @@ def _refusals(rank: int, directory: str) -> dict[str, str]:
     said["no size"] = _said(lambda: _attach(whole, sgd(whole), block, micro_batch_size=None))
     said["no block"] = _said(lambda: _attach(whole, sgd(whole), {"train_batch_size": 4}))
     optimizer = sgd(closing)
-    clan = _attach(closing, optimizer, block)
+    # The batch is the clan's: one member of two ranks takes two micro-batches a step.
+    written = {"train_batch_size": 4 * MICRO, "train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.5}
+    clan = _attach(closing, optimizer, written | {"clantune": block}, micro_batch_size=None)
+    said["read"] = f"{clan.backend.micro_batch_size}, {clan.backend.accumulation}, {clan.backend.clip}"
     said["closure"] = _said(lambda: optimizer.step(lambda: 0.0))
     clan.detach()
     optimizer = sgd(deep)
@@ -108,6 +111,7 @@ def test_what_a_clan_cannot_run_under_is_refused(tmp_path):
         "disabled": 'ConfigError: "clantune" says "enabled": false',
         "contradiction": "was given accumulation=4, and the config says gradient_accumulation_steps: 2. Leave one",
         "no size": "attach() got no micro_batch_size, and the config has neither train_micro_batch_size_per_gpu nor",
+        "read": f"{MICRO}, 2, 0.5",
         "no block": 'ConfigError: the config has no "clantune" block',
         "closure": "ConfigError: optimizer.step(closure) computes gradients inside the update",
         "deep": "ConfigError: SGD keeps 'factors', a list, for each parameter",
@@ -194,7 +198,6 @@ def _own_batches(rank: int, directory: str) -> list[tuple[str, int, int, float, 
     # Two micro-batches a step: the batch is the whole clan's.
     config = {"train_batch_size": 4 * MICRO, "train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.05}
     clan = clantune_scale.attach(model, optimizer, config=config | {"clantune": block}, eval_data=datasets()[1])
-    assert (clan.backend.micro_batch_size, clan.backend.accumulation, clan.backend.clip) == (MICRO, 2, 0.05)
     seen = []
     for step in clan.steps(clan.loader(datasets()[0]), until=12):
         phase = clan.phases.position.phase.kind
