@@ -46,10 +46,10 @@ class GeneConfig(Block):
     """One gene; a key left out takes the default of its target."""
 
     target: str | None = None
-    """What the gene sets; the part of its name before `:` where null."""
+    """What the gene sets; the part of its name before `:` if null."""
 
     groups: list[str] | None = None
-    """Names of the optimizer's parameter groups that it is written to; all where null."""
+    """Names of the optimizer's parameter groups that it is written to; all if null."""
 
     kind: Kind | None = None
     """`optimizer` (acts on how a gradient is applied) or `specialized` (acts on the gradient itself)."""
@@ -70,7 +70,7 @@ class GeneConfig(Block):
     """Largest move of the clan's value in one round, in scale units."""
 
     consensus: Consensus | None = None
-    """The clan's one value where the gene is not expressed: `mean` or `median`, in scale."""
+    """The clan's one value while the gene is not expressed: `mean` or `median`, in scale."""
 
     integer: Flag | None = None
     """Whether the expressed value is rounded to a whole number."""
@@ -131,10 +131,10 @@ class CheckpointConfig(Block):
     """Largest `.safetensors` file; more weights are split over several, with an index."""
 
     every_rounds: Count | None = 1
-    """Rounds between two that are written to disk, where the disk keeps up; null writes none."""
+    """Rounds between two that are written to disk, if the disk keeps up; null writes none."""
 
     keep_last: Annotated[int, Strict(), Field(ge=2)] = 2
-    """Committed rounds that stay on disk; one alone would leave nothing if it were damaged."""
+    """Committed rounds that stay on disk; at least two, so that a damaged one leaves another."""
 
     asynchronous: Flag = True
     """Whether training goes on while a round is written, from a copy in host memory."""
@@ -204,22 +204,22 @@ class ClanConfig(Block):
     """Members of the clan; the launcher's ranks are divided among them. Required."""
 
     round_length: Count = 20
-    """Optimizer steps of a round (of the shortest one, where the strategy lets rounds grow)."""
+    """Optimizer steps of a round (of the shortest one, if the strategy lets rounds grow)."""
 
     duty_cycle: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    """Share of a round that is competitive, where a specialized gene is active."""
+    """Share of a round that is competitive, if a specialized gene is active."""
 
     seed: Annotated[int, Strict(), Field(ge=0)] = 0
     """Seed of every decision and of the order of the data."""
 
     total_steps: Count | None = None
-    """Optimizer steps of the whole run, for the final decay; null where it is not known."""
+    """Optimizer steps of the whole run, for the final decay; null if it is not known."""
 
     strategy: StrategyConfig = StrategyConfig()
     """How fitness becomes the next population; a bare name is short for `{"name": ...}`."""
 
     genes: dict[str, GeneConfig] = {"lr": GeneConfig()}
-    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults. Where the key is left
+    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults. If the key is left
     out, `clan` takes `weight_decay` too if the run is known to see no training sample twice."""
 
     fitness: FitnessConfig = FitnessConfig()
