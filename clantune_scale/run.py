@@ -11,7 +11,7 @@ import argparse
 import importlib
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--eval_data",
         default=None,
-        help=f"module:callable that returns the dataset on which members are compared; where left out, "
+        help=f"module:callable that returns the dataset on which members are compared; if left out, "
         f"{HOLDOUT:.0%} of the training data is held out",
     )
     parser.add_argument("script", help="the training script")
@@ -89,27 +89,39 @@ def _replacement(eval_data: str | None, engines: list[Any]) -> Callable[..., Any
     """``clantune_scale.initialize`` with a validation set found for it; keeps the engines that it makes."""
     from clantune_scale.backends.deepspeed.attach import initialize
 
+    # A script may pass its arguments by position, which a type checker cannot follow.
+    call: Callable[..., Any] = initialize
+
     @wraps(initialize)
-    def initialize_with_validation(*args: Any, training_data: Dataset | None = None, **kwargs: Any) -> Any:
+    def initialize_with_validation(*args: Any, training_data: Dataset[Any] | None = None, **kwargs: Any) -> Any:
         validation = _load(eval_data) if eval_data else None
         if validation is None and training_data is not None:
             training_data, validation = hold_out(training_data)
-        result = initialize(*args, training_data=training_data, eval_data=validation, **kwargs)
+        result = call(*args, training_data=training_data, eval_data=validation, **kwargs)
         engines.append(result[0])
         return result
 
     return initialize_with_validation
 
 
-def hold_out(dataset: Dataset, share: float = HOLDOUT) -> tuple[Subset, Subset]:
-    """Splits a map-style dataset: every 1/share-th example goes to validation, the rest to training."""
+def hold_out(dataset: Dataset[Any], share: float = HOLDOUT) -> tuple[Subset[Any], Subset[Any]]:
+    """Splits a map-style dataset: every 1/share-th example goes to validation, the rest to training.
+
+    Raises:
+        ConfigError: if it has no length.
+    """
+    if not isinstance(dataset, Sized):
+        raise ConfigError(
+            f"the training data is a {type(dataset).__name__} without a length, of which nothing can be held out. Name "
+            f"a validation set: --eval_data module:callable."
+        )
     stride = round(1 / share)
     indices = np.arange(len(dataset))
     held = indices % stride == stride - 1
     return Subset(dataset, indices[~held].tolist()), Subset(dataset, indices[held].tolist())
 
 
-def _load(name: str) -> Dataset:
+def _load(name: str) -> Dataset[Any]:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(f"--eval_data {name!r} is not module:callable. Write it as package.module:function.")

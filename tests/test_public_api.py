@@ -77,6 +77,7 @@ def test_the_imports_for_type_checkers_are_those_of_run_time():
     assert typed == clantune_scale._LAZY
 
 
+@pytest.mark.timeout(400)
 def test_a_type_checker_sees_the_types(tmp_path):
     (tmp_path / "snippet.py").write_text(SNIPPET)
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "snippet.py"]

@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
+from clantune_scale.errors import ConfigError
 from clantune_scale.run import hold_out, main
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import ds_config
@@ -65,6 +66,15 @@ def test_held_out_examples_are_spread_over_the_data_and_not_trained_on():
     train, validation = hold_out(data)
     assert [int(x) for (x,) in validation] == [19, 39, 59, 79, 99]
     assert sorted([int(x) for (x,) in train] + [int(x) for (x,) in validation]) == list(range(100))
+
+
+def test_a_stream_cannot_be_held_out_of():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(1)
+
+    with pytest.raises(ConfigError, match=r"a Stream without a length.*Name a validation set: --eval_data"):
+        hold_out(Stream())
 
 
 def test_a_failing_script_fails_the_run(tmp_path):
