@@ -21,7 +21,7 @@ class TransferError(ClanError):
     """A state that one member copied from another did not arrive as it was sent.
 
     Attributes:
-        members: those whose state is incomplete, equal on all ranks; empty if the error is about this rank only.
+        members: those whose state is inconsistent, equal on all ranks; empty if only this rank is concerned.
     """
 
     members: tuple[int, ...] = ()

@@ -20,6 +20,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
+from clantune_scale.core.extras import require
 from clantune_scale.errors import ConfigError
 
 HOLDOUT = 0.05
@@ -29,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the script that ``argv`` names (the process's own arguments where None).
 
     Raises:
+        ClanError: if DeepSpeed is not installed.
         ConfigError: if the script's arguments name no DeepSpeed config, or it has no clan to join.
     """
     options = _parse(argv)
+    # Before ranks wait for each other.
+    require("deepspeed", needed_by="clantune_scale.run")
     _, block = extract(load_ds_config(_config_path(options.arguments)))
     if block is not None and block.enabled:
         from clantune_scale.distributed.join import join
@@ -43,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(Path(options.script).resolve().parent))
     import deepspeed
 
-    from clantune_scale.backends.deepspeed.quiet import quieten
+    from clantune_scale.backends.deepspeed.engine import suppress_start_up_noise
 
     # The script may start DeepSpeed before it calls initialize().
-    quieten()
+    suppress_start_up_noise()
     engines: list[Any] = []
     initialize = deepspeed.initialize
     deepspeed.initialize = _replacement(options.eval_data, engines)

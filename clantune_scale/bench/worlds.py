@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore  # it registers the backend "fake", too
 
 from clantune_scale.distributed import world
+from clantune_scale.distributed.bootstrap import Launched, open_store
 from clantune_scale.distributed.groups import ReplicaGroup
-from clantune_scale.distributed.rendezvous import Launched, open_store
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.distributed.world import ClanGroups, ClanWorld
 from clantune_scale.errors import ClanError

@@ -19,7 +19,7 @@ from clantune_scale.core.strategies import Population
 from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates
 from clantune_scale.transfer import MemberState, Snapshot
-from clantune_scale.transfer.plain import plain
+from clantune_scale.transfer.state import plain
 
 if TYPE_CHECKING:
     from clantune_scale.runtime.clan import Clan

@@ -224,9 +224,10 @@ class DurableRounds:
             )
 
     def _take(self, run_dir: Path) -> None:
-        guard = self._clan.world.guard
+        supervisor = self._clan.world.supervisor
         self._lock = RunLock(
-            run_dir, generation=None if guard is None else (guard.generation.launch_id, guard.generation.number)
+            run_dir,
+            generation=None if supervisor is None else (supervisor.generation.launch_id, supervisor.generation.number),
         )
         atexit.register(self._lock.release)
 

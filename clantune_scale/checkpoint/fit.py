@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 # What can change from launch to launch without any effect on what is computed.
 _WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")
-# What a launch with another batch, or data, may have changed without a word in its config.
-_GENES_FOLLOW = " Genes that the config does not name follow from data and batch: name the run's in clantune.genes."
+# What a launch with another batch, optimizer, or data, may have changed without a word in its config.
+_GENES_FOLLOW = (
+    " Genes that the config does not name follow from data, batch and optimizer: name the run's in clantune.genes."
+)
 # Names that `clantune.checkpoint.allow` takes beside the block's own keys.
 PARAMETERS = "parameters"
 

@@ -26,8 +26,8 @@ class RunLock:
     Args:
         run_dir: the run's folder.
         stale_s: seconds without a touch after which a lock of another host counts as left behind.
-        generation: (launch, number) that this process is in: it takes over from earlier generations of its own launch, whose
-            leader counts as dead even where it is only frozen.
+        generation: (launch, number) that this process is in. It takes over from earlier generations of its own
+            launch: their leader counts as dead, even if it is only frozen.
 
     Raises:
         CheckpointError: if another process works there.

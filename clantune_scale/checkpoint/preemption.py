@@ -100,9 +100,9 @@ class Preemption:
             return
         self._is_flagged = True
         joined = world.current()
-        if joined is not None and joined.guard is not None:
+        if joined is not None and joined.supervisor is not None:
             # What fails from now on is the others' leaving, and no reason to start again.
-            joined.guard.stand_down()
+            joined.supervisor.withdraw()
         self._timer = threading.Timer(self._grace_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()

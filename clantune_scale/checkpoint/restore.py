@@ -29,7 +29,7 @@ from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import CheckpointError
 from clantune_scale.transfer import MemberState, Snapshot
-from clantune_scale.transfer.plain import merged
+from clantune_scale.transfer.state import merged
 
 if TYPE_CHECKING:
     from clantune_scale.runtime.clan import Clan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from clantune_scale.cli.command import Answer, Command
-from clantune_scale.errors import ClanError
+from clantune_scale.core.extras import require
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +22,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    try:
-        import argcomplete
-    except ImportError as error:
-        raise ClanError(
-            "completion is argcomplete's, which is not installed. Run `pip install 'clantune-scale[completion]'`."
-        ) from error
+    require("argcomplete", needed_by="clantune completion")
+    import argcomplete
+
     code = argcomplete.shellcode(["clantune"], shell=arguments.shell)
     return Answer(code, {"shell": arguments.shell, "code": code})
 

@@ -57,8 +57,9 @@ def _facts(found: Preflight) -> list[tuple[str, str]]:
     if found.batch:
         facts.append(("batch", found.batch.describe()))
     facts += [("gene", _gene(gene)) for gene in found.genes or ()]
-    if found.block and found.block.may_tune_weight_decay:
-        facts.append(("", "weight_decay too, where the run sees no training sample twice"))
+    if found.may_tune_weight_decay:
+        own = "" if "optimizer" in found.ds_config else " with AdamW and a weight decay above 0"
+        facts.append(("", f"weight_decay too, if the run{own} sees no training sample twice"))
     if found.strategy and found.block:
         first = RoundClock(found.strategy.plan).round(0)
         phases = ", ".join(f"{phase.num_steps} {phase.kind.value}" for phase in first.phases)

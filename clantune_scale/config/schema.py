@@ -219,8 +219,9 @@ class ClanConfig(Block):
     """How fitness becomes the next population; a bare name is short for `{"name": ...}`."""
 
     genes: dict[str, GeneConfig] = {"lr": GeneConfig()}
-    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults. If the key is left
-    out, `clan` takes `weight_decay` too if the run is known to see no training sample twice."""
+    """Genes by name (`lr`, or `lr:head` with `groups`); a list of names takes their defaults. If the key is left out,
+    `clan` takes `weight_decay` too in a run with AdamW and a weight decay above 0 that is known to see no training
+    sample twice."""
 
     fitness: FitnessConfig = FitnessConfig()
     """How members are measured."""
@@ -264,18 +265,6 @@ class ClanConfig(Block):
             raise ValueError(f"a name is listed twice in {value}")
         return {name: {} for name in value}
 
-    def genes_when(self, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
-        """The block's genes, or the default ones of a run that is, or is not, known to see no sample twice."""
-        if "genes" in self.model_fields_set:
-            return self.genes
-        names = default_genes(self.strategy.name, sees_samples_once=sees_samples_once)
-        return {name: GeneConfig() for name in names}
-
-    @property
-    def may_tune_weight_decay(self) -> bool:
-        """Whether it depends on the training data what the genes are."""
-        return self.genes_when(sees_samples_once=True).keys() != self.genes.keys()
-
     def facts(self, genes: tuple[Gene, ...], *, total_steps: int | None, sees_samples_once: bool = False) -> RunFacts:
         """What the strategy of a run with this block knows of it.
 
@@ -296,17 +285,3 @@ class ClanConfig(Block):
             total_steps=total_steps,
             sees_samples_once=sees_samples_once,
         )
-
-
-def default_genes(strategy: str, *, sees_samples_once: bool) -> tuple[str, ...]:
-    """The genes of a run whose user names none.
-
-    Where data come again and again weight decay is a regularizer, and what that is good for shows long after the
-    round that decides. Where every sample is new it is a part of the optimizer's dynamics: it should not grow with a
-    rate that is raised, and a vote for less of it can be believed (the schedule benchmark's log, 13).
-
-    Args:
-        strategy: its name; for others than ``clan`` this was not measured.
-        sees_samples_once: whether the run is known to see no training sample twice.
-    """
-    return ("lr", "weight_decay") if strategy == "clan" and sees_samples_once else ("lr",)

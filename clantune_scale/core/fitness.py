@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,3 +68,12 @@ class Fitness:
     def ranking(self) -> tuple[int, ...]:
         """Members from fittest to weakest; ties and not finite ones keep the order of their index."""
         return tuple(int(m) for m in np.argsort(self.mean, kind="stable"))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for one value), by exactly rounded sums, so that all hosts agree."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)

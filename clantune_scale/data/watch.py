@@ -1,4 +1,4 @@
-"""Watches what training sees: mean loss and time, and whether members see the data that a phase asks for."""
+"""Observes training: mean loss and time per step, and whether members read the data that the phase requires."""
 
 from __future__ import annotations
 
@@ -16,42 +16,48 @@ from clantune_scale.transfer.state import bytes_digest
 
 
 class LossMeter:
-    """Mean training loss and time per step since it was last read, without waiting for the device in between."""
+    """Mean training loss and time per step since the last reading. Only a reading waits for the device."""
 
     def __init__(self) -> None:
         self._total: torch.Tensor | None = None
         self._round_total: torch.Tensor | None = None
-        self._not_finite: torch.Tensor | None = None
+        self._nonfinite_count: torch.Tensor | None = None
         self._count = self._round_count = 0
         self._since = time.perf_counter()
 
     def add(self, loss: Any) -> None:
-        """Takes in one micro-batch's loss."""
+        """Adds one micro-batch's loss. Anything but a one-element tensor is ignored."""
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             value = loss.detach().float().reshape(())
             self._total = value if self._total is None else self._total + value
             self._round_total = value.double() if self._round_total is None else self._round_total + value
-            strike = (~value.isfinite()).long()
-            self._not_finite = strike if self._not_finite is None else self._not_finite + strike
+            is_nonfinite = (~value.isfinite()).long()
+            self._nonfinite_count = (
+                is_nonfinite if self._nonfinite_count is None else self._nonfinite_count + is_nonfinite
+            )
             self._count += 1
             self._round_count += 1
 
     def read_nonfinite_counts(self) -> int:
-        """Micro-batches since the last call whose loss was not finite."""
-        nonfinite_counts, self._not_finite = self._not_finite, None
+        """The number of micro-batches since the last call whose loss was not finite."""
+        nonfinite_counts, self._nonfinite_count = self._nonfinite_count, None
         return 0 if nonfinite_counts is None else int(nonfinite_counts)
 
     @property
     def round_losses(self) -> tuple[float, int]:
-        """(sum of the losses, how many) of this rank's micro-batches in the round so far."""
+        """(sum, number) of the losses of this rank's micro-batches in the round so far."""
         return 0.0 if self._round_total is None else float(self._round_total), self._round_count
 
     def begin_round(self, total: float = 0.0, count: int = 0) -> None:
-        """Starts a round anew, or where a resumed one was."""
+        """Starts a round, or continues a resumed one from its ``round_losses``."""
         self._round_total, self._round_count = torch.tensor(total, dtype=torch.float64) if count else None, count
 
     def read(self, num_steps: int) -> tuple[float, float]:
-        """(mean loss, seconds per step) since the last reading; nan where no loss went by."""
+        """(mean loss, seconds per step) since the last reading. The loss is nan if none was added.
+
+        Args:
+            num_steps: optimizer steps since then.
+        """
         now = time.perf_counter()
         mean = float(self._total) / self._count if self._total is not None else float("nan")
         seconds = (now - self._since) / max(1, num_steps)
@@ -61,31 +67,31 @@ class LossMeter:
 
 @dataclass
 class Stopwatch:
-    """Seconds spent since the round began, by what they were spent on."""
+    """Seconds of the round by activity."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
 
     def lap(self, what: str) -> None:
-        """Books the time since the last call under ``what``."""
+        """Adds the time since the last call to ``what``."""
         now = time.perf_counter()
         self.seconds[what] = self.seconds.get(what, 0.0) + now - self._since
         self._since = now
 
     def empty(self) -> dict[str, float]:
-        """What was booked; starts over."""
+        """Returns the seconds by activity and starts over."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
 class BatchWatch:
-    """Compares digests of each phase's first batch down the column, at the round's meeting point.
+    """Compares digests of each phase's first batch over the replica group, at the end of the round.
 
-    Members should see different data while they cooperate and the same while they compete. A loader that
-    does not follow the phases would cost the clan its batch, or make fitness a matter of luck, in silence.
+    Members should read different data in a cooperative phase and the same data in a competitive one. A loader that
+    does not follow the phases would shrink the clan's batch, or make fitness depend on the data, without an error.
 
     Args:
-        column: this rank's control column.
+        replica_group: this rank and its peers.
     """
 
     def __init__(self, replica_group: ReplicaGroup) -> None:
@@ -95,11 +101,11 @@ class BatchWatch:
         self._has_warned: set[str] = set()
 
     def begin(self, phase: Phase) -> None:
-        """A phase begins: its first batch is the next one. Teams share out their data and are not looked at."""
+        """Starts a phase. Its first batch is the next one. Teams split the data, so their phases are not compared."""
         self._pending = phase.kind if phase.teams is None else None
 
     def on_batch(self, args: tuple, kwargs: dict) -> None:
-        """Sees the arguments of a training forward pass."""
+        """Takes the arguments of a training forward pass."""
         if self._pending is None:
             return
         digests = [bytes_digest(_as_bytes(t)) for t in tensors_in((args, kwargs)) if t.numel()]
@@ -107,9 +113,9 @@ class BatchWatch:
         self._pending = None
 
     def compare(self) -> list[str]:
-        """What is wrong with the data of the phases since the last call, each complaint once in a run.
+        """What is wrong with the data of the phases since the last call. Each complaint comes once in a run.
 
-        All ranks of the clan call it. Warns as well.
+        All ranks of the clan call it. It also warns.
         """
         by_member = self._replica_group.gather_json(self._seen)
         self._seen = []
@@ -122,12 +128,12 @@ class BatchWatch:
             if kind == PhaseKind.COOPERATIVE.value and len(set(digests)) < len(digests):
                 same = [member for member, digest in enumerate(digests) if digests.count(digest) > 1]
                 complaints.append(
-                    f"members {same} train on the same batch while they cooperate, so that the clan's batch is "
-                    f"smaller than it looks. Pass training_data to initialize(), or use engine.clan.sampler()."
+                    f"members {same} train on the same batch while they cooperate, so the clan's batch is smaller than "
+                    f"configured. Pass training_data to initialize(), or use engine.clan.sampler()."
                 )
             if kind == PhaseKind.COMPETITIVE.value and len(set(digests)) > 1:
                 complaints.append(
-                    "members train on different data while they compete, so that fitness compares the data as well. "
+                    "members train on different data while they compete, so fitness compares the data as well. "
                     "Pass training_data to initialize(), or use engine.clan.sampler()."
                 )
         fresh = [complaint for complaint in dict.fromkeys(complaints) if complaint not in self._has_warned]

@@ -1,1 +1,1 @@
-"""Which ranks make a member, and how they find each other: topology, groups, stores, joining."""
+"""Topology, process groups, stores and joining: which ranks form a member, and how ranks find each other."""

@@ -1,8 +1,8 @@
-"""Process groups that belong to no world: what crosses members goes over these.
+"""Stand-alone process groups: all traffic between members uses these.
 
-``torch.distributed.new_group`` builds inside the default world, and a member's default world ends at the
-member. These are built on the bootstrap store instead. Collectives take them as ``group=``; point-to-point
-does not (torch looks its ranks up in the world), so :class:`ReplicaGroup` calls the group's own methods.
+``torch.distributed.new_group`` builds a group inside the default world, and a member's default world holds the member's
+ranks only. Stand-alone groups are built on the bootstrap store instead. torch's collectives accept them as ``group=``.
+Its point-to-point functions look ranks up in the world and do not, so the transports call the group's own methods.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from torch.distributed import PrefixStore, ProcessGroup, Store
 
 
 def stand_alone_group(store: Store, name: str, rank: int, size: int, *, device_type: str, timeout_s: float) -> Any:
-    """A process group of ``size`` ranks that meet under ``name`` on ``store``; all of them must call it.
+    """A process group of ``size`` ranks that find each other under ``name`` on ``store``. All of them must call it.
 
     Args:
         store: the clan's bootstrap store.
-        name: of this group alone; its ranks give the same. A group may be made anew under a name it had.
+        name: unique to this group and equal on its ranks. A new group may reuse the name of an old one.
         rank: this process's rank in the group, 0 to size - 1.
         size: number of ranks in the group.
         device_type: ``"cpu"`` for gloo, ``"cuda"`` for NCCL.
         timeout_s: seconds after which a collective fails.
     """
-    # A second clan in the same processes meets under the same names: it must not find the first one's addresses.
+    # A second clan in the same processes uses the same names. It must not find the addresses of the first.
     attempt = store.add(f"group/{name}/attempts/{rank}", 1)
     prefixed = PrefixStore(f"group/{name}/{attempt}", store)
     timeout = timedelta(seconds=timeout_s)
     group = ProcessGroup(prefixed, rank, size)
+    # Imported where used: a build of torch can lack one of the two.
+    backend: Any
     if device_type == "cuda":
         from torch.distributed import ProcessGroupNCCL
 
@@ -50,9 +52,9 @@ def stand_alone_group(store: Store, name: str, rank: int, size: int, *, device_t
 
 
 class ReplicaGroup:
-    """The ranks with the same place in every member, one per member: here the clan talks.
+    """This rank and its peers: the ranks with the same coordinates in every member, one per member.
 
-    Messages are numbers and JSON; nothing that arrives over the wire is unpickled.
+    Messages are numbers and JSON. Nothing that arrives over the wire is unpickled.
 
     Args:
         group: a stand-alone gloo group, ranked by member.
@@ -66,7 +68,7 @@ class ReplicaGroup:
         self.size = size
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """[members, ...] float64: what each member gave; all give the same shape."""
+        """[members, ...] float64: the values of each member, in member order. All ranks pass the same shape."""
         mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
         if self.size == 1:
             return mine.numpy()[None].copy()
@@ -75,7 +77,7 @@ class ReplicaGroup:
         return torch.stack(parts).numpy()
 
     def gather_json(self, value: Any) -> list[Any]:
-        """What each member gave, in member order; anything that JSON holds (floats come back exactly)."""
+        """The values of each member, in member order: anything that JSON represents. Floats come back exactly."""
         payload = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
         sizes = self.gather(np.array([payload.size])).astype(int).ravel()
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
@@ -88,16 +90,18 @@ class ReplicaGroup:
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def first_difference(self, items: list[Any], *, noun: str) -> tuple[int, Any, Any] | None:
-        """Compares lists down the column; all ranks of the clan call it with their own.
+        """Compares lists over the replica group. All ranks of the clan call it with their own list.
 
         Args:
-            items: this rank's list, of what JSON holds.
-            noun: what they are, for "8 parameters".
+            items: this rank's list, of values that JSON represents.
+            noun: what the items are, as in "8 parameters".
 
         Returns:
-            The first member whose list differs from member 0's, its first item that does, and member 0's in that
-            place (their lengths where one list goes on after the other); None where all are equal.
+            None if all lists are equal. Otherwise the first member whose list differs from member 0's, the first item
+            of it that differs, and member 0's item at the same index. If one list is a prefix of the other, their
+            lengths take the place of the items.
         """
+        # Digests first: lists can be long, and they are equal in every run but a broken one.
         digests = self.gather_json(hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest())
         other = next((member for member, digest in enumerate(digests) if digest != digests[0]), None)
         if other is None:

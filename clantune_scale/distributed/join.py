@@ -1,4 +1,4 @@
-"""Joining by config: the same file, dict or block for :func:`join` and for what is attached later."""
+"""Joining the clan by config. :func:`join` accepts the file, dict or block that ``attach()`` gets later."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def read_block(config: ConfigSource) -> ClanConfig:
     """The ``clantune`` block of a config.
 
     Args:
-        config: the block itself, or a dict or JSON file that has it under ``"clantune"``.
+        config: the block itself, or a dict or JSON file that holds it under ``"clantune"``.
 
     Raises:
-        ConfigError: if there is none, it cannot be used, or it says ``"enabled": false``.
+        ConfigError: if there is no block, the block is invalid, or it says ``"enabled": false``.
     """
     return require_block(load_config(config)[1])
 
@@ -32,8 +32,8 @@ def require_block(block: ClanConfig | None) -> ClanConfig:
         raise ConfigError(f'the config has no "{BLOCK}" block. Write at least "{BLOCK}": {{"population_size": 4}}.')
     if not block.enabled:
         raise ConfigError(
-            f'"{BLOCK}" says "enabled": false, and there is no clan to join. Leave out join() and attach() then, or '
-            f'set "population_size": 1 for the same loop without a clan.'
+            f'"{BLOCK}" says "enabled": false, so there is no clan to join. Leave out join() and attach(), or set '
+            f'"population_size": 1 to run the same loop without a clan.'
         )
     return block
 
@@ -44,25 +44,25 @@ def join(
     timeout_s: float | None = None,
     port: int | None = None,
 ) -> world.ClanWorld:
-    """Joins the clan: from here on this process's member is its world. Call it before any process group exists.
+    """Joins the clan and makes this process's member its world. Call it before any process group exists.
 
-    ``clantune_scale.initialize()`` joins by itself; a loop of your own calls this first. A second call with the
-    same population size returns the first one's world.
+    ``clantune_scale.initialize()`` joins by itself. Your own loop calls this function first. A second call with the
+    same population size returns the world of the first call.
 
     Args:
-        config: the ``clantune`` block (see :func:`read_block`), or the population size alone.
-        timeout_s, port: in place of what the block says under ``join``.
+        config: the ``clantune`` block (see :func:`read_block`), or only the population size.
+        timeout_s, port: override the block's ``join`` section.
 
     Raises:
-        ConfigError: if the config has no block that can be used.
-        TopologyError: as :func:`clantune_scale.distributed.world.join` does.
+        ConfigError: if the config has no valid block.
+        TopologyError: see :func:`clantune_scale.distributed.world.join`.
     """
     block = ClanConfig(population_size=config) if isinstance(config, int) else read_block(config)
     if "deepspeed" in sys.modules:
-        # A script that joins by itself starts DeepSpeed by itself too, before initialize() could prepare it.
-        from clantune_scale.backends.deepspeed.quiet import quieten
+        # A script that calls join() also starts DeepSpeed itself, before initialize() could prepare it.
+        from clantune_scale.backends.deepspeed.engine import suppress_start_up_noise
 
-        quieten()
+        suppress_start_up_noise()
     return world.join(
         block.population_size,
         timeout_s=timeout_s or block.join.timeout_s,

@@ -1,4 +1,4 @@
-"""The start-up self-check: cheap, always run, and before the first step is taken."""
+"""The start-up self-check. It is cheap and runs before the first step of every run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from clantune_scale.runtime.engine_protocol import Backend
 
 
 def check_world(world: ClanWorld, device: torch.device) -> None:
-    """The default process group holds this member's ranks and nobody else's.
+    """Checks that the default process group holds this member's ranks and no others (a member collective).
+
+    Args:
+        world: this process's place in the clan.
+        device: where the default process group's tensors live.
 
     Raises:
-        DivergenceError: if a sum of member numbers over the member's world says otherwise.
+        DivergenceError: if the group has another size, or ranks of other members.
     """
     size = dist.get_world_size()
     total = torch.tensor([float(world.member)], device=device)
@@ -28,7 +32,7 @@ def check_world(world: ClanWorld, device: torch.device) -> None:
 
 
 def parameter_layout(module: torch.nn.Module) -> list[list]:
-    """[name, shape, dtype, trains] of every parameter, whole shapes also where ZeRO 3 holds a part."""
+    """[name, shape, dtype, trains] of every parameter. Shapes are whole shapes under ZeRO 3 too."""
     return [
         [name, list(getattr(parameter, "ds_shape", parameter.shape)), str(parameter.dtype), parameter.requires_grad]
         for name, parameter in module.named_parameters()
@@ -36,10 +40,14 @@ def parameter_layout(module: torch.nn.Module) -> list[list]:
 
 
 def check_parameters(world: ClanWorld, backend: Backend) -> None:
-    """Names, shapes, dtypes and what trains are equal down the column.
+    """Checks that all members have the same parameters: names, shapes, dtypes and which of them train.
+
+    Args:
+        world: this process's place in the clan.
+        backend: this member's engine.
 
     Raises:
-        DivergenceError: with the first parameter that differs.
+        DivergenceError: names the first parameter that differs.
     """
     difference = world.replica_group.first_difference(parameter_layout(backend.module), noun="parameters")
     if difference is not None:

@@ -1,8 +1,8 @@
-"""A member is a world: which rank is whose, who stands in a column, and which ranks average gradients.
+"""The grid of ranks: which member a rank belongs to, its replica group, and the ranks that it averages gradients with.
 
-The launcher's ranks are ordered ``[member, pipeline, data, tensor]``, tensor fastest, as DeepSpeed and
-Megatron-core order theirs, so that a member is a contiguous block of ranks and its traffic stays in a node.
-Nothing here starts or needs a process.
+The launcher's ranks are ordered ``[member, pipeline, data, tensor]``, tensor fastest, as in DeepSpeed and
+Megatron-core. A member is a contiguous block of ranks, so its traffic stays inside a node. Nothing here needs a
+process group.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from clantune_scale.errors import TopologyError
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands.
+    """The coordinates of one rank.
 
     Attributes:
-        rank: in the launcher's world.
-        member: which member it belongs to.
+        rank: its rank in the launcher's world.
+        member: the member that it belongs to.
         member_rank: its rank in the member's own world.
         pp, dp, tp: its pipeline, data and tensor coordinates inside the member.
     """
@@ -49,7 +49,7 @@ class Topology:
 
     @classmethod
     def from_world(cls, world_size: int, *, population_size: int, pp: int = 1, tp: int = 1) -> Topology:
-        """The topology in which the data-parallel degree is what the launcher's ranks leave over.
+        """The topology of a launch. The data-parallel degree is ``world_size / (population_size x pp x tp)``.
 
         Raises:
             TopologyError: if ``world_size`` is not a multiple of ``population_size x pp x tp``.
@@ -72,12 +72,12 @@ class Topology:
 
     @property
     def member_size(self) -> int:
-        """Ranks in a member's world."""
+        """The number of ranks in a member's world."""
         return self.dp * self.pp * self.tp
 
     @property
     def world_size(self) -> int:
-        """Ranks that the launcher starts."""
+        """The number of ranks that the launcher starts."""
         return self.population_size * self.member_size
 
     @property
@@ -86,10 +86,10 @@ class Topology:
         return np.arange(self.world_size).reshape(self.population_size, self.pp, self.dp, self.tp)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where ``rank`` stands.
+        """The coordinates of ``rank``.
 
         Raises:
-            TopologyError: if the launcher's world has no such rank.
+            TopologyError: if ``rank`` is outside the launcher's world.
         """
         if not 0 <= rank < self.world_size:
             raise TopologyError(f"rank {rank} is outside the clan's {self.world_size} ranks. Launch that many.")
@@ -103,7 +103,7 @@ class Topology:
         return list(range(member * self.member_size, (member + 1) * self.member_size))
 
     def replica_group_ranks(self, rank: int) -> list[int]:
-        """One rank per member: those whose shards correspond one to one to this rank's."""
+        """This rank and its peers, one rank per member: the ranks that hold the same shard."""
         return list(range(rank % self.member_size, self.world_size, self.member_size))
 
     def gradient_ranks(self, rank: int) -> list[int]:

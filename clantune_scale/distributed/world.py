@@ -1,8 +1,8 @@
-"""Joining the clan: before any process group exists, a process learns its member and takes its world for its own.
+"""Joining the clan: before any process group exists, a process learns its member, and the member becomes its world.
 
-The launcher's ranks meet on a bootstrap ``TCPStore``. Each member's first rank opens a store for its member;
-``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` are rewritten to it. From there on every engine
-sees the member as the whole world. ``LOCAL_RANK`` stays: it names the device.
+The launcher's ranks find each other on a bootstrap ``TCPStore``. Each member's first rank opens a store for its member.
+``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` are rewritten to that store, so that every engine sees the
+member as the whole world. ``LOCAL_RANK`` stays, because it names the device.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from clantune_scale.config.batch import BatchPlan
+from clantune_scale.distributed.bootstrap import Launched, enter_member, open_replica_group
 from clantune_scale.distributed.elastic.entry import MembershipChange, enter
 from clantune_scale.distributed.elastic.generation import Generation
-from clantune_scale.distributed.elastic.supervisor import Guard
+from clantune_scale.distributed.elastic.supervisor import Supervisor
 from clantune_scale.distributed.groups import ReplicaGroup, stand_alone_group
-from clantune_scale.distributed.rendezvous import Launched, enter_member, open_replica_group
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import TopologyError
 from clantune_scale.gradients.nonfinite_mask import NonfiniteMask
@@ -41,11 +41,12 @@ class ClanWorld:
         topology: the grid of all ranks.
         at: this process's coordinates in it.
         store: the bootstrap store that all ranks of the clan reach.
-        column: the control group: this rank's peers in the other members, over gloo.
+        replica_group: this rank and its peers in the other members, over gloo; control messages use it.
         timeout_s: seconds that a clan collective may take.
-        launched: members that were launched; more than there are, where some have died.
-        guard: what happens when another process fails.
-        membership_change: of members, which led to this epoch; None in the first.
+        member_store: the member's store on the rank that serves it; None on the others.
+        launched: number of members that were launched. Members that died are included.
+        supervisor: decides what happens when another process fails.
+        membership_change: the loss of members that led to this generation; None in the first generation.
     """
 
     topology: Topology
@@ -55,7 +56,7 @@ class ClanWorld:
     timeout_s: float
     member_store: Store | None = field(default=None, repr=False)
     launched: int = 0
-    guard: Guard | None = field(default=None, repr=False)
+    supervisor: Supervisor | None = field(default=None, repr=False)
     membership_change: MembershipChange | None = None
 
     @property
@@ -64,44 +65,49 @@ class ClanWorld:
         return self.at.member
 
     def present(self, config: ClanConfig) -> ClanConfig:
-        """The block for the members that there are: as it is, unless some have died."""
+        """The block for the members that are left; unchanged if no member has died."""
         if self.membership_change is None:
             return config
-        # The rounds on disk are of more members: that is what this epoch is for.
+        # The rounds on disk were written by more members, and this generation resumes from them.
         checkpoint = config.checkpoint.model_copy(update={"allow": [*config.checkpoint.allow, "population_size"]})
         return config.model_copy(update={"population_size": self.topology.population_size, "checkpoint": checkpoint})
 
     def present_batch(self, batch: BatchPlan) -> BatchPlan:
-        """The members that there are keep their share each: the clan's batch is smaller where some have died."""
+        """The batch plan for the members that are left. Each keeps its share, so the clan's batch shrinks."""
         size = self.topology.population_size
         return replace(batch, clan_batch=batch.member_batch * size, population_size=size)
 
     @property
     def may_lose_members(self) -> bool:
-        """Whether the run goes on when members die."""
-        return self.guard is not None and self.guard.settings.min_members is not None
+        """Whether the run continues when members die."""
+        return self.supervisor is not None and self.supervisor.settings.min_members is not None
 
     def follow(self, run_dir: Path, flush: Callable[[], None]) -> None:
-        """From now on a survivor goes on with the run in this folder; before it starts again it calls ``flush``."""
-        if self.guard is not None:
-            self.guard.run_dir = run_dir
-            self.guard.before_restart.append(flush)
-            self.guard.come_first()
+        """Names the run that a survivor resumes.
+
+        Args:
+            run_dir: the run's folder.
+            flush: is called before this process restarts.
+        """
+        if self.supervisor is not None:
+            self.supervisor.run_dir = run_dir
+            self.supervisor.before_restart.append(flush)
+            self.supervisor.precede_other_hooks()
 
     def leave(self) -> None:
-        """The run is over for this rank; it waits, where members may die, until it is for all."""
-        if self.guard is not None:
-            self.guard.leave()
+        """Ends the run on this rank. If members may die, it waits until the run has ended on all ranks."""
+        if self.supervisor is not None:
+            self.supervisor.leave()
 
     def arrange(self, *, pp: int, tp: int, stands: tuple[int, int, int]) -> None:
-        """Takes up the member's inner degrees, which its engine knows and :func:`join` need not.
+        """Takes the member's inner degrees from its engine. :func:`join` may not know them.
 
         Args:
             pp, tp: pipeline and tensor degrees.
-            stands: (pipeline, data, tensor) rank of this process by the engine's own groups.
+            stands: (pipeline, data, tensor) rank of this process in the engine's own groups.
 
         Raises:
-            TopologyError: if the degrees do not divide the member, or its ranks are ordered otherwise.
+            TopologyError: if the degrees do not divide the member, or the engine orders its ranks differently.
         """
         topology = Topology.from_world(
             self.topology.world_size, population_size=self.topology.population_size, pp=pp, tp=tp
@@ -110,14 +116,15 @@ class ClanWorld:
         if (at.pp, at.dp, at.tp) != stands:
             raise TopologyError(
                 f"rank {at.member_rank} of member {at.member} is (pipeline, data, tensor) {stands} in its engine's "
-                f"groups, and {(at.pp, at.dp, at.tp)} where ranks are ordered [pipeline, data, tensor], tensor "
-                f"fastest. Build the engine's groups in that order, DeepSpeed's and Megatron-core's default."
+                f"groups, and the clan expects {(at.pp, at.dp, at.tp)}: it orders ranks [pipeline, data, tensor], "
+                f"tensor fastest. Build the engine's groups in that order, which is the default of DeepSpeed and "
+                f"Megatron-core."
             )
         self.topology, self.at = topology, at
 
     @property
     def is_clan_leader(self) -> bool:
-        """Whether this is global rank 0, which writes logs."""
+        """Whether this is global rank 0. That rank writes the logs."""
         return self.at.rank == 0
 
 
@@ -142,22 +149,22 @@ def join(
 ) -> ClanWorld:
     """Joins the clan and makes this process's member its world. Call it before any process group exists.
 
-    A second call with the same population size returns the first one's world.
+    A second call with the same population size returns the world of the first call.
 
     Args:
         population_size: number of members that were launched.
         pp, tp: a member's pipeline and tensor (times context) degrees; data parallelism takes the rest.
         timeout_s: how long to wait for ranks that have not arrived.
-        port: where rank 0 serves the clan's store; ``MASTER_PORT`` where None, which is free until the first
-            process group exists.
-        faults: the block's part of that name: what happens when members die.
+        port: where rank 0 serves the clan's store. None for ``MASTER_PORT``, which is free until the first process
+            group exists.
+        faults: the block's ``faults`` section: what happens when members die.
         environ: where ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` are read and rewritten.
 
     Raises:
-        TopologyError: if a variable is missing, the ranks do not divide among the members, a process group
-            exists already, or a rank does not arrive in time (all missing ones are named).
-        MembersLostError: if this process has started again after a failure, and too few members came back, or
-            the others went on without it.
+        TopologyError: if a variable is missing, the number of ranks is not a multiple of the number of members, a
+            process group exists already, or ranks do not arrive in time (the message names them).
+        MembersLostError: if this process restarted after a failure, and too few members came back or the quorum
+            closed without it.
     """
     global _joined
     if _joined is not None:
@@ -166,7 +173,7 @@ def join(
     if dist.is_initialized():
         raise TopologyError(
             f"a process group of {dist.get_world_size()} ranks exists already, and a member must become the world "
-            f"before the first one. Call clantune_scale.initialize() or clantune_scale.join() before "
+            f"before the first group is made. Call clantune_scale.initialize() or clantune_scale.join() before "
             f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
             f"`deepspeed --module clantune_scale.run`."
         )
@@ -175,7 +182,8 @@ def join(
     topology = Topology.from_world(launched.world_size, population_size=population_size, pp=pp, tp=tp)
     entry = enter(generation, launched, topology, faults=faults, timeout_s=timeout_s, port=port, environ=environ)
     member_store, addresses = enter_member(entry.store, entry.topology, entry.at, launched.address, timeout_s, environ)
-    entry.guard.know(addresses)
+    # Survivors look for the next generation's store at these addresses.
+    entry.supervisor.set_addresses(addresses)
     limit_s = faults.deadline_s if faults is not None and faults.min_members is not None else timeout_s
     replica_group = open_replica_group(entry.store, entry.topology, entry.at, limit_s)
     _joined = ClanWorld(
@@ -186,7 +194,7 @@ def join(
         limit_s,
         member_store,
         population_size,
-        entry.guard,
+        entry.supervisor,
         entry.membership_change,
     )
     atexit.register(_leave)
@@ -197,25 +205,25 @@ def _check_alike(joined: ClanWorld, population_size: int, faults: FaultsConfig |
     if joined.launched != population_size:
         raise TopologyError(
             f"this process has joined a clan of {joined.launched} members and is asked to join "
-            f"one of {population_size}. Give join() and the config the same population_size."
+            f"one of {population_size}. Use the same population_size in join() and in the config."
         )
-    if faults is not None and joined.guard is not None and joined.guard.settings != faults:
+    if faults is not None and joined.supervisor is not None and joined.supervisor.settings != faults:
         raise TopologyError(
-            f"this process has joined a clan with faults {joined.guard.settings!r}, and the config says {faults!r}. "
-            f"Give join() the config that initialize() or attach() gets."
+            f"this process has joined a clan with faults {joined.supervisor.settings!r}, and the config says "
+            f"{faults!r}. Pass the same config to join() and to initialize() or attach()."
         )
 
 
 def _leave() -> None:
-    """Lets go of every group while the interpreter still stands.
+    """Releases every group while the interpreter still runs.
 
-    A group's threads may still be putting away the last collective's tensors. One that needs the interpreter
-    for it after that is gone ends the process with "terminate called without an active exception", and the
-    launcher takes a finished run for a failed one; letting go of the group joins its threads.
+    A group's threads may still release the tensors of the last collective. A thread that needs the interpreter after
+    its shutdown ends the process with "terminate called without an active exception", and the launcher reports a
+    finished run as failed. Releasing the group joins its threads.
     """
     global _joined
-    if _joined is not None and _joined.guard is not None:
-        _joined.guard.leave()
+    if _joined is not None and _joined.supervisor is not None:
+        _joined.supervisor.leave()
     for groups in _made:
         groups.close()
     if _joined is not None:
@@ -224,16 +232,16 @@ def _leave() -> None:
 
 
 class ClanGroups:
-    """The stand-alone groups that carry tensors between members on one kind of device, made when first asked for.
+    """The stand-alone groups that carry tensors between members on one kind of device.
 
-    All ranks of a team ask for the same ones in the same order: making one is a collective.
+    A group is made at its first use. Making one is a collective, so all ranks of a team use groups in the same order.
 
     Args:
         world: this process's place in the clan.
         device_type: of the tensors that cross members.
 
     Attributes:
-        vote: leaves members out of sums whose gradients are not finite; None where none is taken.
+        mask: leaves members with non-finite gradients out of the sums; None turns the mask off.
     """
 
     def __init__(self, world: ClanWorld, device_type: str) -> None:
@@ -244,20 +252,20 @@ class ClanGroups:
         _made.add(self)
 
     def close(self) -> None:
-        """Lets go of the groups; the last holder's letting go ends their threads."""
+        """Releases the groups. Their threads end when the last reference is gone."""
         self._groups.clear()
 
     def gradient(self, team: tuple[int, ...]) -> Any:
-        """All (member, data) ranks of a team with this rank's part of the model, ranked member-major."""
+        """The group of all (member, data) ranks of a team that hold this rank's part of the model, member-major."""
         topology, at = self._world.topology, self._world.at
         begin = topology.member_ranks(at.member)[0]
         ranks = [
             rank - begin for rank in topology.gradient_ranks(at.rank) if topology.coordinates(rank).member == at.member
         ]
-        return self.spread(team, ranks)
+        return self.across_members(team, ranks)
 
-    def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
-        """A group of this rank's member, and its like in all members of a team, as one group ranked member-major.
+    def across_members(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+        """One group of the same member ranks in all members of a team, member-major.
 
         Args:
             team: members, this one among them.
@@ -268,41 +276,41 @@ class ClanGroups:
         return self._group("gradient", ranks, self._device_type)
 
     def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
-        """What this rank brings to a sum over the team, before it: in place, left out where it is not finite."""
+        """Applies the non-finite mask to this rank's terms of a sum over the team, in place. Call it before the sum."""
         if self.mask is not None:
             self.mask.weigh(gradients, team)
 
     def replica_group(self, team: tuple[int, ...]) -> Any:
-        """This rank's peers, one per member of the team."""
+        """The group of this rank and its peers, one per member of the team."""
         return self._replica_group(team, self._device_type)
 
     def member(self) -> Any:
-        """All ranks of this rank's own member, for messages: the engine's groups carry tensors."""
+        """The group of all ranks of this rank's own member, for messages. Tensors use the engine's groups."""
         return self._group("member", self._world.topology.member_ranks(self._world.member), "cpu")
 
     def replica_group_for(self, device_type: str) -> Any:
-        """This rank's peers in all members, ranked by member, for tensors on another kind of device."""
+        """The group of this rank and its peers in all members, ranked by member, for tensors on another device type."""
         return self._replica_group(tuple(range(self._world.topology.population_size)), device_type)
 
     def _replica_group(self, team: tuple[int, ...], device_type: str) -> Any:
         replica_group = self._world.topology.replica_group_ranks(self._world.at.rank)
         if device_type == "cpu" and len(team) == len(replica_group):
             return self._world.replica_group.group
-        return self._group("column", [replica_group[member] for member in team], device_type)
+        return self._group("replica_group", [replica_group[member] for member in team], device_type)
 
     def _group(self, purpose: str, ranks: list[int], device_type: str) -> Any:
-        # The ranks are the name: all that meet under it know it without talking.
+        # The name lists the ranks, so every rank of the group knows it without communication.
         name = f"{purpose}/{device_type}/{'-'.join(map(str, ranks))}"
         if name not in self._groups:
             place = ranks.index(self._world.at.rank)
-            # Where members may die, a sign of life that is missing says who it is; NCCL's watchdog only that some is.
-            patience = 2 if device_type == "cuda" and self._world.may_lose_members else 1
+            # NCCL's watchdog does not say which rank is missing, and the heartbeat does. Let the heartbeat be first.
+            factor = 2 if device_type == "cuda" and self._world.may_lose_members else 1
             self._groups[name] = stand_alone_group(
                 self._world.store,
                 name,
                 place,
                 len(ranks),
                 device_type=device_type,
-                timeout_s=patience * self._world.timeout_s,
+                timeout_s=factor * self._world.timeout_s,
             )
         return self._groups[name]

@@ -1,8 +1,8 @@
-"""Gradient norms and clipping that are right where some parameters lie on a (dp) mesh and others on (dp, tp).
+"""Gradient norms and clipping for models whose parameters lie on different meshes: some on (dp), others on (dp, tp).
 
-torch's ``clip_grad_norm_`` stacks the norms of all gradients and refuses tensors of different meshes. Here each
-rank sums the squares that it holds, and the sums are added over the mesh dimensions that gradients are sharded
-over; a dimension over which they are whole counts once.
+torch's ``clip_grad_norm_`` stacks the norms of all gradients and refuses tensors of different meshes. Here each rank
+sums the squares of its own shards. The sums are then added over the mesh dimensions that a gradient is sharded over.
+A dimension over which the gradient is replicated counts once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from clantune_scale.transfer.state import local
 
 @torch.no_grad()
 def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """[] float32: the 2-norm of all gradients, the same on every rank of the member; a member collective.
+    """[] float32: the 2-norm of all gradients, equal on every rank of the member (a member collective).
 
-    All ranks give the same parameters, in the same order.
+    Args:
+        parameters: the same on every rank of the member, in the same order.
     """
     squares: dict[tuple[Any, ...], torch.Tensor] = {}
     for parameter in parameters:
@@ -31,6 +32,7 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
             square = torch.linalg.vector_norm(local(gradient), dtype=torch.float32).square()
             squares[groups] = squares[groups] + square if groups in squares else square
     total = torch.zeros(())
+    # One all-reduce for each set of groups and not one for each parameter.
     for groups, square in squares.items():
         for group in groups:
             dist.all_reduce(square, group=group)
@@ -40,20 +42,20 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales all gradients so that their common norm is at most ``max_norm``; a member collective.
+    """Scales all gradients so that their common norm is at most ``max_norm`` (a member collective).
 
     Args:
         parameters: the same on every rank of the member, in the same order.
-        max_norm: the threshold; 0 leaves the gradients as they are.
+        max_norm: the threshold; 0 turns clipping off.
 
     Returns:
-        [] float32: the norm before.
+        [] float32: the norm before clipping.
     """
     parameters = list(parameters)
     norm = total_norm(parameters)
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if max_norm > 0 and gradients:
-        # torch's own formula; never above 1, and without waiting for the device to compare.
+        # torch's own formula. The clamp keeps the comparison on the device.
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
@@ -63,5 +65,5 @@ def _sharded_over(gradient: torch.Tensor) -> tuple[Any, ...]:
     if not isinstance(gradient, DTensor):
         return ()
     mesh = gradient.device_mesh
-    # FSDP2 under tensor parallelism has a placement of its own kind (_StridedShard), also a shard.
+    # FSDP2 under tensor parallelism uses a private placement (_StridedShard), which is a shard as well.
     return tuple(mesh.get_group(axis) for axis, place in enumerate(gradient.placements) if not place.is_replicate())

@@ -1,4 +1,4 @@
-"""What the engines' hooks have in common."""
+"""What the engines' gradient hooks share: replacing a method, what a hook reads, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 def replace_method(target: Any, name: str, method: Callable) -> Callable[[], None]:
-    """Shadows ``target.name`` by an instance attribute; returns what undoes it."""
+    """Shadows ``target.name`` with an instance attribute.
+
+    Returns:
+        A function that restores what it found.
+    """
     had_own = name in vars(target)
     before = getattr(target, name)
     setattr(target, name, method)
@@ -31,27 +35,32 @@ def replace_method(target: Any, name: str, method: Callable) -> Callable[[], Non
 
 @dataclass(frozen=True)
 class GradientSharing:
-    """What every hook on gradients reads.
+    """What every gradient hook reads.
 
     Attributes:
-        team: the members that share gradients in the step that runs, this one among them.
+        team: returns the members that share gradients in the current step. This member is one of them.
         groups: the stand-alone groups that cross members.
-        probe: is shown the member's own gradient beside the clan's, in the steps in which it is active.
+        probe: compares the member's own gradient with the clan's, in the steps in which it is active.
     """
 
     team: Callable[[], tuple[int, ...]]
     groups: GradientGroups
     probe: GradientProbe
 
-    def spread(self, team: tuple[int, ...], group: Any) -> Any:
-        """A group of the member's that an engine reduces over, and its like in the other members of the team."""
-        return self.groups.spread(team, dist.get_process_group_ranks(group))
+    def across_members(self, team: tuple[int, ...], group: Any) -> Any:
+        """One group of the ranks of ``group`` in all members of the team.
+
+        Args:
+            team: members, this one among them.
+            group: a group of the member's own world, which the engine reduces over.
+        """
+        return self.groups.across_members(team, dist.get_process_group_ranks(group))
 
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, evaluation mode without gradients; each part's mode is afterwards what it was."""
-    # Not all of a module need be in one mode: users keep frozen parts in evaluation mode.
+    """Evaluation mode without gradients inside; on exit each submodule has the mode that it had before."""
+    # Submodules can be in different modes: users keep frozen parts in evaluation mode.
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,8 @@
-"""A look at one step's gradients in each phase: how large, and how well a member's own agrees with the clan's.
+"""Diagnostics of one step's gradients in each phase: the norm, and the alignment with the clan's mean.
 
-The agreement is what selection acts on without being told: a member whose own gradient no longer points the
-clan's way is not helped by it. Looking costs one more reduction inside the member, in that step alone.
+The alignment is the cosine between a member's own gradient and the clan's mean. A member with a low alignment gains
+little from cooperation, and selection acts on the result. The probe costs one more reduction inside the member, in
+the probed step only.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch.distributed as dist
 
 
 class GradientProbe:
-    """Gathers inner products while it is active; gradient hooks feed it.
+    """Sums inner products of gradients while it is active. The gradient hooks feed it.
 
     Attributes:
-        is_active: whether the step that comes is looked at; changes between steps only.
-        norm: the member's gradient norm before clipping, as the engine knows it; None where it does not.
+        is_active: whether the next step is probed. It changes between steps only.
+        norm: the member's gradient norm before clipping, as the engine reports it; None if the engine reports none.
     """
 
     def __init__(self) -> None:
@@ -27,20 +28,26 @@ class GradientProbe:
 
     @torch.no_grad()
     def compare(self, own: torch.Tensor, mean: torch.Tensor) -> None:
-        """Takes in a bucket of the member's own gradient and of the clan's mean (this rank's part of both)."""
+        """Adds one bucket.
+
+        Args:
+            own: the member's own gradient (this rank's part).
+            mean: the clan's mean, of the same shape.
+        """
+        # The sums stay on the device: reading them here would block the backward pass.
         own, mean = own.detach().flatten().float(), mean.detach().flatten().float()
         sums = torch.stack([own @ mean, own @ own, mean @ mean])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def read_alignment(self, device: torch.device) -> float | None:
-        """Cosine between the member's own gradient and the clan's mean since the last reading; a member collective.
+        """[-1, 1] the cosine between the member's own gradient and the clan's mean since the last call.
 
-        Ranks that hold the same part count it as often above as below the line, so that whole and sharded
-        gradients alike are summed over the member. With accumulation, buckets of several micro-batches are
-        compared one by one. None where nothing was compared.
+        This is a member collective. The sum runs over all ranks of the member, for sharded and for whole gradients:
+        a part that several ranks hold counts equally often in the numerator and in the denominator. With
+        accumulation, the buckets of each micro-batch are compared separately. None if nothing was compared.
         """
         sums, self._sums = self._sums, None
-        # What was looked at is the same on all ranks of a member: either all take part or none does.
+        # All ranks of a member compared the same buckets, so they all leave here or none does.
         if sums is None:
             return None
         sums = sums.to(device)

@@ -16,6 +16,7 @@ from clantune_scale.config.deepspeed_limits import (
     refusals,
     zero_stage,
 )
+from clantune_scale.config.default_genes import ADAMW, genes_of
 from clantune_scale.config.gene_catalogue import CATALOGUE, build_gene, target_of
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
@@ -39,6 +40,7 @@ class Preflight:
         errors: each a sentence and its remedy; the run would not start, or train on wrong gradients.
         warnings: what would have no effect, or another than it seems.
         ds_config: the DeepSpeed config without the block.
+        may_tune_weight_decay: whether weight decay joins the genes if the run sees no training sample twice.
     """
 
     ds_config: Mapping[str, Any]
@@ -49,6 +51,7 @@ class Preflight:
     batch: BatchPlan | None = None
     genes: tuple[Gene, ...] | None = None
     strategy: Strategy | None = None
+    may_tune_weight_decay: bool = False
 
 
 def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None) -> Preflight:
@@ -76,6 +79,9 @@ def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedMod
     if not found.block.enabled:
         found.warnings.append(f"{BLOCK}.enabled is false: the run is plain DeepSpeed.")
     _check_genes(found, found.block, model)
+    rule, decays = _optimizer_facts(rest, model)
+    most = genes_of(found.block, sees_samples_once=True, optimizer=rule, weight_decays=decays)
+    found.may_tune_weight_decay = most.keys() != found.block.genes.keys()
     if found.genes is not None:
         _check_strategy(found, found.block, found.genes)
     return found
@@ -177,6 +183,20 @@ def _found_in_config(target: str, found: Preflight) -> float | None:
         pair = params.get("betas")
         return float(pair[_IN_PAIR[target]]) if pair else _DEFAULTS[target]
     return float(params.get(target, _DEFAULTS[target]))
+
+
+def _optimizer_facts(ds_config: Mapping[str, Any], model: LoadedModel | None) -> tuple[str, list[float]]:
+    """(update rule, weight decays) of the optimizer that DeepSpeed makes; the script's own may be AdamW with some."""
+    block = ds_config.get("optimizer")
+    if not isinstance(block, Mapping):
+        return ADAMW, [1.0]
+    kind, params = str(block.get("type")).lower(), block.get("params", {})
+    # DeepSpeed's "Adam" decays as AdamW does unless it is told not to.
+    rule = ADAMW if kind == "adam" and params.get("adam_w_mode", True) else kind
+    # DeepSpeed's own have no decay by default, torch's AdamW has 0.01.
+    common = params.get("weight_decay", 0.01 if params.get("torch_adam") else 0.0)
+    groups = model.groups if model is not None else [{}]
+    return rule, [float(group.get("weight_decay", common)) for group in groups]
 
 
 def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clantune_scale.core.extras import is_installed, remedy
 from clantune_scale.core.schedule import ClanSchedule
 from clantune_scale.errors import ClanError
 from clantune_scale.results.champion_formats import check_forms, keep
@@ -58,7 +60,8 @@ def write(clan: Clan, summary: Summary) -> Summary:
             clan.recorder.lineage, clan.genes, member=summary.champion, lr_factor=clan.strategy.lr_factor
         )
         artifacts["schedule"] = str(run_dir / "schedule.json")
-        artifacts["genes"] = str(run_dir / "genes.png")
+        if is_installed("matplotlib"):
+            artifacts["genes"] = str(run_dir / "genes.png")
         artifacts["lineage"] = str(run_dir / "lineage.json")
         if clan.world.is_clan_leader:
             (run_dir / "lineage.json").write_text(json.dumps(clan.recorder.lineage.to_json()))
@@ -103,6 +106,11 @@ def save(clan: Clan, folder: Path | None = None) -> Path:
 
 
 def _draw(clan: Clan) -> None:
+    if not is_installed("matplotlib"):
+        logging.getLogger(__name__).warning(
+            "matplotlib is not installed, and the picture of the genes is not drawn. %s", remedy("matplotlib")
+        )
+        return
     # Matplotlib takes a second to import: only the one process that draws pays for it, and at the end.
     from clantune_scale.tracking.plots import plot_genes
 

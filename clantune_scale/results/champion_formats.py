@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from clantune_scale.checkpoint.all_ranks import Everyone
-from clantune_scale.distributed.elastic.waiting import patient
+from clantune_scale.distributed.elastic.waiting import wait_while_ranks_live
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.results import weight_files
@@ -53,12 +53,14 @@ def keep(clan: Clan, member: int, folder: Path, forms: Sequence[str], *, average
     Raises:
         ClanError: on all ranks, if a file could not be written on one.
     """
-    clan.transfers.require_whole()
+    clan.transfers.require_consistent()
     everyone = Everyone(clan.world, clan.groups)
     written: dict[str, str] = {}
     problem = None
     # Who writes nothing waits for who does: a collective's deadline would be too short for a large model.
-    with patient(clan.world, silence_s=clan.config.faults.deadline_s, run_dir=clan.rounds.run_dir) as wait:
+    with wait_while_ranks_live(
+        clan.world, silence_s=clan.config.faults.deadline_s, run_dir=clan.rounds.run_dir
+    ) as wait:
         with clan.measurement.averaged_weights() if averaged else nullcontext():
             if clan.member == member:
                 # Whatever one rank meets, all must come to the meeting point: it is told there.

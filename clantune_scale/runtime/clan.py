@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from clantune_scale.checkpoint.durable import DurableRounds
 from clantune_scale.config.batch import BatchPlan
+from clantune_scale.config.default_genes import genes_for
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.genome import Genome
@@ -92,7 +93,7 @@ class Clan:
             batch_size=batch.member_batch * world.launched,
             num_steps=expected_steps(total_steps, config.round_length),
         )
-        genes = config.genes_when(sees_samples_once=is_once)
+        genes = genes_for(config, backend, sees_samples_once=is_once)
         self.genes = bind_genes(genes, backend, setters or {}, quiet=genes.keys() - config.genes.keys())
         facts = config.facts(self.genes, total_steps=total_steps, sees_samples_once=is_once)
         self.strategy = build(config.strategy.name, facts, config.strategy.options)
@@ -180,7 +181,7 @@ class Clan:
         Raises:
             TransferError: if it is torn: a transfer into it failed.
         """
-        self.transfers.require_whole()
+        self.transfers.require_consistent()
         state = self.backend.state()
         if self.measurement.uses_ema is not None:
             uses_ema = self.measurement.uses_ema.tensors

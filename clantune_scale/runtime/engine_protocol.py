@@ -18,7 +18,7 @@ class GradientGroups(Protocol):
     def gradient(self, team: tuple[int, ...]) -> Any:
         """All (member, data) ranks of a team that hold this rank's part of the model."""
 
-    def spread(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+    def across_members(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
         """The ranks with these places in their member's world, in all members of the team."""
 
     def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
@@ -110,6 +110,9 @@ class Backend(Protocol):
 
     def optimizer_name(self) -> str:
         """The class of the optimizer that applies the update."""
+
+    def update_rule(self) -> str:
+        """How that optimizer updates, by :func:`clantune_scale.config.default_genes.update_rule`."""
 
     def counters(self) -> dict[str, int]:
         """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clantune_scale.config.schema import TrackingConfig
+from clantune_scale.core.extras import is_installed, missing, remedy
 from clantune_scale.tracking import uri as uris
 from clantune_scale.tracking.background import Background, Event, EventConsumer
 from clantune_scale.tracking.events import EventLog, read_events
@@ -49,10 +50,14 @@ class Tracking:
             run_dir: the run's own folder, from :func:`create_run_dir`.
             is_writer: true on exactly one rank of the whole clan.
             continues: whether an earlier launch of the run has written events; ``resume`` comes first then.
+
+        Raises:
+            ClanError: on every rank, if the config asks for MLflow in so many words and it is not installed.
         """
+        uses_mlflow = _uses_mlflow(config, is_writer=is_writer)
         tracking = cls()
         if is_writer:
-            tracking._start(config, run_dir, continues)
+            tracking._start(config, run_dir, continues, uses_mlflow=uses_mlflow)
         return tracking
 
     @property
@@ -113,11 +118,11 @@ class Tracking:
         if self._mlflow is not None:
             self._mlflow.close(deadline_s=_DEADLINE_S[KILLED])
 
-    def _start(self, config: TrackingConfig, run_dir: Path, continues: bool) -> None:
+    def _start(self, config: TrackingConfig, run_dir: Path, continues: bool, *, uses_mlflow: bool) -> None:
         self._run_dir = run_dir
         self._log = EventLog(run_dir / "events.jsonl", continues=continues)
         hint = None
-        if config.mlflow:
+        if uses_mlflow:
             uri = uris.resolve(config.tracking_uri, directory=run_dir.parent)
             uris.set_client_defaults()
             self._mlflow_name = uris.redact(uri)
@@ -146,6 +151,26 @@ class Tracking:
                     "written. Make room before the run ends.",
                     self._run_dir,
                 )
+
+
+def _uses_mlflow(config: TrackingConfig, *, is_writer: bool) -> bool:
+    """Whether the run goes to MLflow: where it is not installed and only the default asks for it, it goes without.
+
+    Raises:
+        ClanError: if the config itself asks for it, by ``"mlflow": true`` or a ``tracking_uri``.
+    """
+    if not config.mlflow or is_installed("mlflow"):
+        return config.mlflow
+    asked = {"mlflow", "tracking_uri"} & config.model_fields_set
+    if asked:
+        raise missing("mlflow", needed_by=" and ".join(f'"tracking.{key}"' for key in sorted(asked)))
+    if is_writer:
+        logging.getLogger(__name__).warning(
+            'MLflow is not installed, and this run is logged to its events file alone. %s Or set "tracking.mlflow" to '
+            "false to run without it.",
+            remedy("mlflow"),
+        )
+    return False
 
 
 def _mlflow_recorder(uri: str, config: TrackingConfig, run_dir: Path) -> EventConsumer:

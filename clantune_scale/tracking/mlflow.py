@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from clantune_scale.core.extras import require
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking import metrics
 from clantune_scale.tracking import uri as uris
@@ -43,11 +44,15 @@ class MlflowRecorder:
         run_dir: folder of the run; artifacts of a local store go beside it.
         is_live: whether the run goes on meanwhile: files are refreshed as it goes, not at its end alone.
         system_metrics: whether this host is monitored while it does.
+
+    Raises:
+        ClanError: if MLflow is not installed.
     """
 
     def __init__(
         self, uri: str, *, experiment: str, run_dir: Path, is_live: bool = False, system_metrics: bool = False
     ) -> None:
+        require("mlflow", needed_by="a record of the run in MLflow")
         uris.set_client_defaults()
         from mlflow import MlflowClient
 
@@ -223,7 +228,8 @@ def upload(run_dir: Path, *, uri: str | None = None, experiment: str | None = No
         The id of the parent run.
 
     Raises:
-        ClanError: if the file has no ``run_start``, or its URI had credentials, which are not stored.
+        ClanError: if the file has no ``run_start``, its URI had credentials, which are not stored, or MLflow is not
+            installed.
     """
     run_dir = run_dir.resolve()
     events = read_events(run_dir / "events.jsonl")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clantune_scale.core.extras import require
 from clantune_scale.errors import ClanError
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ def plot_genes(events: Sequence[Event], path: Path) -> Path:
         path: where the picture goes.
 
     Raises:
-        ClanError: if no round was finished.
+        ClanError: if no round was finished, or matplotlib is not installed.
     """
+    require("matplotlib", needed_by="the picture of the genes")
     # The object interface with its own canvas leaves the user's pyplot state and backend alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

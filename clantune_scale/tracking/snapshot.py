@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from clantune_scale.core.extras import is_installed
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.events import iter_events, read_events
 from clantune_scale.tracking.history import lineage_from_events, schedule_from_events
@@ -20,7 +21,7 @@ _MAX_BYTES = 64 * 2**20
 def snapshot(run_dir: Path, into: Path) -> None:
     """Writes the report into the run's folder, ``lineage.json`` and ``schedule.json`` into another.
 
-    A run without a finished round has none of them yet, which is no error.
+    A run without a finished round has none of them yet, which is no error. Without matplotlib there is no report.
 
     Args:
         run_dir: folder of the run, which may be going.
@@ -31,7 +32,8 @@ def snapshot(run_dir: Path, into: Path) -> None:
         return
     if path.stat().st_size <= _MAX_BYTES:
         _lineage_and_schedule(path, into)
-    write_report(run_dir)
+    if is_installed("matplotlib"):
+        write_report(run_dir)
 
 
 def _lineage_and_schedule(path: Path, into: Path) -> None:

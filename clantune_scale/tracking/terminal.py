@@ -85,8 +85,8 @@ class Terminal:
         lost = "; ".join(f"member {member}: {what}" for member, what in event["members"].items()) or "no member is lost"
         left = ", ".join(map(str, event["left"]))
         return (
-            f"clan generation {event['generation']}: {lost}; goes on after {event['seconds']:.0f} s with members {left} "
-            f"(first seen by {event['reason']})",
+            f"clan generation {event['generation']}: {lost}; goes on after {event['seconds']:.0f} s with members "
+            f"{left} (first seen by {event['reason']})",
         )
 
     def _end(self, event: Event) -> Sequence[str]:

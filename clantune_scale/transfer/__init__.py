@@ -1,7 +1,6 @@
-"""Moving a member's training state: onto another member, or aside and back."""
+"""Moving a member's training state: to another member, or into a snapshot and back."""
 
-from clantune_scale.transfer.mixing import average_members
 from clantune_scale.transfer.state import MemberState, Snapshot
-from clantune_scale.transfer.transfers import TransferReport, Transfers, transfer
+from clantune_scale.transfer.transfers import TransferReport, Transfers, average_members, transfer
 
 __all__ = ["MemberState", "Snapshot", "TransferReport", "Transfers", "average_members", "transfer"]

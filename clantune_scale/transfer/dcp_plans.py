@@ -1,4 +1,4 @@
-"""What the DCP transport asks of torch: the names of a shard, a planner that can be watched, saving and loading."""
+"""What the DCP transport asks of torch: the names of a shard, a planner that reports what arrives, save and load."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Named = dict[str, torch.Tensor]
 
 
 def named(state: MemberState, place: str) -> Named:
-    """The live tensors under names that are equal on donor and recipient, and on no other pair of ranks.
+    """The live tensors by names that donor and recipient share, and that no other pair of ranks uses.
 
     Args:
         state: this rank's.
-        place: its coordinate in the member.
+        place: this rank's coordinates in its member.
 
     Raises:
-        ValueError: if two tensors have one name, of which DCP would keep the last.
+        ValueError: if two tensors have the same name. DCP would keep the last one.
     """
-    # DCP writes empty tensors and plans no reading of them.
+    # DCP saves empty tensors but does not load them.
     full = [(name, tensor) for name, tensor in state.tensors if tensor.numel()]
     tensors = {f"{place}/{name}": tensor.detach() for name, tensor in full}
     if len(tensors) != len(full):
@@ -38,10 +38,10 @@ def named(state: MemberState, place: str) -> Named:
 
 
 class WatchedLoadPlanner(DefaultLoadPlanner):
-    """DCP's own planner: compares names, sizes and offsets, and hands out the live tensors to be filled.
+    """DCP's own planner, which compares names, sizes and offsets, and provides the live tensors to fill.
 
     Args:
-        on_received: shown each tensor's bytes when they are in place.
+        on_received: is called with each tensor's bytes when they are in place; None for nothing.
     """
 
     def __init__(self, on_received: OnReceived | None) -> None:
@@ -56,29 +56,29 @@ class WatchedLoadPlanner(DefaultLoadPlanner):
         super().commit_tensor(read_item, tensor)
 
 
-def save_alone(tensors: Mapping[str, torch.Tensor], writer: StorageWriter) -> None:
-    """``dcp.save`` of this process alone."""
+def save_one_process(tensors: Mapping[str, torch.Tensor], writer: StorageWriter) -> None:
+    """``dcp.save`` of this process without the others."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _knowing_that_it_is_alone():
+    with _without_warning():
         save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
 
 
-def load_alone(tensors: Named, reader: StorageReader, planner: WatchedLoadPlanner) -> None:
-    """``dcp.load`` into live tensors, of this process alone."""
-    with _knowing_that_it_is_alone():
+def load_one_process(tensors: Named, reader: StorageReader, planner: WatchedLoadPlanner) -> None:
+    """``dcp.load`` of this process without the others, into live tensors."""
+    with _without_warning():
         load(tensors, storage_reader=reader, planner=planner, no_dist=True)
 
 
 def reason(error: BaseException) -> str:
-    """The cause in one line; DCP collects what each rank raised, and here there is one rank."""
+    """The cause of an error in one line. DCP collects the errors of all ranks, and here there is one rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}"
 
 
 @contextmanager
-def _knowing_that_it_is_alone() -> Iterator[None]:
-    # DCP warns that it takes the process to be alone, which is what it was told.
+def _without_warning() -> Iterator[None]:
+    # DCP warns that it assumes a single process. no_dist=True asks for that.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield

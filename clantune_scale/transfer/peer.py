@@ -1,8 +1,8 @@
-"""The default transport: rank to rank down the column, straight into live tensors.
+"""The default transport: peer to peer, straight into live tensors.
 
-Several clones of one donor form a chain: each passes a message on while it receives the next, so that the donor
-sends once however many receive. Large pieces go from live memory to live memory; small ones are put together, for
-which a rank needs a little room beside its state.
+Several recipients of one donor form a chain. Each forwards a message while it receives the next one, so the donor sends
+once for any number of recipients. Large pieces go from live memory to live memory. Small pieces are packed together,
+which needs a small buffer beside the state.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from clantune_scale.transfer.transport import OnReceived
 
 BUCKET_BYTES = 1 << 25
 _TAG = 71
-# Below it, a copy costs less than a message of its own.
+# Copying a smaller piece into a buffer costs less than a message of its own.
 _DIRECT_BYTES = 1 << 18
-# Of small pieces put together: enough to make a message's latency small beside it.
+# Large enough that the latency of a message is small beside its transfer time.
 _PACKED_BYTES = 1 << 22
 
 
@@ -29,7 +29,7 @@ class PeerTransport:
     """Point-to-point messages.
 
     Args:
-        bucket_bytes: most bytes in one.
+        bucket_bytes: most bytes in one message.
     """
 
     def __init__(self, *, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -41,16 +41,17 @@ class PeerTransport:
         if before is None and after is None:
             return None
         sending: Any = None
-        rooms = _Rooms(min(_PACKED_BYTES, self.bucket_bytes))
+        buffers = _SendBuffers(min(_PACKED_BYTES, self.bucket_bytes))
         for number, pieces in enumerate(messages(state, self.bucket_bytes)):
             group = route.group_for(pieces[0].device.type)
-            buffer = rooms.next(pieces)
+            buffer = buffers.next(pieces)
             if before is None:
                 _gather(pieces, buffer)
             else:
                 group.recv([buffer], before, _TAG).wait()
                 if self.on_received is not None:
                     self.on_received(number, buffer)
+            # One message in flight: it overlaps with the receipt of the next one.
             if sending is not None:
                 sending.wait()
             sending = group.send([buffer], after, _TAG) if after is not None else None
@@ -63,7 +64,12 @@ class PeerTransport:
 
 
 def messages(state: MemberState, bucket_bytes: int) -> Iterator[list[torch.Tensor]]:
-    """The state's bytes, in order: large pieces alone, small ones that follow each other together."""
+    """The state's bytes in order, by message: one large piece, or several consecutive small pieces.
+
+    Args:
+        state: of a donor or a recipient; both get the same messages.
+        bucket_bytes: most bytes in one message.
+    """
     for pieces in state.pieces(bucket_bytes):
         for is_large, run in groupby(pieces, key=lambda piece: piece.numel() >= _DIRECT_BYTES):
             together: list[torch.Tensor] = []
@@ -75,13 +81,14 @@ def messages(state: MemberState, bucket_bytes: int) -> Iterator[list[torch.Tenso
             yield together
 
 
-class _Rooms:
-    """Two buffers in turns: one is still being sent while the next is filled.
+class _SendBuffers:
+    """Two alternating buffers: one is being sent while the next is filled.
 
-    They are kept over the whole transfer: allocated for each bucket, freed ones would add up in the host's allocator.
+    They are reused during the whole transfer. Buffers that were allocated for each bucket and freed again would
+    accumulate in the host's allocator.
 
     Args:
-        num_bytes: of each.
+        num_bytes: size of each buffer.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -89,7 +96,7 @@ class _Rooms:
         self._buffers: list[torch.Tensor] = []
 
     def next(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """Where a bucket is put together: the live memory itself, where it is in one piece there."""
+        """[bytes] uint8: the memory of the next message: live memory for one piece, a buffer for several."""
         if len(pieces) == 1:
             return pieces[0]
         if len(self._buffers) == 2:

@@ -1,4 +1,4 @@
-"""Who sends to whom: chains of members, the next attempt's, and what all of a column must have in common before."""
+"""The route of a transfer: chains of members, the retry's chains, and the check that all peers agree on the plan."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ from clantune_scale.transfer.state import MemberState
 
 
 def chain_of(member: int, donors: Sequence[int]) -> list[int]:
-    """The members that one donor's state passes through, donor first; ``[member]`` alone where none moves."""
+    """The members that one donor's state passes through, donor first; ``[member]`` if nothing moves.
+
+    Args:
+        member: any member of the chain.
+        donors: by member.
+    """
     donor = donors[member]
     return [donor] + [m for m, source in enumerate(donors) if source == donor and m != donor]
 
 
 def donors_of_retry(donors: Sequence[int], failed: Collection[int]) -> list[int]:
-    """Who gives to whom once more: a member that failed takes from one that holds the same, verified state.
+    """The donors of the second attempt, by member.
 
-    That is the last of its chain that received it, so that another host, link and memory are tried, and the donor
-    itself where none did. All others keep what they have.
+    A failed member receives from the last member of its chain that holds the verified state, so that the retry uses
+    another host, link and memory. If no other member of the chain holds it, the donor sends again. All members that did
+    not fail keep their state.
+
+    Args:
+        donors: by member, of the first attempt.
+        failed: members whose first attempt failed.
     """
     holders: dict[int, int] = {}
     for member, donor in enumerate(donors):
@@ -36,9 +46,9 @@ class Route:
 
     Attributes:
         donors: by member.
-        column: this rank's control column; all of it takes part, also where nothing moves.
-        group_for: device type to the stand-alone group of the column on that device.
-        place: this rank's coordinate in its member, the same down the column: ``"pp0.dp1.tp0"``.
+        replica_group: this rank and its peers. All of them take part, even if they neither send nor receive.
+        group_for: maps a device type to the stand-alone group of these ranks on that device.
+        place: this rank's coordinates in its member, equal for all peers: ``"pp0.dp1.tp0"``.
     """
 
     donors: Sequence[int]
@@ -67,7 +77,12 @@ class Route:
 
 
 def agree(state: MemberState, donors: Sequence[int], replica_group: ReplicaGroup) -> None:
-    """Before a byte moves: the same plan and the same layout everywhere in the column.
+    """Checks, before a byte moves, that all peers have the same plan and the same layout.
+
+    Args:
+        state: this rank's live state.
+        donors: by member.
+        replica_group: this rank and its peers.
 
     Raises:
         DivergenceError: if members ask for different transfers, or their states are laid out differently.
@@ -75,7 +90,7 @@ def agree(state: MemberState, donors: Sequence[int], replica_group: ReplicaGroup
     plans = replica_group.gather_json(list(donors))
     if plans.count(plans[0]) != len(plans):
         raise DivergenceError(
-            f"members ask for different transfers: {plans}, by member. This is a bug: please report it."
+            f"members ask for different transfers: {plans}, by member. This is a bug. Please report it."
         )
     difference = replica_group.first_difference(state.manifest(), noun="tensors")
     if difference is not None:

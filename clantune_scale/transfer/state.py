@@ -1,4 +1,4 @@
-"""What a member's training state is on one rank, and a copy of it kept aside."""
+"""A member's training state on one rank: its tensors and scalars, their digests, and snapshots of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, sharing its memory; the tensor itself where it is whole."""
+    """This rank's shard of a DTensor, sharing its memory; any other tensor as it is. Both without autograd."""
     with torch.no_grad():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return part.detach()
@@ -21,13 +21,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a logical vector, as it lies in a flat tensor of one rank.
+    """A slice of a logical vector, and its position in a flat tensor of one rank.
 
     Attributes:
-        key: names the vector; the same however many ranks share it.
-        start: first element of the vector that is here.
-        offset: where it lies in the tensor.
-        length: elements.
+        key: the vector's name, which does not depend on the number of ranks that share it.
+        start: index in the vector of the slice's first element.
+        offset: index of that element in the tensor.
+        length: number of elements.
     """
 
     key: str
@@ -40,21 +40,20 @@ class Piece:
 class MemberState:
     """One rank's shard of everything that training continues from.
 
-    Sixteen-bit weights are not in it: they follow from the masters by ``refresh``.
+    Sixteen-bit weights are not part of it. ``refresh`` makes them from the masters.
 
     Attributes:
-        tensors: live tensors in an order that is the same on every rank of a column: fp32 masters,
-            optimizer moments, averaged weights, frozen parameters, buffers.
-        scalars: what JSON holds, split into ``"optimizer"`` (step counts, loss scale), which goes back
-            with a rollback, and ``"schedule"`` (the learning-rate scheduler), which only a clone takes.
-        load_scalars: puts such a mapping into the engine.
-        refresh: brings the weights that the model computes with up to date with the tensors; a
-            collective of the member.
-        grow: makes optimizer state that a saved state has, by the names of its tensors, and this one lacks
-            because the optimizer has not stepped yet (most make theirs in the first step); state that is not
-            among the names goes. None where the backend's states are there from the start.
-        logical: by tensor name, the stretches of vectors that it holds which do not depend on the number of
-            data-parallel ranks, for a resume on another; None where the backend cannot say.
+        tensors: live tensors: fp32 masters, optimizer moments, averaged weights, frozen parameters, buffers. All
+            peers have them in the same order.
+        scalars: values that JSON represents, in two parts. ``"optimizer"`` (step counts, loss scale) is restored by a
+            rollback. ``"schedule"`` (the learning-rate scheduler) is taken over by a clone only.
+        load_scalars: writes such a mapping into the engine.
+        refresh: updates the weights that the model computes with from the tensors (a member collective).
+        grow: gets the tensor names of a saved state. It makes the optimizer state that those names ask for and this
+            state lacks (most optimizers make theirs in the first step), and drops optimizer state that is not named.
+            None if the backend has all of its state from the start.
+        logical: returns, by tensor name, the slices of logical vectors that the tensor holds, for a resume on another
+            number of data-parallel ranks. None if the backend does not know them.
     """
 
     tensors: list[tuple[str, torch.Tensor]]
@@ -66,18 +65,21 @@ class MemberState:
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's tensors."""
+        """Size of this rank's tensors, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
 
     def manifest(self) -> list[list[Any]]:
-        """[name, shape, dtype] of every tensor, in order: what two ranks must have in common."""
+        """[name, shape, dtype] of every tensor, in order. Donor and recipient must have the same manifest."""
         return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.tensors]
 
     def pieces(self, max_bytes: int) -> Iterator[list[torch.Tensor]]:
         """The tensors' bytes in buckets: lists of uint8 views of live memory, at most ``max_bytes`` each.
 
+        Args:
+            max_bytes: of a bucket.
+
         Raises:
-            ValueError: if a tensor is not contiguous, so that its bytes cannot be viewed in place.
+            ValueError: if a tensor is not contiguous. Its bytes cannot be viewed in place.
         """
         bucket: list[torch.Tensor] = []
         room = max_bytes
@@ -105,31 +107,31 @@ _DIGEST_WORDS = 1 << 17
 
 
 def bytes_digest(buffer: torch.Tensor) -> list[int]:
-    """Two 64-bit sums over the words of a uint8 buffer, computed where it lies; no host copy of the data.
+    """Two 64-bit sums over the words of a uint8 buffer, computed on its device without a host copy.
 
-    The plain sum changes with any single flipped bit; the sum with weights 1, 3, 5, ... changes when words
-    change places. It guards against faults, not against an adversary.
+    The plain sum changes with any single flipped bit. The sum with weights 1, 3, 5, ... changes when words swap.
+    The digest detects faults and does not protect against an adversary.
     """
     if buffer.storage_offset() % 8:
-        # A view that begins inside a word cannot be read by words.
+        # torch cannot view bytes as int64 if they start inside a word.
         buffer = buffer.clone()
     words = buffer[: buffer.numel() // 8 * 8].view(torch.int64)
     rest = buffer.new_zeros(8)
     rest[: buffer.numel() % 8] = buffer[words.numel() * 8 :]
     weights = torch.arange(min(words.numel(), _DIGEST_WORDS), device=words.device).mul_(2).add_(1)
-    plain, weighted = words.new_zeros(()), words.new_zeros(())
-    # In parts: weights and products for a whole bucket would take twice its room.
+    plain_sum, weighted_sum = words.new_zeros(()), words.new_zeros(())
+    # In parts: the weights and products of a whole bucket would need twice its memory.
     for part, first in enumerate(range(0, words.numel(), _DIGEST_WORDS)):
         chunk = words[first : first + _DIGEST_WORDS]
         total = chunk.sum()
-        plain += total
-        weighted += (chunk * weights[: chunk.numel()]).sum() + total * (2 * part * _DIGEST_WORDS)
+        plain_sum += total
+        weighted_sum += (chunk * weights[: chunk.numel()]).sum() + total * (2 * part * _DIGEST_WORDS)
     last = rest.view(torch.int64)[0]
-    return [int(plain + last), int(weighted + last * (2 * words.numel() + 1))]
+    return [int(plain_sum + last), int(weighted_sum + last * (2 * words.numel() + 1))]
 
 
 def state_digest(state: MemberState, bucket_bytes: int = 1 << 25) -> str:
-    """Hex digest of all tensors' bytes and the manifest: equal states give equal digests."""
+    """Hex digest of the manifest and of all tensors' bytes. Equal states have equal digests."""
     digest = hashlib.blake2b(repr(state.manifest()).encode(), digest_size=16)
     for pieces in state.pieces(bucket_bytes):
         digest.update(repr(bytes_digest(torch.cat(pieces))).encode())
@@ -137,11 +139,11 @@ def state_digest(state: MemberState, bucket_bytes: int = 1 << 25) -> str:
 
 
 class Snapshot:
-    """A copy in host memory of a rank's tensors and optimizer scalars, to go back to.
+    """A copy of a rank's tensors and optimizer scalars in host memory, to restore later.
 
-    Step counts of the engine, the schedule and the data order stay where they are when it is restored:
-    time is spent, only what it did to the weights is undone. Optimizer state that did not exist yet when it
-    was taken (most optimizers make theirs in the first step) goes back to zero, which is how it begins.
+    Restoring it leaves the engine's step counts, the schedule and the data order as they are: the steps were taken, and
+    only their effect on the weights is undone. Optimizer state that did not exist when the snapshot was taken (most
+    optimizers make theirs in the first step) is set to zero, its initial value.
     """
 
     def __init__(self, state: MemberState) -> None:
@@ -150,31 +152,36 @@ class Snapshot:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> Snapshot:
-        """A copy that was written down before: its tensors in host memory, by name, and its scalars."""
+        """A snapshot from saved parts.
+
+        Args:
+            tensors: by name, in host memory.
+            scalars: as in ``MemberState``, with ``"optimizer"``.
+        """
         snapshot = cls.__new__(cls)
         snapshot.tensors, snapshot.scalars = list(tensors.items()), dict(scalars)
         return snapshot
 
     def layout(self) -> list[list[Any]]:
-        """[name, shape, dtype] of every tensor, as ``MemberState.manifest`` has them."""
+        """[name, shape, dtype] of every tensor, in the form of ``MemberState.manifest``."""
         return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.tensors]
 
     @torch.no_grad()
     def restore(self, state: MemberState) -> None:
-        """Puts the copy into live ``state``; a collective of the member.
+        """Writes the snapshot into the live ``state`` (a member collective).
 
         Raises:
-            ValueError: if the state has other tensors than it had when the copy was taken.
+            ValueError: if the state does not have the tensors that it had when the snapshot was taken.
         """
-        kept = dict(self.tensors)
+        saved = dict(self.tensors)
         live = dict(state.tensors)
-        unknown = [name for name in live if name not in kept and not name.startswith("optimizer.")]
-        lost = [name for name in kept if name not in live]
+        unknown = [name for name in live if name not in saved and not name.startswith("optimizer.")]
+        lost = [name for name in saved if name not in live]
         if unknown or lost:
             raise ValueError(f"the snapshot does not fit the state: it lacks {unknown[:3]} and has {lost[:3]} too many")
         for name, tensor in live.items():
-            if name in kept:
-                tensor.copy_(kept[name])
+            if name in saved:
+                tensor.copy_(saved[name])
             else:
                 tensor.zero_()
         state.load_scalars(self.scalars)
@@ -185,25 +192,25 @@ class Snapshot:
 def grow_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], wanted: Collection[int]
 ) -> None:
-    """Gives exactly the parameters with these places their optimizer state; its values are to be loaded.
+    """Makes optimizer state for exactly the wanted parameters. Its values are to be loaded afterwards.
 
-    It is made by the optimizer's own step on zero gradients at rate zero, because what an optimizer keeps, and
-    in which types, is its own affair. Parameters are to be loaded afterwards too.
+    Only the optimizer knows what it keeps and in which types. So its own step makes the state, on zero gradients and at
+    learning rate zero. Load the parameters afterwards as well.
 
     Args:
-        optimizer: torch's, or one made like it.
+        optimizer: torch's, or one with the same interface.
         parameters: the keys of its state.
-        wanted: indices into ``parameters``; state of all others goes.
+        wanted: indices into ``parameters``. The state of all others is dropped.
     """
     keys = list(parameters)
-    lacking = [keys[place] for place in wanted if not optimizer.state.get(keys[place])]
-    for place, key in enumerate(keys):
-        if place not in wanted:
+    lacking = [keys[index] for index in wanted if not optimizer.state.get(keys[index])]
+    for index, key in enumerate(keys):
+        if index not in wanted:
             optimizer.state.pop(key, None)
     if not lacking:
         return
     gradients = [key.grad for key in keys]
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    learning_rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     for key in keys:
         key.grad = None
     for key in lacking:
@@ -212,17 +219,17 @@ def grow_optimizer(
         if "lr" in group:
             group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
     with _without_hooks(optimizer):
-        # The class's own: the instance's may be replaced by an engine, a scheduler or the clan.
+        # The class's method: an engine, a scheduler or the clan may have replaced the instance's.
         type(optimizer).step(optimizer)
     for key, gradient in zip(keys, gradients, strict=True):
         key.grad = gradient
-    for group, rate in zip([g for g in optimizer.param_groups if "lr" in g], rates, strict=True):
-        group["lr"] = rate
+    for group, learning_rate in zip([g for g in optimizer.param_groups if "lr" in g], learning_rates, strict=True):
+        group["lr"] = learning_rate
 
 
 @contextmanager
 def _without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the hooks that torch calls around a step are not: this one is none of the training's."""
+    """Removes the optimizer's step hooks inside: the clan's and the user's hooks expect a training step."""
     names = [name for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks") if hasattr(optimizer, name)]
     held = {name: getattr(optimizer, name) for name in names}
     for name, hooks in held.items():
@@ -232,3 +239,38 @@ def _without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for name, hooks in held.items():
             setattr(optimizer, name, hooks)
+
+
+# Marks a value that JSON cannot represent (a function, a dict with other keys than strings). The live value stays.
+_ABSENT = object()
+
+
+def plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``state`` that JSON represents, with one-element tensors as numbers. All else is left out."""
+    return {key: value for key, value in _strip(state).items() if value is not _ABSENT}
+
+
+def merged(live: Any, saved: Any) -> Any:
+    """``saved`` (from :func:`plain`) with the types of ``live``. Values that it lacks are taken from ``live``."""
+    if isinstance(live, torch.Tensor) and not isinstance(saved, list | dict):
+        return torch.full_like(live, saved)
+    if isinstance(saved, dict) and isinstance(live, Mapping):
+        return {**live, **{key: merged(live.get(key), value) for key, value in saved.items()}}
+    if isinstance(saved, list):
+        pairs = list(live) if isinstance(live, list | tuple) and len(live) == len(saved) else [None] * len(saved)
+        values = [merged(old, new) for old, new in zip(pairs, saved, strict=True)]
+        return tuple(values) if isinstance(live, tuple) else values
+    return saved
+
+
+def _strip(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else _ABSENT
+    if isinstance(value, list | tuple):
+        items = [_strip(item) for item in value]
+        return _ABSENT if any(item is _ABSENT for item in items) else items
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: item for key, item in ((k, _strip(v)) for k, v in value.items()) if item is not _ABSENT}
+    return _ABSENT

@@ -1,4 +1,4 @@
-"""What a transport is: it moves bytes, and nobody takes its word for it."""
+"""The transport interface. A transport moves bytes; the digests of both ends verify them independently of it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from clantune_scale.config.schema import TransferConfig
 from clantune_scale.transfer.route import Route
 from clantune_scale.transfer.state import MemberState
 
-# Shown what a rank received, as bytes and by number, before they are passed on: where a test breaks them.
+# Gets the number and the bytes of each piece that a rank received, before the rank passes it on. Tests damage it here.
 OnReceived = Callable[[int, torch.Tensor], None]
 
 
 class Transport(Protocol):
-    """One way to bring a donor's tensors into another member's live ones.
+    """One way to move a donor's tensors into another member's live tensors.
 
     Attributes:
-        on_received: called with each piece of bytes that arrives, where it is set.
+        on_received: is called with each piece of bytes that arrives; None for nothing.
     """
 
     on_received: OnReceived | None
 
     def move(self, state: MemberState, route: Route) -> str | None:
-        """Sends, receives and passes on the tensors' bytes; all ranks of the column call it.
+        """Sends, receives and forwards the tensors' bytes. All ranks of the replica group call it.
 
         Args:
-            state: this rank's live state, written in place where it receives. Scalars are not the transport's.
-            route: who gives to whom.
+            state: this rank's live state. A recipient writes it in place. The transport does not move scalars.
+            route: the donors and recipients.
 
         Returns:
-            Why nothing usable arrived here, where the transport noticed. That it noticed nothing proves nothing:
-            digests of both ends are compared afterwards.
+            Why the received bytes are unusable, if the transport noticed it. None is no proof: the digests of both
+            ends are compared afterwards.
         """
 
 
@@ -42,10 +42,10 @@ def build(config: TransferConfig, *, runs: Path) -> Transport:
     """The transport that a config names.
 
     Args:
-        config: the block's ``transfer`` part.
-        runs: the folder of runs, under which files are exchanged where the config names no folder.
+        config: the block's ``transfer`` section.
+        runs: the folder of runs. Files are exchanged below it if the config names no folder.
     """
-    # Torch's checkpoint package takes a second to import: only who uses it pays.
+    # Torch's checkpoint package takes a second to import. Only the transport that uses it pays for that.
     if config.transport == "dcp_files":
         from clantune_scale.transfer.dcp_files import DcpFilesTransport
 

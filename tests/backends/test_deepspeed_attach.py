@@ -140,7 +140,7 @@ def test_every_form_of_config_is_taken_and_what_does_not_divide_is_refused(tmp_p
             "TopologyError: population_size(3) x pp(1) x tp(1) = 3 does not divide the 2 ranks"
         )
         small = (
-            "fewer than one micro-batch of every rank takes: population_size(2) x dp(1) x micro_batch(4) = 8. Give it"
+            "less than one micro-batch of every rank: population_size(2) x dp(1) x micro_batch(4) = 8. Use more data"
         )
         assert refused["empty"].startswith("ConfigError: the dataset has 0 samples, " + small)
         assert refused["few"].startswith("ConfigError: the dataset has 7 samples, " + small)
@@ -235,3 +235,23 @@ def test_training_goes_on_when_mlflow_is_down(tmp_path):
     assert [event["step"] for event in events if event["kind"] == "round_end"][-1] == 20
     (end,) = [event for event in events if event["kind"] == "run_end"]
     assert end["status"] == "FINISHED" and os.path.isfile(end["artifacts"]["champion"])
+
+
+def _default_genes(rank, configs):
+    genes = []
+    for config in configs:
+        engine, _ = start(config)
+        genes.append([gene.name for gene in engine.clan.genes])
+        engine.clan.finish()
+    return genes
+
+
+def test_weight_decay_is_tuned_by_default_only_where_it_acts(tmp_path):
+    """40 steps of the clan's 8 samples see none of 640 twice; 100 do."""
+    adamw = ds_config(1)
+    without = adamw | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}}}
+    decaying_sgd = adamw | {"optimizer": {"type": "SGD", "params": {"lr": 1e-2, "weight_decay": 0.1}}}
+    runs = [(adamw, 40), (adamw, 100), (without, 40), (decaying_sgd, 40)]
+    configs = [clan_config(tmp_path, config, total_steps=steps) for config, steps in runs]
+    for genes in run_ranks(2, in_member_worlds, _default_genes, configs):
+        assert genes == [["lr", "weight_decay"], ["lr"], ["lr"], ["lr"]]

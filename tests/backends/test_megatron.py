@@ -148,6 +148,7 @@ def _scheduled() -> dict[str, Any]:
     """A member with Megatron's schedule and its calculator, driven by hand."""
     from megatron.core import num_microbatches_calculator as calculator
 
+    from clantune_scale.config.default_genes import optimizer_facts
     from clantune_scale.config.schema import GeneConfig
     from clantune_scale.runtime.genome_application import Expression, bind_genes
     from tests import megatron_shim
@@ -175,7 +176,7 @@ def _scheduled() -> dict[str, Any]:
     inner.register_step_pre_hook(
         lambda *_: inside.extend((group["lr"], group["weight_decay"]) for group in inner.param_groups)
     )
-    found: dict[str, Any] = {"rates": []}
+    found: dict[str, Any] = {"rates": [], "optimizer": optimizer_facts(backend)}
     for number in range(3):
         found["rates"].append(optimizer.param_groups[0]["lr"])
         _step(model, optimizer, [_windows(4 * number, 4)])
@@ -215,6 +216,7 @@ def test_genes_go_after_the_schedule_and_keep_each_groups_share():
     decays = [decay for _, decay in found["inside"][: len(found["shares"])]]
     assert decays == pytest.approx([0.5 * share for share in found["shares"]]) and 0.0 in found["shares"]
     assert found["weight_decays"] == pytest.approx([0.01 * share for share in found["shares"]])
+    assert found["optimizer"][0] == "adamw" and max(found["optimizer"][1]) == pytest.approx(0.01)
     assert found["steps"] == [1, 2, 3] and found["clip"] == 0.25 and found["micro_batches"] == 3
     assert found["dropouts"] == [0.3, 0.3] and found["attention"] == 0.3
     assert "scheduler's step() was not called after optimizer step 4" in found["forgotten"]

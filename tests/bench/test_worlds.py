@@ -14,7 +14,7 @@ def test_every_sampled_rank_stands_where_the_order_of_ranks_says(degrees):
 
 
 def test_a_wrong_group_is_found(monkeypatch):
-    monkeypatch.setattr(Topology, "column_ranks", lambda self, rank: list(range(self.population_size)))
+    monkeypatch.setattr(Topology, "replica_group_ranks", lambda self, rank: list(range(self.population_size)))
     with pytest.raises(ClanError, match=r"rank \d+ of 4 members.* built .* and its definition is"):
         worlds.lay_out(Topology(4, dp=2, tp=2), num_samples=5)
 

@@ -75,7 +75,7 @@ def test_a_torn_lock_is_taken_over_when_nobody_touches_it(tmp_path):
 
 def test_a_later_epoch_of_the_launch_takes_over_from_a_frozen_one(tmp_path, holder):
     lock = json.loads((tmp_path / NAME).read_text())
-    (tmp_path / NAME).write_text(json.dumps({**lock, "launch": "a", "epoch": 1}))
+    (tmp_path / NAME).write_text(json.dumps({**lock, "launch": "a", "generation": 1}))
     for generation in (("b", 2), ("a", 1)):
         with pytest.raises(CheckpointError, match=f"being written by process {holder.pid}"):
             RunLock(tmp_path, generation=generation)
@@ -83,6 +83,6 @@ def test_a_later_epoch_of_the_launch_takes_over_from_a_frozen_one(tmp_path, hold
     later = RunLock(tmp_path, generation=("a", 3))
     # Who was taken over from leaves the file to who did.
     taken.release()
-    assert json.loads((tmp_path / NAME).read_text())["epoch"] == 3
+    assert json.loads((tmp_path / NAME).read_text())["generation"] == 3
     later.release()
     assert not (tmp_path / NAME).exists()

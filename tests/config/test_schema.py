@@ -19,25 +19,6 @@ def test_population_size_alone_is_a_complete_block():
     assert config.fitness.num_samples == 256 and config.tracking.mlflow and config.checkpoint.champion
 
 
-@pytest.mark.parametrize(
-    ("block", "is_once", "genes"),
-    [
-        ({}, True, ["lr", "weight_decay"]),
-        ({}, False, ["lr"]),
-        ({"genes": ["lr"]}, True, ["lr"]),
-        ({"genes": ["lr", "clip"]}, True, ["lr", "clip"]),
-        ({"strategy": "pbt"}, True, ["lr"]),
-    ],
-)
-def test_weight_decay_is_a_gene_by_default_where_no_sample_is_seen_twice(block, is_once, genes):
-    config = parse_block({"population_size": 4, **block})
-    found = config.genes_when(sees_samples_once=is_once)
-    assert list(found) == genes
-    assert config.may_tune_weight_decay is (block == {})
-    smaller = config.model_copy(update={"population_size": 3})  # as where members have died
-    assert smaller.genes_when(sees_samples_once=is_once) == found
-
-
 def test_short_forms_equal_long_ones():
     short = parse_block({"population_size": 2, "strategy": "classic", "genes": ["lr", "dropout"]})
     long = parse_block({"population_size": 2, "strategy": {"name": "classic"}, "genes": {"lr": {}, "dropout": {}}})

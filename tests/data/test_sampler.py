@@ -149,7 +149,7 @@ def test_all_ranks_leave_a_step_in_teams_at_the_same_place():
         own = sampler(member, dp_rank, plans[member], population_size=4)
         for _ in range(plans[member](0).num_micro_batches):
             own.consume()
-        cursors.add((own.place.step, own.place.cursor))
+        cursors.add((own.position.step, own.position.cursor))
     assert cursors == {(1, 3 * DP * MICRO)}  # the three members of team 0 read more than the two micro-batches of 1
 
 

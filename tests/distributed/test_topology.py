@@ -7,7 +7,7 @@ from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import TopologyError
 
 
-def test_members_are_contiguous_and_columns_cross_them():
+def test_members_are_contiguous_and_replica_groups_cross_them():
     topology = Topology.from_world(8, population_size=2)
     assert topology.dp == 4
     assert topology.member_ranks(1) == [4, 5, 6, 7]

@@ -16,25 +16,25 @@ def _join_and_sum(population_size):
     dist.init_process_group("gloo")
     in_member = torch.tensor([float(global_rank)])
     dist.all_reduce(in_member)
-    in_column = clan.replica_group.gather(np.array([global_rank])).ravel().tolist()
+    in_replica_group = clan.replica_group.gather(np.array([global_rank])).ravel().tolist()
     shared = torch.tensor([float(global_rank)])
     dist.all_reduce(shared, group=world.ClanGroups(clan, "cpu").gradient((0, 1, 2)))
     notes = clan.replica_group.gather_json({"rank": global_rank, "value": 0.1 * global_rank})
-    result = (dist.get_rank(), dist.get_world_size(), in_member.item(), in_column, shared.item(), notes)
+    result = (dist.get_rank(), dist.get_world_size(), in_member.item(), in_replica_group, shared.item(), notes)
     dist.barrier()
     dist.destroy_process_group()
     return result
 
 
-def test_a_member_is_the_world_and_columns_cross_members():
+def test_a_member_is_the_world_and_replica_groups_cross_members():
     results = run_ranks(6, _join_and_sum, 3)
-    for rank, (member_rank, size, in_member, in_column, shared, notes) in enumerate(results):
+    for rank, (member_rank, size, in_member, in_replica_group, shared, notes) in enumerate(results):
         member = rank // 2
         assert (member_rank, size) == (rank % 2, 2)
         assert in_member == 4 * member + 1
-        assert in_column == [rank % 2, 2 + rank % 2, 4 + rank % 2]
+        assert in_replica_group == [rank % 2, 2 + rank % 2, 4 + rank % 2]
         assert shared == 15
-        assert notes == [{"rank": r, "value": 0.1 * r} for r in in_column]
+        assert notes == [{"rank": r, "value": 0.1 * r} for r in in_replica_group]
 
 
 def _join_twice():

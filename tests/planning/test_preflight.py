@@ -124,3 +124,31 @@ def test_inner_degrees_are_counted():
     pipeline = preflight(_config() | {"pipeline": {"stages": 2}}, world_size=16)
     assert pipeline.errors == [] and (pipeline.topology.pp, pipeline.topology.dp) == (2, 2)
     assert (pipeline.batch.micro_batch, pipeline.batch.clan_batch) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tunes_decay"),
+    [
+        ({"type": "AdamW", "params": {"weight_decay": 0.1}}, True),
+        ({"type": "Adam", "params": {"weight_decay": 0.1}}, True),
+        ({"type": "Adam", "params": {"weight_decay": 0.1, "adam_w_mode": False}}, False),
+        ({"type": "AdamW", "params": {"lr": 1e-3}}, False),
+        ({"type": "AdamW", "params": {"torch_adam": True}}, True),  # torch's has a decay by default
+        ({"type": "Lion", "params": {"weight_decay": 0.1}}, False),
+        ({"type": "SGD", "params": {"weight_decay": 0.1}}, False),
+        (None, True),  # the script's own, which may be anything
+    ],
+)
+def test_weight_decay_may_join_the_genes_only_of_adamw_with_some(optimizer, tunes_decay):
+    config = _config()
+    config = config | {"optimizer": optimizer} if optimizer else {k: v for k, v in config.items() if k != "optimizer"}
+    assert preflight(config, world_size=4).may_tune_weight_decay is tunes_decay
+    named = config | {"clantune": {"population_size": 4, "genes": ["lr"]}}
+    assert not preflight(named, world_size=4).may_tune_weight_decay
+
+
+def test_weight_decay_of_a_models_own_groups_counts():
+    model = _model("body", "head")
+    assert not preflight(_config(), world_size=4, model=model).may_tune_weight_decay
+    model.groups[1]["weight_decay"] = 0.1
+    assert preflight(_config(), world_size=4, model=model).may_tune_weight_decay

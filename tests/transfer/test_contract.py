@@ -103,7 +103,7 @@ def _damaged(transfers: Transfers, donors: list[int], member_rank: int, kind: st
     exact = _same_bits(state, make_state(10.0 + donors[joined.member])[0])
     later = None
     try:
-        transfers.require_whole()
+        transfers.require_consistent()
     except TransferError as raised:
         later = str(raised)
     retries = report.num_retries if report is not None else None
@@ -193,7 +193,7 @@ def _broken_by_an_exception(directory: str) -> tuple[str | None, bool, bool]:
         said = str(raised)
     was_torn = transfers.is_inconsistent
     if was_torn:
-        with pytest.raises(TransferError, match="was receiving member 0's state, and no transfer after that"):
+        with pytest.raises(TransferError, match="was receiving member 0's state, and no later transfer"):
             transfers.run(state, [0, 0])
         transfers = make_transfers("peer", directory, 2)
     transfers.run(make_state(1.0)[0], [0, 0])

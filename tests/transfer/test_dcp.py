@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.dcp_files import CheckedReader, DcpFilesTransport, _digest
-from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_alone, named, save_alone
+from clantune_scale.transfer.dcp_plans import WatchedLoadPlanner, load_one_process, named, save_one_process
 from clantune_scale.transfer.route import Route
 
 
@@ -33,14 +33,14 @@ class Harmful:
 
 def test_metadata_of_another_digest_is_never_unpickled(tmp_path):
     folder, traces = tmp_path / "saved", tmp_path / "traces"
-    save_alone(named(_state(a=torch.ones(3)), "pp0"), FileSystemWriter(folder))
+    save_one_process(named(_state(a=torch.ones(3)), "pp0"), FileSystemWriter(folder))
     digest = _digest((folder / ".metadata").read_bytes())
     target = named(_state(a=torch.zeros(3)), "pp0")
-    load_alone(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
+    load_one_process(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
     assert torch.equal(target["pp0/a"], torch.ones(3))
     (folder / ".metadata").write_bytes(pickle.dumps(Harmful(traces)))
     with pytest.raises(CheckpointException, match="it was not opened"):
-        load_alone(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
+        load_one_process(target, CheckedReader(folder, digest), WatchedLoadPlanner(None))
     assert not traces.exists()
     # The test's pickle does what it says.
     pickle.loads((folder / ".metadata").read_bytes())
@@ -50,13 +50,13 @@ def test_metadata_of_another_digest_is_never_unpickled(tmp_path):
 def test_a_folder_that_this_host_does_not_see_is_said(tmp_path):
     transport = DcpFilesTransport(tmp_path / "elsewhere")
     complaint = transport._load({}, {"folder": "transfer-1", "metadata": "", "complaint": None})
-    assert "transfer-1 is not seen from here: transfer.directory has to be on a file system" in complaint
+    assert "transfer-1 does not exist on this host. Set transfer.directory to a file system" in complaint
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     _, said = DcpFilesTransport(tmp_path / "file")._save(named(_state(a=torch.ones(3)), "pp0"), "pp0")
-    assert said["complaint"].startswith("it could not be saved: FileExistsError")
+    assert said["complaint"].startswith("the state was not saved: FileExistsError")
 
 
 def test_it_sends_no_message_from_rank_to_rank():

@@ -11,10 +11,9 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
-from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend
+from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend, suppress_start_up_noise
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
-from clantune_scale.backends.deepspeed.quiet import quieten
 from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
@@ -128,7 +127,7 @@ def _initialize_clan(
             dp_size=batch.dp_size,
             micro_batch_size=batch.micro_batch,
         )
-    quieten()
+    suppress_start_up_noise()
     passed["args"] = _without_config(passed["args"])
     engine, optimizer, _, scheduler = _initialize_engine(**passed, config=member_config)
     backend = PipelineBackend(engine) if degrees.pp > 1 or _is_pipeline(engine.module) else DeepSpeedBackend(engine)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from clantune_scale.backends.deepspeed import sharing, weights
 from clantune_scale.backends.deepspeed import state as training_state
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
+from clantune_scale.config.default_genes import update_rule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientSharing, replace_method
@@ -21,6 +24,14 @@ from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
+
+
+def suppress_start_up_noise() -> None:
+    """Stops DeepSpeed from compiling an extension and from warning about its own calls. Call it before it starts."""
+    # These shared-memory collectives for the CPU need a C++ compiler and take 20 s at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls names that torch 2.13 deprecates. A user cannot change that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 class DeepSpeedBackend:
@@ -224,6 +235,9 @@ class DeepSpeedBackend:
 
     def optimizer_name(self) -> str:
         return type(self.engine.basic_optimizer).__name__
+
+    def update_rule(self) -> str:
+        return update_rule(self.engine.basic_optimizer)
 
     def counters(self) -> dict[str, int]:
         return training_state.counters(self.engine)

@@ -47,7 +47,7 @@ def _share_engine_buckets(engine: Any, sharing: GradientSharing) -> Callable[[],
         team = sharing.team()
         if len(team) == 1:
             return reduce(bucket, dp_group, dp_world_size)
-        clan = sharing.spread(team, dp_group)
+        clan = sharing.across_members(team, dp_group)
         # Not the clan's size: expert gradients are summed over fewer ranks than they are divided by.
         divisor = (dp_world_size or dist.get_world_size(dp_group)) * len(team)
         own = None
@@ -81,7 +81,7 @@ def _share_zero_buckets(optimizer: Any, sharing: GradientSharing) -> Callable[[]
             # The caller divided by the member's degree; the rest is divided before the sum, so that
             # sixteen-bit sums over the clan overflow no sooner than those over the member.
             torch._foreach_div_(list(bucket), len(team))
-        clan = sharing.spread(team, process_group or optimizer.dp_process_group)
+        clan = sharing.across_members(team, process_group or optimizer.dp_process_group)
         mean = reduce(bucket, communication_data_type, process_group=clan, **options)
         if own is not None:
             sharing.probe.compare(own, mean)
@@ -101,7 +101,7 @@ def _share_contiguous(optimizer: Any, sharing: GradientSharing) -> Callable[[], 
         own = reduce(tensor.clone(), communication_data_type) if sharing.probe.is_active else None
         sharing.groups.weigh([tensor], team)
         in_member = optimizer.dp_process_group
-        optimizer.dp_process_group = sharing.spread(team, in_member)
+        optimizer.dp_process_group = sharing.across_members(team, in_member)
         try:
             mean = reduce(tensor, communication_data_type)
         finally:

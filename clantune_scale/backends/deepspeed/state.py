@@ -16,8 +16,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from clantune_scale.backends.deepspeed import pieces
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
-from clantune_scale.transfer.plain import merged, plain
-from clantune_scale.transfer.state import Piece, grow_optimizer
+from clantune_scale.transfer.state import Piece, grow_optimizer, merged, plain
 
 _COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -15,6 +15,7 @@ from clantune_scale.backends.megatron import sharing, state, weights
 from clantune_scale.backends.megatron.evaluation import ScheduledLoss
 from clantune_scale.backends.megatron.rules import only_chunk, refuse_unsupported
 from clantune_scale.backends.megatron.training_loss import TrainingLoss
+from clantune_scale.config.default_genes import update_rule
 from clantune_scale.errors import ClanError
 from clantune_scale.gradients.hooks import GradientSharing, evaluation_mode, replace_method
 from clantune_scale.gradients.probe import GradientProbe
@@ -212,6 +213,10 @@ class MegatronBackend:
         """The wrappers' names and their inner optimizers': state of one kind does not fit another."""
         kinds = [(type(part).__name__, type(part.optimizer).__name__) for part in state.wrappers(self._optimizer)]
         return ", ".join(f"{inner} in {outer}" for outer, inner in kinds)
+
+    def update_rule(self) -> str:
+        """The one of all inner optimizers, or all their names: a clan's weight decay is of one kind or not tuned."""
+        return " and ".join(sorted({update_rule(part.optimizer) for part in state.wrappers(self._optimizer)}))
 
     def counters(self) -> dict[str, int]:
         return {"num_steps": self.num_steps}

@@ -57,7 +57,7 @@ def _share_reduction(buckets: Any, sharing: GradientSharing) -> list[Callable[[]
         if sharing.probe.is_active:
             own.extend(_member_means(buckets))
         sharing.groups.weigh([bucket.grad_data for bucket in buckets.buckets], team)
-        with _spread(buckets, sharing.groups, team):
+        with _across_members(buckets, sharing.groups, team):
             return start(force_all_reduce)
 
     def finish_grad_sync(force_all_reduce: bool | None = False) -> None:
@@ -74,11 +74,11 @@ def _share_reduction(buckets: Any, sharing: GradientSharing) -> list[Callable[[]
 
 
 @contextmanager
-def _spread(buckets: Any, groups: GradientGroups, team: tuple[int, ...]) -> Iterator[None]:
+def _across_members(buckets: Any, groups: GradientGroups, team: tuple[int, ...]) -> Iterator[None]:
     """Inside, a reduction that starts goes over its group's like in all members of the team."""
     inside = buckets.data_parallel_group
     factors = [bucket.gradient_scaling_factor for bucket in buckets.buckets]
-    buckets.data_parallel_group = groups.spread(team, dist.get_process_group_ranks(inside))
+    buckets.data_parallel_group = groups.across_members(team, dist.get_process_group_ranks(inside))
     if not buckets.ddp_config.average_in_collective:
         for bucket in buckets.buckets:
             bucket.gradient_scaling_factor /= len(team)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
+from clantune_scale.config.default_genes import update_rule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError, EvaluationError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
@@ -224,6 +225,9 @@ class LoopBackend:
 
     def optimizer_name(self) -> str:
         return type(self._optimizer).__name__
+
+    def update_rule(self) -> str:
+        return update_rule(self._optimizer)
 
     def counters(self) -> dict[str, int]:
         return {"num_steps": self.num_steps}

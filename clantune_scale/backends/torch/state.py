@@ -9,8 +9,7 @@ import torch
 
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
-from clantune_scale.transfer.plain import merged, plain
-from clantune_scale.transfer.state import Piece, grow_optimizer, local
+from clantune_scale.transfer.state import Piece, grow_optimizer, local, merged, plain
 
 Named = Sequence[tuple[str, torch.Tensor]]
 

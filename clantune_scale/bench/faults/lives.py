@@ -151,7 +151,7 @@ def _live(environ: dict[str, str], place: str, function: Callable[..., Any], arg
         sys.stderr.flush()
         os._exit(_AGAIN)
 
-    supervisor.start_again = hand_over
+    supervisor.restart_process = hand_over
     code = 0
     try:
         install()

@@ -46,10 +46,13 @@ class Method:
     schedule: str | None = None
     genes: Sequence[str] | None = None
 
+    def gene_names(self, problem: Problem, settings: Settings) -> tuple[str, ...]:
+        """Names of the genes of a run that is configured with ``settings``."""
+        return problem.genes_of(self.strategy, settings) if self.genes is None else tuple(self.genes)
+
     def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
         """The strategy of one run that is configured with ``settings``."""
-        names = problem.genes_of(self.strategy) if self.genes is None else self.genes
-        genes = tuple(_started(CATALOGUE[name], settings) for name in names)
+        genes = tuple(_started(CATALOGUE[name], settings) for name in self.gene_names(problem, settings))
         facts = RunFacts(
             population_size=self.population_size,
             genes=genes,

@@ -13,7 +13,7 @@ import torch
 
 from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.batched.model import Knobs, Tensors
-from clantune_scale.config.schema import default_genes
+from clantune_scale.config.default_genes import default_genes
 from clantune_scale.core.rounds import sees_samples_once
 
 
@@ -117,10 +117,19 @@ class Problem(ABC):
         """Whether a run sees no training sample twice."""
         return sees_samples_once(self.num_samples, batch_size=self.batch_size, num_steps=self.total_steps)
 
-    def genes_of(self, strategy: str) -> tuple[str, ...]:
-        """The genes of a clan with this strategy: the default ones, then the problem's own."""
-        genes = default_genes(strategy, sees_samples_once=self.sees_samples_once)
-        return (*genes, *(name for name in self.extra_genes if name not in genes))
+    def genes_of(self, strategy: str, settings: Settings) -> tuple[str, ...]:
+        """The genes of a clan with this strategy that is configured so: the default ones, then the problem's own.
+
+        As in a real run, a gene that multiplies a weight decay of 0 is left out.
+        """
+        genes = default_genes(
+            strategy,
+            sees_samples_once=self.sees_samples_once,
+            optimizer=settings.optimizer,
+            weight_decays=[settings.weight_decay],
+        )
+        names = (*genes, *(name for name in self.extra_genes if name not in genes))
+        return names if settings.weight_decay else tuple(name for name in names if name != "weight_decay")
 
     def fingerprint(self) -> str:
         """Equal for problems with one oracle: same numbers at the start, same length, same grid.

@@ -92,6 +92,19 @@ def run_trial(
 
 
 def _clan_runs(method: Method, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]) -> list[TrialRun]:
+    """[runs]; all clans with the same genes at once, because their rounds explore the same."""
+    names = [method.gene_names(problem, own) for own in settings]
+    runs: dict[int, TrialRun] = {}
+    for chosen in dict.fromkeys(names):
+        rows = [row for row, own in enumerate(names) if own == chosen]
+        batch = _batch_of_runs(method, problem, [settings[row] for row in rows], [seeds[row] for row in rows])
+        runs |= zip(rows, batch, strict=True)
+    return [runs[row] for row in range(len(names))]
+
+
+def _batch_of_runs(
+    method: Method, problem: Problem, settings: Sequence[Settings], seeds: Sequence[int]
+) -> list[TrialRun]:
     """[runs], all clans at once."""
     clans = BatchedClans(
         problem.variant(problem.name, validation=window(problem)),

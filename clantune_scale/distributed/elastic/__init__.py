@@ -1,13 +1,15 @@
-"""Members that die: the others leave everything behind and come back, as an epoch of fewer members.
+"""Elastic membership: when members die, the surviving ranks restart and continue as a generation of fewer members.
 
-A training step cannot be rolled back inside a user's loop, and communicators of which a part is dead cannot be
-trusted. So a process that sees another one fail starts itself again in place (``exec``: the launcher sees the same
-process), joins through the same door, and goes on from the last committed round.
+A training step cannot be rolled back inside a user's loop, and communicators with a dead rank cannot be trusted. So a
+process that sees another one fail restarts itself in place (``exec``, so the launcher sees the same process). It joins
+the clan again and resumes from the last committed round.
 
 - ``failures``: which errors mean that another process is gone.
-- ``heartbeat``: every rank watches one other by the clan's store, and hears there that somebody has seen a failure.
-- ``restart``: this process, started again.
-- ``generation``: what it remembers of the epoch before, in one environment variable.
-- ``rendezvous``: who comes to an epoch; the roster of the members that are complete when it closes.
-- ``guard``: the one object that the clan knows of these.
+- ``heartbeat``: every rank watches one other rank through the clan's store, and learns of failures there.
+- ``restart``: restarts this process.
+- ``generation``: what a process remembers of the generation before, in one environment variable.
+- ``quorum``: the rendezvous of a new generation, and the members that are complete when it closes.
+- ``entry``: a rank's entry into the first generation or a later one.
+- ``supervisor``: decides on restart or end. It is the only object of these that the clan knows.
+- ``waiting``: waiting for slow ranks that are alive.
 """

@@ -1,4 +1,4 @@
-"""Through the door: into the launch's epoch, or into one that begins with those that are left."""
+"""A rank's entry into a generation: the launch's, or a later one with the members that are left."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import Store
 
+from clantune_scale.distributed.bootstrap import Launched, open_store
 from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.elastic.quorum import Quorum, Rendezvous
-from clantune_scale.distributed.elastic.supervisor import Guard
-from clantune_scale.distributed.rendezvous import Launched, open_store
+from clantune_scale.distributed.elastic.supervisor import Supervisor
 from clantune_scale.distributed.topology import Coordinates, Topology
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MembershipChange:
-    """Of members, and how the others went on. Members have the numbers that they were launched with.
+    """A loss of members. Members have the numbers that they were launched with.
 
     Attributes:
-        epoch: that began with it.
-        members: that are lost, and what is known of each.
-        left: those that go on, in the order of their present numbers.
-        reason: what was seen first.
-        seconds: from then to the moment at which the others stood together again.
+        generation: the number of the generation that began with this change.
+        members: the lost members, and what is known of each.
+        left: the members that continue, in the order of their present numbers.
+        reason: the first failure that was seen.
+        seconds: from that failure until the quorum closed.
     """
 
     generation: int
@@ -42,12 +42,19 @@ class MembershipChange:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a rank has when it is inside: its place among those that are there."""
+    """What a rank holds after its entry.
+
+    Attributes:
+        store: the clan's store in this generation.
+        topology, at: the grid of the present members, and this rank's coordinates in it.
+        supervisor: watches the other ranks.
+        membership_change: the loss that led to this generation; None in the first one.
+    """
 
     store: Store
     topology: Topology
     at: Coordinates
-    guard: Guard
+    supervisor: Supervisor
     membership_change: MembershipChange | None = None
 
 
@@ -61,18 +68,18 @@ def enter(
     port: int | None,
     environ: MutableMapping[str, str] = os.environ,
 ) -> Entry:
-    """Meets the other ranks, and begins to watch them.
+    """Finds the other ranks and starts to watch them.
 
     Args:
-        epoch: that begins.
-        launched, topology: this process's place among all that were launched, and their grid.
-        faults: the block's part of that name.
-        timeout_s, port: as for :func:`clantune_scale.distributed.world.join`.
+        generation: the one that begins.
+        launched, topology: this process's rank in the launcher's world, and the grid of that world.
+        faults: the block's ``faults`` section.
+        timeout_s, port: see :func:`clantune_scale.distributed.world.join`.
         environ: of this process.
 
     Raises:
         TopologyError: if ranks of the launch do not arrive.
-        MembersLostError: if a later epoch begins without this rank's member, or cannot begin.
+        MembersLostError: if a later generation begins without this rank's member, or cannot begin.
     """
     settings = faults or _no_faults()
     at = topology.coordinates(launched.rank)
@@ -81,30 +88,29 @@ def enter(
     if generation.number == 0:
         store = open_store(launched, port or launched.port, timeout_s, environ)
         generation = replace(generation, launch_id=store.compare_set("launch", "", uuid.uuid4().hex[:12]).decode())
-        guard, members, loss = (
-            Guard(settings, generation, members=launched_members, name=name, environ=environ),
-            None,
-            None,
-        )
+        supervisor = Supervisor(settings, generation, members=launched_members, name=name, environ=environ)
+        present, change = launched_members, None
     else:
-        guard = Guard(settings, generation, members=generation.members, name=name, environ=environ)
-        store, quorum = _come_back(generation, at, topology, guard)
-        members, loss = quorum.members, _loss(generation, quorum)
-        topology = replace(topology, population_size=len(members))
-        at = topology.coordinates(members.index(at.member) * topology.member_size + at.member_rank)
-        guard.admit(members)
-    present = members or launched_members
+        supervisor = Supervisor(settings, generation, members=generation.members, name=name, environ=environ)
+        store, quorum = _rejoin(generation, at, topology, supervisor)
+        present, change = quorum.members, _membership_change(generation, quorum)
+        # The grid has no gaps: members are numbered anew from 0, in the order of their launched numbers.
+        topology = replace(topology, population_size=len(present))
+        at = topology.coordinates(present.index(at.member) * topology.member_size + at.member_rank)
+        supervisor.set_members(present)
 
     def name_of(rank: int) -> str:
         member, member_rank = divmod(rank, topology.member_size)
         return f"rank {member_rank} of member {present[member]}"
 
-    guard.watch(store, rank=at.rank, size=topology.world_size, name=name_of)
-    return Entry(store, topology, at, guard, loss)
+    supervisor.watch(store, rank=at.rank, size=topology.world_size, name=name_of)
+    return Entry(store, topology, at, supervisor, change)
 
 
-def _come_back(generation: Generation, at: Coordinates, topology: Topology, guard: Guard) -> tuple[Store, Quorum]:
-    settings = guard.settings
+def _rejoin(
+    generation: Generation, at: Coordinates, topology: Topology, supervisor: Supervisor
+) -> tuple[Store, Quorum]:
+    settings = supervisor.settings
     rendezvous = Rendezvous(
         generation,
         member=at.member,
@@ -113,11 +119,11 @@ def _come_back(generation: Generation, at: Coordinates, topology: Topology, guar
         min_members=settings.min_members or 1,
         rejoin_s=settings.rejoin_s,
     )
-    with guard.within(rendezvous.patience_s, f"the rendezvous of generation {generation.number}"):
+    with supervisor.within(rendezvous.longest_s, f"the rendezvous of generation {generation.number}"):
         return rendezvous.attend()
 
 
-def _loss(generation: Generation, quorum: Quorum) -> MembershipChange:
+def _membership_change(generation: Generation, quorum: Quorum) -> MembershipChange:
     return MembershipChange(
         generation.number,
         quorum.missing,

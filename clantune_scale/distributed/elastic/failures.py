@@ -1,4 +1,4 @@
-"""Which errors the clan can start again from: another process is gone, or a state did not arrive whole."""
+"""Which errors the clan can restart from: another process is gone, or a transferred state is inconsistent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from clantune_scale.errors import TransferError
 
-# Gloo's errors are plain RuntimeErrors. Most name the place in its source: [.../gloo/transport/tcp/pair.cc:553].
+# Gloo's errors are plain RuntimeErrors. Most name a line of its source: [.../gloo/transport/tcp/pair.cc:553].
 _GLOO = re.compile(
     r"\[\S*gloo/[\w./]+\.(?:cc|h):\d+\]|^Application timeout caused pair closure|^Gloo connectFullMesh failed"
     r"|failed to pass monitoredBarrier"
@@ -16,25 +16,25 @@ _GLOO = re.compile(
 
 
 def peer_failure(error: BaseException) -> BaseException | None:
-    """The failure of a collective, a message, the store or a transfer that ``error`` is; None for something else.
+    """The failure of a collective, a message, the store or a transfer behind ``error``; None for any other error.
 
-    A transfer that failed is known to all ranks of the clan at once, and a torn member is whole again from the last
-    committed round, as all others then are.
+    A failed transfer is raised on all ranks of the clan at once. The last committed round restores the inconsistent
+    member together with all others.
 
-    Errors that a user's code raised are something else, whatever caused them: who wraps an error wants to be the one
-    to say how the process ends.
+    An error that the user's code raised returns None, whatever its cause: code that wraps an error decides itself how
+    the process ends.
     """
     if isinstance(error, dist.DistError | TransferError):
         return error
     if type(error) is RuntimeError:
         return error if _GLOO.search(str(error)) else None
-    # Torch's logger of failed collectives asks for the group's backend, which it knows of the world's groups alone,
-    # and so fails itself.
+    # Torch's logger of failed collectives asks for the group's backend. It knows the groups of the world only, so it
+    # fails itself, and the real error is the context of its own.
     is_loggers = type(error) is ValueError and "is not initialized in the world group map" in str(error)
     return peer_failure(error.__context__) if is_loggers and error.__context__ is not None else None
 
 
-def in_short(error: BaseException, limit: int = 300) -> str:
-    """An error in one line."""
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's type and text in one line of at most ``limit`` characters."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""What a process that starts itself again remembers."""
+"""What a process hands over to itself when it restarts."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import json
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 
-from clantune_scale.distributed.rendezvous import AGENT_VARIABLES, LAUNCH_VARIABLES, Address
+from clantune_scale.distributed.bootstrap import AGENT_VARIABLES, LAUNCH_VARIABLES, Address
 
-VARIABLE = "CLANTUNE_EPOCH"
+VARIABLE = "CLANTUNE_GENERATION"
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The epoch that begins, and how the one before ended. Members have the numbers that they were launched with.
+    """The generation that begins, and how the one before ended. Members have the numbers that they were launched with.
 
     Attributes:
         number: 0 is the launch.
-        members: of the epoch before: those that may come.
-        addresses: where the store of each of these members was; the clan's is on one of them now.
-        launch: the launcher's variables, which joining rewrites; None for one that was not set.
-        launch_id: the same for all processes of a launch, and for no two launches.
-        run_dir: the run's folder; None where none was opened yet.
+        members: of the generation before. These may take part.
+        addresses: the address of each of these members' stores. The clan's new store is at one of them.
+        launch: the launcher's variables, which joining rewrites; None for a variable that was not set.
+        launch_id: equal on all processes of a launch, and different for each launch.
+        run_dir: the run's folder; None if no run was opened yet.
         failure: what this process saw of the failure.
-        failed_at: when, in seconds of the epoch of time.
-        num_idle: epochs in a row before this one that lost nobody and came to no further round.
-        newest: the last committed round when this epoch began.
+        failed_at: when it saw it, in Unix seconds.
+        num_idle: consecutive generations before this one that lost no member and committed no round.
+        newest: the last committed round when this generation began.
     """
 
     number: int = 0
@@ -41,7 +41,7 @@ class Generation:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Generation:
-        """The epoch that this process is to join; 0 where nobody restarted it."""
+        """The generation that this process joins; number 0 if the process was not restarted."""
         if VARIABLE not in environ:
             return cls(launch={name: environ.get(name) for name in LAUNCH_VARIABLES + AGENT_VARIABLES})
         found = json.loads(environ[VARIABLE])
@@ -49,7 +49,7 @@ class Generation:
         return cls(**{**found, "members": tuple(found["members"])})
 
     def write(self, environ: MutableMapping[str, str]) -> None:
-        """Puts it, and the launcher's variables, into the environment that the next start finds."""
+        """Writes this generation and the launcher's variables into the environment of the restarted process."""
         environ[VARIABLE] = json.dumps(asdict(self))
         for name, value in (self.launch or {}).items():
             if value is None:

@@ -1,8 +1,8 @@
-"""Signs of life: each rank tells the clan's store that it lives, and looks whether the next rank does.
+"""Heartbeats: each rank counts up a key in the clan's store, and checks that the next rank counts up its own.
 
-A collective notices a dead peer where its transport does: gloo at once, NCCL perhaps never. This notices it
-whatever training waits in, at two small questions per rank and beat, and spreads the word: who sees a failure first
-writes it down, and all others leave within a beat.
+A collective notices a dead peer only if its transport does: gloo at once, NCCL perhaps never. The heartbeat notices it
+whatever training waits for, with three small requests per rank and beat. The first rank that sees a failure writes it
+into the store, and all others leave within one beat.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _FAILED = "failed"
 
 
 class Heartbeat:
-    """Two threads: one talks to the store, and one watches that the store answers it.
+    """Two threads: one sends requests to the store, and the other checks that the store answers.
 
-    Silence is counted in beats of this process and not by the clock: one that was itself suspended has not seen
-    the others be silent.
+    Silence is counted in beats of this process and not by the clock. A process that was suspended itself has not
+    observed the others during that time.
 
     Args:
-        store: a connection of its own; a call on one that another thread waits on would wait as well.
-        rank, size: this rank and how many there are; it watches the next one, the last watches the first.
-        name: a rank's number to what messages call it.
-        silence_s: seconds without a sign after which a rank, or the store, counts as gone.
+        store: a connection of its own. A call on a shared connection would block behind a waiting thread.
+        rank, size: this rank and the number of ranks. A rank watches the next one, and the last rank watches the first.
+        name: maps a rank's number to its name in messages.
+        silence_s: seconds without a heartbeat after which a rank, or the store, counts as gone.
         on_failure: called once, on one of the threads, with what happened.
     """
 
@@ -49,24 +49,29 @@ class Heartbeat:
             threading.Thread(target=work, name=f"clantune{work.__name__}", daemon=True).start()
 
     def stop(self) -> None:
-        """No further beat, and no word to ``on_failure``."""
+        """Stops both threads. ``on_failure`` is not called after this."""
         self._is_over.set()
 
     def tell(self, reason: str) -> str:
-        """Writes a failure down for the others; what the first to see one wrote, which may be somebody else."""
+        """Writes a failure into the store for the other ranks.
+
+        Returns:
+            The first failure that was written, which can be another rank's.
+        """
         return self._store.compare_set(_FAILED, "", reason).decode()
 
     def _beat(self) -> None:
         last, same = -1, 0
         while not self._is_over.is_set():
             try:
-                self._store.add(f"pulse/{self._rank}", 1)
-                seen = self._store.add(f"pulse/{self._next}", 0)
+                self._store.add(f"heartbeat/{self._rank}", 1)
+                seen = self._store.add(f"heartbeat/{self._next}", 0)
                 failure = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else None
             except DistError as error:
                 self._fail(f"the clan's store is gone ({str(error).splitlines()[0]})")
                 return
             self._unanswered = 0
+            # Adding 0 reads the counter. It stays the same between two beats if the next rank is silent.
             last, same = seen, same + 1 if seen == last else 0
             if failure is None and same * self._beat_s > self._silence_s:
                 failure = self.tell(f"{self._name(self._next)} gave no sign of life for {self._silence_s:g} s")
@@ -76,6 +81,7 @@ class Heartbeat:
             self._is_over.wait(self._beat_s)
 
     def _watch(self) -> None:
+        # A call on a store whose host is frozen does not return, so another thread has to notice it.
         while not self._is_over.wait(self._beat_s):
             self._unanswered += 1
             if self._unanswered * self._beat_s > self._silence_s:
@@ -83,5 +89,6 @@ class Heartbeat:
                 return
 
     def _fail(self, reason: str) -> None:
+        # The lock is never released: only the first of the two threads reports.
         if self._once.acquire(blocking=False) and not self._is_over.is_set():
             self._on_failure(reason)

@@ -1,4 +1,4 @@
-"""What the clan knows of members that die: the one object that starts a process again, or lets it end."""
+"""The supervisor of one process: after a failure elsewhere it restarts the process, or lets it end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from torch.distributed import Store
 
 from clantune_scale.checkpoint import manifest
-from clantune_scale.distributed.elastic.failures import in_short, peer_failure
+from clantune_scale.distributed.bootstrap import Address
+from clantune_scale.distributed.elastic.failures import one_line, peer_failure
 from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 from clantune_scale.distributed.elastic.quorum import resume_remedy, within
-from clantune_scale.distributed.elastic.restart import start_again
-from clantune_scale.distributed.rendezvous import Address
+from clantune_scale.distributed.elastic.restart import restart_process
+from clantune_scale.distributed.store import own_connection
 
 if TYPE_CHECKING:
     from clantune_scale.config.schema import FaultsConfig
@@ -31,27 +32,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESUME = "CLANTUNE_RESUME"
-#: Epochs in a row that lost nobody and came to no further round: what fails then would fail again.
+#: Consecutive generations that lost no member and committed no round. The same failure would come again.
 _MOST_IDLE = 3
 _FLUSH_S = 15.0
 
 
-class Guard:
-    """Stands between a failed collective and the end of the process.
+class Supervisor:
+    """Restarts this process when another one fails.
 
-    It does nothing where ``faults.min_members`` is null, but say how the run goes on.
+    If ``faults.min_members`` is null, it only prints how to resume the run.
 
     Args:
-        settings: the block's ``faults`` part.
-        epoch: that this process is in.
-        members: that were launched, or were in the epoch before; :meth:`admit` tells who is in this one.
-        name: what this process calls itself in messages.
-        environ: the environment of the next start.
+        settings: the block's ``faults`` section.
+        generation: the one that this process is in.
+        members: that were launched, or were in the generation before. :meth:`set_members` names the present ones.
+        name: of this process in messages.
+        environ: the environment of the restarted process.
 
     Attributes:
-        settings, epoch: as given.
-        run_dir: the run's folder, when it is known.
-        before_restart: what is to be done before this process starts again, such as sending what is queued.
+        settings, generation: as given.
+        run_dir: the run's folder; None until it is known.
+        before_restart: is called before this process restarts, for example to send queued events.
     """
 
     def __init__(
@@ -77,14 +78,20 @@ class Guard:
         sys.excepthook = self._on_exception
 
     def watch(self, store: Store, *, rank: int, size: int, name: Callable[[int], str]) -> None:
-        """Begins to watch the others, where members may die."""
+        """Starts to watch the other ranks, if members may die.
+
+        Args:
+            store: the clan's.
+            rank, size: this rank and the number of ranks.
+            name: maps a rank's number to its name in messages.
+        """
         if self._is_armed and size > 1:
-            # Torch's watchdog would end the process when a collective of NCCL's takes too long: it is to end the
-            # collective alone, whose error then comes here.
+            # By default torch's watchdog ends the process when an NCCL collective times out. With 2 it ends only the
+            # collective, and the error reaches the exception hook.
             self._environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             self._store, self._size = store, size
             self._heartbeat = Heartbeat(
-                store.clone(),
+                own_connection(store),
                 rank=rank,
                 size=size,
                 name=name,
@@ -92,17 +99,17 @@ class Guard:
                 on_failure=self._on_failure,
             )
 
-    def admit(self, members: tuple[int, ...]) -> None:
-        """The epoch has begun, with these members."""
+    def set_members(self, members: tuple[int, ...]) -> None:
+        """Names the members of this generation, by the numbers that they were launched with."""
         self._members = members
 
-    def know(self, addresses: tuple[Address, ...]) -> None:
-        """The members have stores, and these are their addresses."""
+    def set_addresses(self, addresses: tuple[Address, ...]) -> None:
+        """Names the addresses of the members' stores, at which survivors look for the next generation's store."""
         self._addresses = addresses
 
     @contextmanager
     def within(self, seconds: float, what: str) -> Iterator[None]:
-        """Inside, this process starts again when it takes longer: calls on a frozen host's store do not return."""
+        """Restarts this process if the body takes longer. A call on the store of a frozen host does not return."""
         timer = threading.Timer(seconds, self._on_failure, [f"{what} took more than {seconds:g} s"])
         timer.daemon = True
         timer.start()
@@ -111,17 +118,17 @@ class Guard:
         finally:
             timer.cancel()
 
-    def come_first(self) -> None:
-        """Looks at an error before the hooks do that were set since: they would end the run."""
+    def precede_other_hooks(self) -> None:
+        """Handles an error before exception hooks that were set later. They would end the run first."""
         self._second = sys.excepthook
         sys.excepthook = self._before_others
 
-    def stand_down(self) -> None:
-        """From now on a failure ends this process: it is about to end anyway."""
+    def withdraw(self) -> None:
+        """Stops handling failures: the next one ends this process."""
         self._is_armed = False
 
     def leave(self) -> None:
-        """The run is over for this rank: waits, not for ever, until it is for all, because one serves the store."""
+        """Ends the run on this rank. It waits until all ranks have ended, because one of them serves the store."""
         self._is_armed = False
         if self._heartbeat is None:
             return
@@ -139,22 +146,22 @@ class Guard:
     def _before_others(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = peer_failure(error)
         if self._is_armed and failure is not None:
-            self._restart(in_short(failure))
+            self._restart(one_line(failure))
         self._second(kind, error, trace)
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = peer_failure(error)
         if failure is not None:
             if self._is_armed:
-                self._restart(in_short(failure))
+                self._restart(one_line(failure))
             if self.settings.min_members is None:
                 logger.error("clan: a member is lost. %s", resume_remedy(self._resumable()))
-        # What ends this process is its own affair, and its member's.
+        # This process ends by its own error. The others see that it is gone.
         self._is_armed, self._has_failed = False, True
         self._previous(kind, error, trace)
 
     def _on_failure(self, reason: str) -> None:
-        """On a thread: nobody is there to whom an error could go."""
+        """Restarts this process from a background thread, where nothing else would handle an error."""
         if not self._is_armed:
             return
         try:
@@ -164,9 +171,10 @@ class Guard:
             os._exit(1)
 
     def _restart(self, reason: str) -> None:
-        """Starts this process again; a second thread that comes here waits for the end."""
+        """Restarts this process."""
+        # Never released: a second thread that comes here waits until the process is replaced.
         self._lock.acquire()
-        # The first to see a failure has the best reason: what the others see is its leaving.
+        # The first rank that sees a failure has the best reason. The others may only see that this rank left.
         reason = f"{self._name}: {reason}"
         if self._heartbeat is not None:
             heartbeat, own = self._heartbeat, reason
@@ -176,8 +184,8 @@ class Guard:
             within(_FLUSH_S, action)
         if following.num_idle > _MOST_IDLE:
             logger.error(
-                "clan: %d generations in a row began with all members and failed before a further round was committed: "
-                "no member's death is the reason. It is: %s. %s",
+                "clan: %d generations in a row began with all members and failed before a round was committed. The "
+                "death of a member is not the cause. The cause is: %s. %s",
                 following.num_idle,
                 reason,
                 resume_remedy(self._resumable()),
@@ -191,10 +199,10 @@ class Guard:
             reason,
         )
         following.write(self._environ)
-        start_again(self._environ)
+        restart_process(self._environ)
 
     def _following(self, reason: str) -> Generation:
-        """The epoch after this one, with what it goes on from in the environment."""
+        """The generation after this one. It also writes the run to resume into the environment."""
         run_dir = self._resumable()
         newest = None
         if run_dir is not None:
@@ -217,7 +225,7 @@ class Guard:
         )
 
     def _resumable(self) -> str | None:
-        """The run's folder, if there is a committed round in it."""
+        """The run's folder, if it holds a committed round."""
         if self.run_dir is None or not manifest.committed(self.run_dir / manifest.FOLDER):
             return None
         return str(self.run_dir)

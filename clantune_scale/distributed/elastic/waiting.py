@@ -1,4 +1,4 @@
-"""Waiting for ranks that may take long, and not for those that have died."""
+"""Waiting for ranks that may be slow, without waiting for ranks that have died."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 from clantune_scale.distributed.elastic.quorum import resume_remedy
+from clantune_scale.distributed.store import own_connection
 from clantune_scale.errors import ClanError
 
 if TYPE_CHECKING:
@@ -16,28 +17,30 @@ if TYPE_CHECKING:
 
     from clantune_scale.distributed.world import ClanWorld
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 
 
 @contextmanager
-def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iterator[Callable[[str], None]]:
-    """Inside, ranks tell each other that they live, however long one of them works; all ranks of the clan enter.
+def wait_while_ranks_live(
+    world: ClanWorld, *, silence_s: float, run_dir: Path | None
+) -> Iterator[Callable[[str], None]]:
+    """Keeps a heartbeat between all ranks while some of them wait for another. All ranks of the clan enter.
 
-    Where members may die, the guard watches already, and starts a rank again that waits in vain.
+    If members may die, the supervisor keeps a heartbeat already, and restarts a rank that waits for a dead one.
 
     Args:
         world: the clan's.
-        silence_s: seconds without a sign of life after which a rank counts as dead.
-        run_dir: of the run, for what is said of a resume.
+        silence_s: seconds without a heartbeat after which a rank counts as dead.
+        run_dir: the run's folder, for the message about a resume; None if there is none.
 
     Yields:
-        ``wait(key)``: waits until the key is in the clan's store; raises ClanError when a rank has died.
+        ``wait(key)``: waits until the key is in the clan's store. It raises ClanError if a rank has died.
     """
     failures: list[str] = []
     heartbeat = None
     if not world.may_lose_members and world.topology.world_size > 1:
         heartbeat = Heartbeat(
-            world.store.clone(),
+            own_connection(world.store),
             rank=world.at.rank,
             size=world.topology.world_size,
             name=lambda rank: (
@@ -52,7 +55,7 @@ def patient(world: ClanWorld, *, silence_s: float, run_dir: Path | None) -> Iter
             if failures:
                 remedy = resume_remedy(None if run_dir is None else str(run_dir))
                 raise ClanError(f"{failures[0]}, while the others waited for it. {remedy}")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     try:
         yield wait

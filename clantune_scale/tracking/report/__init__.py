@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from clantune_scale.core.extras import require
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.events import iter_events
 from clantune_scale.tracking.report.canvas import Drawing, render
@@ -34,8 +35,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         Path of the page.
 
     Raises:
-        ClanError: if there is no events file in it, or no round was finished.
+        ClanError: if there is no events file in it, no round was finished, or matplotlib is not installed.
     """
+    require("matplotlib", needed_by="the report")
     folder = Path(run_dir)
     events = folder / "events.jsonl"
     if not events.is_file():

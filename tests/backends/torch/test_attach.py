@@ -122,6 +122,23 @@ def test_what_a_clan_cannot_run_under_is_refused(tmp_path):
             assert message in said[name], name
 
 
+def _default_genes(rank: int, directory: str, kind: str, decay: float) -> list[str]:
+    block = _block(directory, total_steps=10)
+    clantune_scale.join(block)
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(Net())
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=RATE, weight_decay=decay)
+    clan = _attach(model, optimizer, block, num_samples=1000)
+    clan.finish()
+    return [gene.name for gene in clan.genes]
+
+
+@pytest.mark.parametrize(("kind", "decay", "num_genes"), [("AdamW", 0.1, 2), ("AdamW", 0.0, 1), ("SGD", 0.1, 1)])
+def test_weight_decay_is_tuned_by_default_only_of_adamw_with_some(kind, decay, num_genes, tmp_path):
+    for genes in run_ranks(2, in_member_worlds, _default_genes, str(tmp_path), kind, decay):
+        assert genes == ["lr", "weight_decay"][:num_genes]
+
+
 def _too_late(rank: int, directory: str) -> str:
     dist.init_process_group("gloo")
     try:

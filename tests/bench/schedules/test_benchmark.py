@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from clantune_scale.bench.batched import Settings
 from clantune_scale.bench.schedules.__main__ import main
 from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, run
 from clantune_scale.bench.schedules.methods import FIXED, Method, named, read_variants
 from clantune_scale.bench.schedules.oracle import GRID_SEEDS, oracle_of
+from clantune_scale.bench.schedules.problem import Start
 from clantune_scale.bench.schedules.suite import load
 from clantune_scale.bench.schedules.trial import run_trial
 from clantune_scale.errors import ConfigError
@@ -59,15 +61,37 @@ def test_a_strategy_starts_its_absolute_genes_at_what_the_run_is_configured_with
     assert method.build(unknown, TINY.settings, 0).facts.total_steps is None
 
 
+ADAMW = Settings("adamw", weight_decay=0.1)
+
+
 def test_a_problem_adds_its_genes_to_the_default_ones_of_its_data():
     once, twice = TINY.variant("once", num_samples=320), TINY.variant("twice", num_samples=319)
-    assert (once.genes_of("clan"), twice.genes_of("clan")) == (("lr", "weight_decay"), ("lr",))
-    assert once.genes_of("hdet") == ("lr",)
+    assert (once.genes_of("clan", ADAMW), twice.genes_of("clan", ADAMW)) == (("lr", "weight_decay"), ("lr",))
+    assert once.genes_of("hdet", ADAMW) == ("lr",)
     own = once.variant("own", extra_genes=("clip", "weight_decay"))
-    assert own.genes_of("clan") == ("lr", "weight_decay", "clip")
-    assert own.genes_of("pbt") == ("lr", "clip", "weight_decay")
-    genes = Method("m", "clan").build(own, TINY.settings, 0).facts.genes
+    assert own.genes_of("clan", ADAMW) == ("lr", "weight_decay", "clip")
+    assert own.genes_of("pbt", ADAMW) == ("lr", "clip", "weight_decay")
+    genes = Method("m", "clan").build(own, ADAMW, 0).facts.genes
     assert [gene.name for gene in genes] == ["lr", "weight_decay", "clip"]
+
+
+def test_weight_decay_is_no_gene_of_another_optimizer_or_of_a_run_without_any():
+    once = TINY.variant("once", num_samples=320)
+    own = once.variant("own", extra_genes=("weight_decay",))
+    assert once.genes_of("clan", Settings("sgd", weight_decay=0.1)) == ("lr",)
+    assert own.genes_of("clan", Settings("sgd", weight_decay=0.1)) == ("lr", "weight_decay")
+    for problem in (once, own):
+        assert problem.genes_of("clan", Settings("adamw")) == ("lr",)
+
+
+def test_starts_with_other_genes_run_apart_and_come_back_in_order():
+    starts = (Start("none", 1.0), Start("some", 1.0, {"weight_decay": 0.5}), Start("none again", 1.0))
+    problem = TINY.variant("mixed", settings=Settings("adamw"), starts=starts)
+    method = Method("clan", "clan", population_size=4, round_length_steps=5)
+    trial = run_trial(method, problem, rates=[0.03, 0.03, 0.03], seeds=[0, 1])
+    alone = run_trial(method, problem.variant("one", starts=starts[1:2]), rates=[0.03], seeds=[0, 1])
+    assert [run.loss for run in trial.runs[1]] == pytest.approx([run.loss for run in alone.runs[0]], rel=1e-5)
+    assert trial.runs[0] == trial.runs[2] and trial.runs[0] != trial.runs[1]
 
 
 def test_the_rates_of_a_run_are_those_under_the_decay():

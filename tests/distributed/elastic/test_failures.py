@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from clantune_scale.distributed.elastic.failures import in_short, peer_failure
+from clantune_scale.distributed.elastic.failures import one_line, peer_failure
 from clantune_scale.errors import TopologyError, TransferError
 
 # As gloo of torch 2.13 says it; in this order: a peer was killed, stopped, used after that, absent at the start.
@@ -84,5 +84,5 @@ def test_what_torchs_logger_hides_is_found():
 
 
 def test_one_line_is_told():
-    assert in_short(RuntimeError("a\n  b")) == "RuntimeError: a b"
-    assert len(in_short(RuntimeError("x" * 999))) == 300
+    assert one_line(RuntimeError("a\n  b")) == "RuntimeError: a b"
+    assert len(one_line(RuntimeError("x" * 999))) == 300

@@ -29,7 +29,7 @@ class Listener:
         self.heard.set()
 
 
-def pulses(served, size, silence_s=1.0):
+def heartbeats(served, size, silence_s=1.0):
     listeners = [Listener() for _ in range(size)]
     made = [
         Heartbeat(
@@ -46,7 +46,7 @@ def pulses(served, size, silence_s=1.0):
 
 
 def test_who_falls_silent_is_missed_and_all_hear_of_it(served):
-    made, listeners = pulses(served, 3)
+    made, listeners = heartbeats(served, 3)
     time.sleep(1.5)
     assert not any(listener.reasons for listener in listeners)
     made[1].stop()
@@ -57,7 +57,7 @@ def test_who_falls_silent_is_missed_and_all_hear_of_it(served):
 
 
 def test_what_was_seen_first_is_what_all_hear(served):
-    made, listeners = pulses(served, 3, silence_s=10.0)
+    made, listeners = heartbeats(served, 3, silence_s=10.0)
     assert made[0].tell("the first") == "the first"
     assert made[1].tell("the second") == "the first"
     for listener in listeners:
@@ -67,7 +67,7 @@ def test_what_was_seen_first_is_what_all_hear(served):
 def test_a_store_that_is_gone_is_a_failure():
     process, port = _serve(multiprocessing.get_context("spawn"))
     client = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-    _, (listener,) = pulses(client, 1)
+    _, (listener,) = heartbeats(client, 1)
     process.kill()
     assert listener.heard.wait(10) and "the clan's store is gone" in listener.reasons[0]
 
@@ -75,7 +75,7 @@ def test_a_store_that_is_gone_is_a_failure():
 def test_a_store_whose_host_is_frozen_is_a_failure():
     process, port = _serve(multiprocessing.get_context("spawn"))
     client = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-    _, (listener,) = pulses(client, 1)
+    _, (listener,) = heartbeats(client, 1)
     os.kill(process.pid, signal.SIGSTOP)
     try:
         assert listener.heard.wait(10)

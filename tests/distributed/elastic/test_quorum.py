@@ -1,4 +1,4 @@
-"""Who comes to an epoch, with threads in place of processes."""
+"""The rendezvous of a generation, with threads in place of processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def generation(size, *, number=1, run_dir=None):
 
 
 def attend(ranks, began, *, member_size=1, min_members=1, rejoin_s=1.0):
-    """What each (member, member rank, seconds late) got: its roster, or the error's text."""
+    """What each (member, member rank, seconds late) got: its quorum, or the error's text."""
 
     def come(place):
         member, member_rank, late_s = place
@@ -81,7 +81,7 @@ def test_another_member_serves_where_the_first_is_dead():
     assert found == [Quorum((1, 2), {0: "none of its ranks came"})] * 2
 
 
-def test_who_comes_when_the_roster_is_closed_is_told():
+def test_who_comes_after_the_quorum_is_closed_is_told():
     found = attend([(0, 0, 0), (1, 0, 2.5)], generation(2), rejoin_s=1.0)
     assert found[0] == Quorum((0,), {1: "none of its ranks came"})
     assert found[1].startswith("generation 1 began without member 1: none of its ranks came")
@@ -91,7 +91,7 @@ def test_with_too_few_the_run_stops_and_says_how_it_goes_on(tmp_path):
     found = attend([(0, 0, 0), (2, 0, 0)], generation(3, run_dir=str(tmp_path)), min_members=3)
     assert found[0] == found[1]
     assert found[0].startswith(
-        "2 members are left and clantune.faults.min_members is 3 (member 1: none of its ranks came; first seen: "
+        "2 members are left and clantune.faults.min_members is 3 (member 1: none of its ranks came; first failure: "
         "rank 0 of member 1 was silent). Launch again"
     )
     assert f"CLANTUNE_RESUME={tmp_path}" in found[0]
@@ -106,13 +106,13 @@ def test_of_two_halves_one_goes_on(tmp_path):
     assert first == [Quorum((0, 1), {2: "none of its ranks came", 3: "none of its ranks came"})] * 2
     assert second[0] == second[1] and "generation 1 was begun by members [0, 1]" in second[0]
     assert "members [2, 3] cannot reach them" in second[0]
-    # The next launch of the run has epochs of its own.
+    # The next launch of the run has generations of its own.
     assert attend([(0, 0, 0)], Generation(1, (0,), generation(1).addresses, launch_id="other", run_dir=str(tmp_path)))[
         0
     ] == (Quorum((0,)))
 
 
-def test_a_server_of_another_epoch_is_not_taken():
+def test_a_server_of_another_generation_is_not_taken():
     began = generation(1, number=7)
     held = []
     served = threading.Thread(
@@ -122,12 +122,12 @@ def test_a_server_of_another_epoch_is_not_taken():
     )
     served.start()
     served.join()
-    assert quorum.look(began.addresses[0], 7) is not None
-    assert quorum.look(began.addresses[0], 8) is None
-    assert quorum.look(("127.0.0.1", free_port()), 7) is None
+    assert quorum.probe(began.addresses[0], 7) is not None
+    assert quorum.probe(began.addresses[0], 8) is None
+    assert quorum.probe(("127.0.0.1", free_port()), 7) is None
 
 
 def test_nobody_serves(monkeypatch):
-    monkeypatch.setattr(quorum, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(quorum, "_MARGIN_S", 0.5)
     (found,) = attend([(0, 1, 0)], generation(1), member_size=2, rejoin_s=0.2)
-    assert found.startswith("nobody serves the store of generation 1: members [0] were asked at ['127.0.0.1:")
+    assert found.startswith("nobody serves the store of generation 1: members [0] were probed at ['127.0.0.1:")

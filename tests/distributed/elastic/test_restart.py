@@ -18,7 +18,7 @@ print(json.dumps({
 }), flush=True)
 if os.environ.get("LIFE"):
     sys.exit(3)
-from clantune_scale.distributed.elastic.restart import start_again
+from clantune_scale.distributed.elastic.restart import restart_process
 import multiprocessing
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,), daemon=True)
 worker.start()
@@ -28,7 +28,7 @@ for one in opened:
     os.set_inheritable(one.fileno(), True)
 os.chdir("/")
 os.environ["LIFE"] = "2"
-start_again()
+restart_process()
 """
 
 

@@ -1,4 +1,4 @@
-"""What leads to another start, and what ends the process."""
+"""What restarts a process, and what ends it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from clantune_scale.checkpoint import manifest
 from clantune_scale.config.schema import FaultsConfig
 from clantune_scale.distributed.elastic import supervisor
 from clantune_scale.distributed.elastic.generation import VARIABLE, Generation
-from clantune_scale.distributed.elastic.supervisor import Guard
+from clantune_scale.distributed.elastic.supervisor import Supervisor
 
 GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 
 
 class Again(BaseException):
-    """In place of another start."""
+    """Raised in place of a restart."""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def again(monkeypatch):
     def start(environ):
         raise Again
 
-    monkeypatch.setattr(supervisor, "start_again", start)
+    monkeypatch.setattr(supervisor, "restart_process", start)
     ended = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: ended.append(error))
     return ended
@@ -32,15 +32,15 @@ def again(monkeypatch):
 
 def guarded(run_dir=None, *, generation=None, min_members=2):
     environ = {"RANK": "0", "CLANTUNE_RESUME": "before"}
-    made = Guard(
+    made = Supervisor(
         FaultsConfig(min_members=min_members),
         generation or Generation(launch={"RANK": "5"}),
         members=(0, 1, 2, 3),
         name="rank 1 of member 2",
         environ=environ,
     )
-    made.admit((0, 2, 3))
-    made.know((("node0", 1), ("node2", 2), ("node3", 3)))
+    made.set_members((0, 2, 3))
+    made.set_addresses((("node0", 1), ("node2", 2), ("node3", 3)))
     made.run_dir = run_dir
     return made, environ
 
@@ -53,7 +53,7 @@ def fail(error):
     sys.excepthook(type(error), error, None)
 
 
-def test_a_peers_failure_leads_to_the_next_epoch(tmp_path, again, caplog):
+def test_a_peers_failure_leads_to_the_next_generation(tmp_path, again, caplog):
     commit(tmp_path, "round-000003")
     _, environ = guarded(tmp_path)
     with pytest.raises(Again):
@@ -91,7 +91,7 @@ def test_where_members_may_not_die_the_end_says_how_the_run_goes_on(tmp_path, ag
     _, environ = guarded(tmp_path, min_members=None)
     fail(GONE)
     assert again == [GONE] and VARIABLE not in environ
-    assert f"a member is lost. Launch again, as before and with CLANTUNE_RESUME={tmp_path}" in caplog.text
+    assert f"a member is lost. Launch again with CLANTUNE_RESUME={tmp_path}" in caplog.text
 
 
 def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
@@ -103,7 +103,7 @@ def test_it_comes_before_hooks_that_were_set_since(tmp_path, again):
         below(kind, error, traceback)
 
     sys.excepthook = hook
-    made.come_first()
+    made.precede_other_hooks()
     with pytest.raises(Again):
         fail(GONE)
     assert seen == []
@@ -118,7 +118,7 @@ def test_a_users_error_passes_all_hooks_once(tmp_path, again):
         below(kind, error, traceback)
 
     sys.excepthook = hook
-    made.come_first()
+    made.precede_other_hooks()
     error = ValueError("of the user")
     fail(error)
     assert seen == [error] and again == [error]
@@ -133,7 +133,7 @@ def test_what_is_queued_is_sent_before(tmp_path, again):
     assert sent == [1]
 
 
-def test_epochs_that_come_no_further_are_the_last(tmp_path, again, monkeypatch, caplog):
+def test_generations_without_progress_are_the_last(tmp_path, again, monkeypatch, caplog):
     class Exit(BaseException):
         pass
 

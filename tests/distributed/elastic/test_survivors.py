@@ -41,7 +41,7 @@ def test_survivors_of_a_death_inside_a_phase_go_on_as_a_resumed_run(tmp_path):
     assert [rank.code for rank in ended] == [0, -9, 0], ended[0].text
     assert [rank.num_lives for rank in ended] == [2, 1, 2]
     (lost,) = jobs.events(tmp_path, "member_lost")
-    assert list(lost["members"]) == ["1"] and lost["left"] == [0, 2] and lost["epoch"] == 1
+    assert list(lost["members"]) == ["1"] and lost["left"] == [0, 2] and lost["generation"] == 1
     assert lost["step"] == 5 and lost["seconds"] > 0 and "member" in lost["reason"]
     assert jobs.events(tmp_path, "run_end")[-1]["status"] == "FINISHED"
     assert_alike(tmp_path, [0, 2], resumed(tmp_path, "round-000000", 2))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from clantune_scale.core.fitness import mean_and_error
 from clantune_scale.core.strategies.clan.least_squares import least_squares
 from clantune_scale.core.strategies.clan.perturbations import regressors
 
@@ -101,21 +102,12 @@ def _fits(u: np.ndarray, f: np.ndarray) -> list[_Fit]:
         columns = regressors(u, quadratic=quadratic)
         solutions = [least_squares(columns, batch) for batch in batches]
         if solutions[0]:
-            slopes = [_mean_and_error([s[1 + gene] for s in solutions]) for gene in range(num_genes)]
+            slopes = [mean_and_error([s[1 + gene] for s in solutions]) for gene in range(num_genes)]
             if not quadratic:
                 return [_Fit(*slope, math.nan, 0.0) for slope in slopes]
-            curvatures = [_mean_and_error([s[1 + num_genes + gene] for s in solutions]) for gene in range(num_genes)]
+            curvatures = [mean_and_error([s[1 + num_genes + gene] for s in solutions]) for gene in range(num_genes)]
             return [_Fit(*slope, *curvature) for slope, curvature in zip(slopes, curvatures, strict=True)]
     return [unknown] * num_genes
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 for one value), exactly rounded sums, so that all hosts agree."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return mean, 0.0
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 def _move(fit: _Fit, reach: float, max_change: float, *, is_rate: bool) -> Move:

@@ -32,9 +32,9 @@ class ClanOptions:
         caution: standard errors, over the validation batches, by which the parabola's curvature is raised before
             its minimum is sought, and against which slopes are weighed: what noise may have made moves
             nothing far. At least 0; 0 takes every fit as it is.
-        guard: share of the progress so far that may be lost in a round before the clan goes back to
-            its last good state; above 0. Short of a blow-up, it goes back twice at most before it makes
-            progress again: what lower rates do not mend was not the rates' fault.
+        guard: share of the progress so far, above 0, that may be lost in a round. A round that loses more, and more
+            than noise explains, has lost ground; after two in a row, or at once after a blow-up, the clan is rolled
+            back to its last good state (see :mod:`clantune_scale.core.strategies.clan.guard`).
         guard_divisor: what learning rates are divided by when it does; above 1.
         num_reports: rounds (evaluations) after the freeze, at least 1.
         trial_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
@@ -53,7 +53,7 @@ class ClanOptions:
     freeze_at: float = 0.4
     decay: Literal["linear", "none"] = "linear"
     caution: float = 1.0
-    guard: float = 0.025
+    guard: float = 0.1
     guard_divisor: float = 3.0
     num_reports: int = 10
     trial_cost: float = 0.08

@@ -20,6 +20,7 @@ from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.clan.centre import moved
+from clantune_scale.core.strategies.clan.guard import Guard, Verdict
 from clantune_scale.core.strategies.clan.lr_trial import FEWEST, is_trial_gene, outcome
 from clantune_scale.core.strategies.clan.overfitting import (
     MAX_RATE_FACTOR,
@@ -36,22 +37,20 @@ from clantune_scale.errors import EvaluationError
 #: A rise of a learning rate, in log units, at which the line search needs no race: it comes as fast by itself, and
 #: more gently. The minimum along the line is at most log 2 away where curvature is next to nothing.
 CLIMBING = 0.6
-#: Rounds in a row that lose ground before the clan goes back, while its loss is below the initial one. A single round
-#: may have lost it by chance, the more so the smaller the batch, and going back lowers rates for the rest of the run.
-LOST_IN_A_ROW = 2
-#: Times that the clan goes back before it makes progress again, while its loss is below the initial one: it has not
-#: blown up. Where that mends nothing, rates are not to blame (data that shift, a model that overfits), and going back
-#: for ever would stop the run.
-MAX_ROLLBACKS = 2
+#: Why a gene stays in a round that lost ground while training got on: every lower rate would look better in it.
+HELD = "training gets on"
 
 
 class ClanStrategy(Strategy):
     """Line search by a clan.
 
-    ``Population.memory`` holds ``centre`` (scale units, by gene), ``initial_loss``, ``best_loss`` by kind of round,
-    ``lost_rounds`` in a row, ``restores`` since the last progress, ``moves`` (the last change of each explored gene,
-    and why), ``snapshot_loss`` (when a round last kept its state), ``scale`` and ``overfits`` (see
-    :mod:`~clantune_scale.core.strategies.clan.overfitting`).
+    ``Population.memory`` holds:
+
+    - ``centre``: by gene, in scale units;
+    - ``guard``: see :class:`~clantune_scale.core.strategies.clan.guard.Guard`;
+    - ``moves``: the last change of each explored gene, and why;
+    - ``snapshot_loss``: the loss of the last rollback snapshot;
+    - ``scale`` and ``overfits``: see :mod:`~clantune_scale.core.strategies.clan.overfitting`.
     """
 
     Options = ClanOptions
@@ -88,11 +87,8 @@ class ClanStrategy(Strategy):
                 centre[gene.name] = gene.encode(max(gene.initial * self.options.start_factor, gene.bounds[0]))
         memory = {
             "centre": centre,
-            "initial_loss": loss,
-            "best_loss": {},
+            "guard": Guard.of(start).to_memory(),
             "moves": {},
-            "lost_rounds": 0,
-            "rollbacks": 0,
             "snapshot_loss": loss,
             "scale": None,
             "overfits": False,
@@ -108,22 +104,21 @@ class ClanStrategy(Strategy):
         next_plan = self.plan(plan.index + 1, plan.end_step)
         if not plan.explores:
             return self._last_word(population, next_plan, fitness)
-        memory, best, kind = population.memory, float(fitness.mean.min()), self._round_kind(plan)
-        is_lost = self._has_lost_ground(best, memory, kind)
-        memory = {**memory, "lost_rounds": memory["lost_rounds"] + 1 if is_lost else 0}
-        if is_lost and self._is_undone(memory, best):
+        memory, best = population.memory, float(fitness.mean.min())
+        verdict = self._judged(memory, plan, fitness)
+        memory = {**memory, "guard": verdict.guard.to_memory()}
+        if verdict.is_undone:
             return self._roll_back(memory, plan, next_plan, best)
         moves = self._moves(population, plan, fitness)
+        if not verdict.is_rates_fault:
+            moves = {name: Move(max(move.change, 0.0), HELD) for name, move in moves.items()}
         if memory["overfits"]:
             moves = regularized(moves, self.facts.genes)
-        reference = memory["best_loss"].get(kind, memory["initial_loss"])
         memory = {
             **memory,
             **self._seen_of_overfitting(memory, plan, fitness),
             "centre": moved(memory["centre"], {name: move.change for name, move in moves.items()}, self.facts.genes),
-            "best_loss": {**memory["best_loss"], kind: min(best, reference)},
-            "rollbacks": 0 if best < reference else memory["rollbacks"],
-            "snapshot_loss": memory["snapshot_loss"] if is_lost else best,
+            "snapshot_loss": memory["snapshot_loss"] if verdict.has_lost_ground else best,
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
         memory = self._reined_in(memory)
@@ -133,7 +128,12 @@ class ClanStrategy(Strategy):
         reasons = [f"takes member {donor}'s state"] * fitness.num_members
         reasons[donor] = "; ".join(["fittest", *said])
         donors = (donor,) * fitness.num_members
-        return Decision(self._population(memory, next_plan), donors, takes_snapshot=not is_lost, reasons=tuple(reasons))
+        return Decision(
+            self._population(memory, next_plan),
+            donors,
+            takes_snapshot=not verdict.has_lost_ground,
+            reasons=tuple(reasons),
+        )
 
     def idle(self, population: Population) -> Decision:
         """As for all, but what a clan that memorizes does after the freeze is not to go back to."""
@@ -153,11 +153,12 @@ class ClanStrategy(Strategy):
 
     def _seen_of_overfitting(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
         """What the round adds to memory about it; nothing where members trained apart, or no sample is seen twice."""
-        if self.facts.sees_samples_once or any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases):
+        if self.facts.sees_samples_once or _trains_apart(plan):
             return {}
         if memory["scale"] is None:
             return {"scale": scale_of(fitness)}
-        return {"overfits": OverfittingDetector(memory["initial_loss"], memory["scale"]).overfits(fitness)}
+        initial_loss = Guard.from_memory(memory["guard"]).initial_loss
+        return {"overfits": OverfittingDetector(initial_loss, memory["scale"]).overfits(fitness)}
 
     def _reined_in(self, memory: dict[str, Any]) -> dict[str, Any]:
         """Memory with the learning rates that a clan which memorizes may have: none far above the configured ones."""
@@ -165,15 +166,6 @@ class ClanStrategy(Strategy):
         for gene in self._learning_rates if memory["overfits"] else ():
             centre[gene.name] = min(centre[gene.name], gene.encode(min(MAX_RATE_FACTOR * gene.initial, gene.bounds[1])))
         return {**memory, "centre": centre}
-
-    @staticmethod
-    def _is_undone(memory: Mapping[str, Any], best: float) -> bool:
-        """Whether a round that lost ground is gone back from; not where data are learnt by heart, but for a blow-up."""
-        if best > memory["initial_loss"]:
-            return True
-        if memory["overfits"]:
-            return False
-        return memory["lost_rounds"] >= LOST_IN_A_ROW and memory["rollbacks"] < MAX_ROLLBACKS
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """Everyone around the centre, which is the clan's and no member's."""
@@ -211,15 +203,16 @@ class ClanStrategy(Strategy):
         move = outcome(trial.offsets, fitness.mean[leaders].tolist(), share=self.options.trial_share)
         return dict.fromkeys(plan.explores, move)
 
-    def _round_kind(self, plan: RoundPlan) -> str:
-        """Rounds are compared with their like: weights that competed have a noise floor of their own."""
-        return self.facts.gene(plan.explores[0]).kind
-
-    def _has_lost_ground(self, best: float, memory: Mapping[str, Any], kind: str) -> bool:
-        initial = memory["initial_loss"]
-        reference = memory["best_loss"].get(kind, initial)
-        tolerated = self.options.guard * max(0.0, initial - reference) + 1e-3 * abs(initial)
-        return best > reference + tolerated
+    def _judged(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> Verdict:
+        """What the guard says of a round; rounds whose members trained apart have no training loss of the clan."""
+        return Guard.from_memory(memory["guard"]).judge(
+            fitness,
+            # Weights that competed have a noise floor of their own.
+            kind=self.facts.gene(plan.explores[0]).kind,
+            share=self.options.guard,
+            training=None if _trains_apart(plan) else fitness.training_loss,
+            holds=memory["overfits"],
+        )
 
     def _roll_back(self, memory: Mapping[str, Any], plan: RoundPlan, next_plan: RoundPlan, best: float) -> Decision:
         """Restores the last good state and lowers every learning rate; no other gene moves."""
@@ -235,13 +228,7 @@ class ClanStrategy(Strategy):
                 f"round {plan.index}: no member's validation loss is finite, and there is no learning-rate gene above "
                 f"its lower bound to divide by {self.options.guard_divisor:g}. Start from a configuration that trains."
             )
-        memory = {
-            **memory,
-            "centre": centre,
-            "moves": moves,
-            "rollbacks": memory["rollbacks"] + 1,
-        }
-        population = self._population(memory, next_plan)
+        population = self._population({**memory, "centre": centre, "moves": moves}, next_plan)
         members = range(self.facts.population_size)
         rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"
         reason = f"restored: best loss {best:.4g} lost too much ground; {rates}"
@@ -270,6 +257,10 @@ class ClanStrategy(Strategy):
                     x = centre[name] + _perturbation_size(gene, at_centre[name]) * z[member, column]
                     own[name] = gene.decode(gene.reflect(x))
         return Population(tuple(Genome(own, steps) for own in values), memory)
+
+
+def _trains_apart(plan: RoundPlan) -> bool:
+    return any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases)
 
 
 def _perturbation_size(gene: Gene, value: float) -> float:

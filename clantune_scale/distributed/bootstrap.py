@@ -1,4 +1,4 @@
-"""The clan's store, and what ranks tell each other on it before they are members of anything."""
+"""The bootstrap store: how launched ranks find each other, and how each rank enters its member's world."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from clantune_scale.distributed.store import serve
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import DivergenceError, TopologyError
 
-#: What a launcher sets for every rank, and a member's world rewrites.
+#: A launcher sets these for every rank. Joining rewrites them to the member's world.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: What torchrun's agent sets beside them: with these, torch would take its store for the member's.
+#: torchrun's agent sets these too. With them, torch would use the agent's store as the member's.
 AGENT_VARIABLES = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")
 _MOST_SHOWN = 16
 
@@ -28,7 +28,12 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Launched:
-    """A process's place among all that were launched, by the launcher's variables."""
+    """This process's rank in the launcher's world, as the launcher's variables give it.
+
+    Attributes:
+        rank, world_size: in the launcher's world.
+        address, port: of rank 0.
+    """
 
     rank: int
     world_size: int
@@ -37,7 +42,11 @@ class Launched:
 
     @classmethod
     def read(cls, environ: MutableMapping[str, str]) -> Launched:
-        """Raises TopologyError if a variable is missing."""
+        """Reads the launcher's variables.
+
+        Raises:
+            TopologyError: if one of them is missing.
+        """
         missing = [name for name in LAUNCH_VARIABLES if name not in environ]
         if missing:
             raise TopologyError(
@@ -48,12 +57,18 @@ class Launched:
 
 
 def open_store(launched: Launched, port: int, timeout_s: float, environ: MutableMapping[str, str]) -> Store:
-    """The store that all ranks reach, once all ranks have arrived on it.
+    """The clan's store, after all ranks have arrived on it.
+
+    Args:
+        launched: this process's rank in the launcher's world.
+        port: where rank 0 serves the store.
+        timeout_s: how long to wait for ranks that have not arrived.
+        environ: where torchrun's variables are read.
 
     Raises:
-        TopologyError: if it cannot be reached, or ranks do not arrive in time (all missing ones are named).
+        TopologyError: if the store cannot be reached, or ranks do not arrive in time (the message names them).
     """
-    # Under torchrun the agent already serves a store at this address, and a second server would not bind.
+    # Under torchrun the agent already serves a store at this address, and a second server could not bind to it.
     is_agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     rank, world_size = launched.rank, launched.world_size
     try:
@@ -71,8 +86,8 @@ def open_store(launched: Launched, port: int, timeout_s: float, environ: Mutable
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"clan/{attempt}", tcp_store)
     store.set(f"arrived/{rank}", "")
-    # One key to wait for, set by whoever comes last: if every rank waited for every other's, the store's host
-    # would have to read the square of the number of ranks.
+    # The last rank to arrive sets one key that all ranks wait for. If every rank waited for every other rank's key, the
+    # store would serve a number of requests that is quadratic in the number of ranks.
     if store.add("arrived", 1) == world_size:
         store.set("arrived/all", "")
     arrivals = [f"arrived/{other}" for other in range(world_size)]
@@ -81,10 +96,17 @@ def open_store(launched: Launched, port: int, timeout_s: float, environ: Mutable
 
 
 def await_key(store: Store, key: str, parts: list[str], what: str, timeout_s: float) -> None:
-    """Waits until ``key`` is set; on the deadline names the ranks of those ``parts`` of it that are not.
+    """Waits until ``key`` is set.
+
+    Args:
+        store: the clan's.
+        key: one rank sets it when all ``parts`` are set.
+        parts: one key for each rank, which ends with its number.
+        what: what the ranks are, as in "4 ranks".
+        timeout_s: how long to wait.
 
     Raises:
-        TopologyError: on the deadline.
+        TopologyError: after ``timeout_s``; the message names the ranks whose part is not set.
     """
     try:
         store.wait([key], timedelta(seconds=timeout_s))
@@ -100,7 +122,7 @@ def await_key(store: Store, key: str, parts: list[str], what: str, timeout_s: fl
 
 
 def unset(store: Store, keys: list[str]) -> list[str]:
-    """Those of ``keys`` that are not set, by halves: few questions where few are missing."""
+    """Those of ``keys`` that are not set. Bisection needs few requests if few keys are missing."""
     if not keys or store.check(keys):
         return []
     if len(keys) == 1:
@@ -117,26 +139,26 @@ def enter_member(
     timeout_s: float,
     environ: MutableMapping[str, str],
 ) -> tuple[Store | None, tuple[Address, ...]]:
-    """Rewrites the launch variables to the member's.
+    """Rewrites the launcher's variables to the member's world.
 
     Args:
         store: the clan's.
-        topology, at: the grid and this rank's place in it.
-        towards: an address that all hosts reach: this host's own is that on the route to it.
-        timeout_s: to wait for the members' first ranks.
-        environ: where the variables are.
+        topology, at: the grid, and this rank's coordinates in it.
+        towards: an address that all hosts reach. This host announces its address on the route to it.
+        timeout_s: how long to wait for the members' first ranks.
+        environ: where the variables are rewritten.
 
     Returns:
-        The member's store on the rank that serves it, and by member where each one's is.
+        The member's store on the rank that serves it and None on the others, and the address of each member's store.
     """
     member_store = None
     if at.member_rank == 0:
-        # torch hosts its store in the same process "multi-tenant": it attaches to this one, so the port
-        # cannot be taken between the moment it is chosen and the moment it is used.
+        # The store is multi-tenant: when the script makes its own store in this process, torch attaches to this one.
+        # No other process can take the port between the moment it is chosen and the moment it is used.
         host = own_address(towards)
         member_store = serve(host, 0, timeout_s=timeout_s, multi_tenant=True)
         store.set(f"member/{at.member}", json.dumps([host, member_store.port]))
-        # Whoever comes last puts all addresses under one key, which is all that the others read.
+        # The last first rank collects all addresses under one key, and every rank reads that key only.
         if store.add("member", 1) == topology.population_size:
             keys = [f"member/{member}" for member in range(topology.population_size)]
             store.set("members", json.dumps([json.loads(address) for address in store.multi_get(keys)]))
@@ -153,26 +175,32 @@ def enter_member(
 
 
 def own_address(towards: str) -> str:
-    """The address of this host on the route to ``towards``: no packet is sent."""
+    """The address of this host on the route to ``towards``. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((towards, 9))
         return probe.getsockname()[0]
 
 
 def open_replica_group(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> ReplicaGroup:
-    """The control group of this rank's column, with every peer's identity checked.
+    """This rank's replica group over gloo, after the identity of every peer was checked.
+
+    Args:
+        store: the clan's.
+        topology, at: the grid, and this rank's coordinates in it.
+        timeout_s: of the group's collectives.
 
     Raises:
-        DivergenceError: if somebody else is in it.
+        DivergenceError: if a process that is not a peer is in the group.
     """
-    name = f"column/{at.member_rank}"
+    name = f"replica_group/{at.member_rank}"
     group = stand_alone_group(store, name, at.member, topology.population_size, device_type="cpu", timeout_s=timeout_s)
     replica_group = ReplicaGroup(group, at.member, topology.population_size)
     peers = replica_group.gather_json([at.member, at.member_rank, socket.gethostname(), os.getpid()])
     expected = [[member, at.member_rank] for member in range(topology.population_size)]
     if [peer[:2] for peer in peers] != expected or len({tuple(peer[2:]) for peer in peers}) != len(peers):
         raise DivergenceError(
-            f"column {at.member_rank} should hold one rank of each member, and holds (member, member rank, host, "
-            f"pid) {peers}. Two launches may share {os.environ.get('MASTER_ADDR')}: give each its own master port."
+            f"the replica group of member rank {at.member_rank} should hold one rank of each member, and it holds "
+            f"(member, member rank, host, pid) {peers}. Two launches may share {os.environ.get('MASTER_ADDR')}. Give "
+            f"each launch its own master port."
         )
     return replica_group

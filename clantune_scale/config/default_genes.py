@@ -1,0 +1,95 @@
+"""Which genes a run has whose user names none: a policy over facts of the run, apart from the config's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from clantune_scale.config.schema import ClanConfig, GeneConfig
+
+if TYPE_CHECKING:
+    from clantune_scale.runtime.engine_protocol import Backend
+
+_TORCH_KEY = "decoupled_weight_decay"
+#: The update rule that :func:`update_rule` calls so: Adam's step, and a weight decay apart from it (Loshchilov and
+#: Hutter 2019).
+ADAMW = "adamw"
+
+
+def default_genes(
+    strategy: str, *, sees_samples_once: bool, optimizer: str, weight_decays: Iterable[float]
+) -> tuple[str, ...]:
+    """The genes of a run whose user names none.
+
+    Weight decay is tuned where a round can show what it is good for. Where data come again and again it is a
+    regularizer, whose use shows long after the round that decides. Where every sample is new it is a part of AdamW's
+    dynamics: it should not grow with a rate that is raised, and a vote for less of it can be believed (the schedule
+    benchmark's log, 13). Other optimizers have another dynamics; Lion, whose steps are all of one length, is harmed.
+
+    Args:
+        strategy: its name; for others than ``clan`` this was not measured.
+        sees_samples_once: whether the run is known to see no training sample twice.
+        optimizer: its update rule, from :func:`update_rule`.
+        weight_decays: of all parameter groups; a gene that multiplies 0 sets nothing.
+    """
+    acts = optimizer == ADAMW and any(decay > 0 for decay in weight_decays)
+    return ("lr", "weight_decay") if strategy == "clan" and sees_samples_once and acts else ("lr",)
+
+
+def genes_of(
+    config: ClanConfig, *, sees_samples_once: bool, optimizer: str, weight_decays: Iterable[float]
+) -> dict[str, GeneConfig]:
+    """The genes that a block names, or the default ones of its run; arguments as for :func:`default_genes`."""
+    if "genes" in config.model_fields_set:
+        return config.genes
+    names = default_genes(
+        config.strategy.name,
+        sees_samples_once=sees_samples_once,
+        optimizer=optimizer,
+        weight_decays=weight_decays,
+    )
+    return {name: GeneConfig() for name in names}
+
+
+def update_rule(optimizer: Any) -> str:
+    """``ADAMW`` for an optimizer that updates as AdamW does, by whatever maker; another one's class in lower case.
+
+    Fused kernels (Apex, DeepSpeed, Transformer Engine) say it in ``adam_w_mode``, torch in each group's
+    ``decoupled_weight_decay``. Where neither is there the class's name, or a base's, has to.
+    """
+    kinds = [kind.__name__.lower() for kind in type(optimizer).__mro__]
+    if not any("adam" in kind for kind in kinds):
+        return kinds[0]
+    is_decoupled = getattr(optimizer, "adam_w_mode", None)
+    if is_decoupled is None:
+        groups = getattr(optimizer, "param_groups", [])
+        is_decoupled = next((group[_TORCH_KEY] for group in groups if _TORCH_KEY in group), None)
+    if is_decoupled is None:
+        is_decoupled = any(ADAMW in kind for kind in kinds)
+    return ADAMW if is_decoupled else kinds[0].replace(ADAMW, "adam")
+
+
+def genes_for(config: ClanConfig, backend: Backend, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
+    """The genes of a run with this block on a member's engine, the same on all its ranks."""
+    rule, decays = optimizer_facts(backend)
+    return genes_of(config, sees_samples_once=sees_samples_once, optimizer=rule, weight_decays=decays)
+
+
+def optimizer_facts(backend: Backend) -> tuple[str, list[float]]:
+    """(update rule, weight decays) of a member's optimizer, the same on all its ranks.
+
+    Pipeline stages hold groups of their own, one of them perhaps none with a decay, and all ranks of a member must
+    bind the same genes: they agree on the largest decay, and on AdamW if none of them has another rule.
+    """
+    rule = backend.update_rule()
+    decays = [float(group.get("weight_decay", 0.0)) for group in backend.param_groups()]
+    if backend.pp_size == 1:
+        return rule, decays
+    import torch
+    import torch.distributed as dist
+
+    everyone = torch.tensor([max(decays, default=0.0), float(rule not in (ADAMW, ""))], dtype=torch.float64)
+    everyone = everyone.to(backend.device)
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+    largest, is_other = everyone.tolist()
+    return "mixed" if is_other else ADAMW, [largest]
