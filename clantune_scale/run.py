@@ -70,7 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--eval_data",
         default=None,
-        help=f"module:callable that returns the dataset on which members are compared; where left out, "
+        help=f"module:callable that returns the dataset on which members are compared; if left out, "
         f"{HOLDOUT:.0%} of the training data is held out",
     )
     parser.add_argument("script", help="the training script")
@@ -110,20 +110,24 @@ def _replacement(eval_data: str | None, engines: list[Any]) -> Callable[..., Any
     return initialize_with_validation
 
 
-def hold_out(dataset: Dataset, share: float = HOLDOUT) -> tuple[Subset, Subset]:
-    """Splits a map-style dataset: every 1/share-th example goes to validation, the rest to training."""
-    stride = round(1 / share)
+def hold_out(dataset: Dataset[Any], share: float = HOLDOUT) -> tuple[Subset[Any], Subset[Any]]:
+    """Splits a map-style dataset: every 1/share-th example goes to validation, the rest to training.
+
+    Raises:
+        ConfigError: if it has no length.
+    """
     if not isinstance(dataset, Sized):
         raise ConfigError(
-            f"the training data is a {type(dataset).__name__} without a length, so that nothing can be held out of it. "
-            f"Pass --eval_data module:callable."
+            f"the training data is a {type(dataset).__name__} without a length, of which nothing can be held out. Name "
+            f"a validation set: --eval_data module:callable."
         )
+    stride = round(1 / share)
     indices = np.arange(len(dataset))
     held = indices % stride == stride - 1
     return Subset(dataset, indices[~held].tolist()), Subset(dataset, indices[held].tolist())
 
 
-def _load(name: str) -> Dataset:
+def _load(name: str) -> Dataset[Any]:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(f"--eval_data {name!r} is not module:callable. Write it as package.module:function.")

@@ -63,6 +63,13 @@ def test_every_exception_of_the_package_lives_in_errors_and_is_exported():
     assert not elsewhere
 
 
+def test_py_typed_is_in_the_wheel():
+    """Without the file in an installed package, a type checker takes all of it for Any."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert settings["tool"]["setuptools"]["package-data"]["clantune_scale"] == ["py.typed"]
+
+
 def test_the_imports_for_type_checkers_are_those_of_run_time():
     tree = ast.parse(Path(clantune_scale.__file__).read_text())
     (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
@@ -70,6 +77,7 @@ def test_the_imports_for_type_checkers_are_those_of_run_time():
     assert typed == clantune_scale._LAZY
 
 
+@pytest.mark.timeout(400)
 def test_a_type_checker_sees_the_types(tmp_path):
     (tmp_path / "snippet.py").write_text(SNIPPET)
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "snippet.py"]

@@ -69,21 +69,21 @@ def test_held_out_examples_are_spread_over_the_data_and_not_trained_on():
     assert sorted([int(x) for (x,) in train] + [int(x) for (x,) in validation]) == list(range(100))
 
 
+def test_a_stream_cannot_be_held_out_of():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(1)
+
+    with pytest.raises(ConfigError, match=r"a Stream without a length.*Name a validation set: --eval_data"):
+        hold_out(Stream())
+
+
 def test_a_failing_script_fails_the_run(tmp_path):
     script, config = tmp_path / "train.py", tmp_path / "ds.json"
     script.write_text("raise RuntimeError('of my own')")
     config.write_text(json.dumps(clan_config(tmp_path / "runs")))
     with pytest.raises(RankError, match="RuntimeError: of my own"):
         run_ranks(2, _run_script, script, config)
-
-
-def test_data_without_a_length_cannot_be_held_out():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(())
-
-    with pytest.raises(ConfigError, match="a Stream without a length.*--eval_data"):
-        hold_out(Stream())
 
 
 def test_training_data_may_be_passed_by_position(monkeypatch):

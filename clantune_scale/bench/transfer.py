@@ -22,7 +22,7 @@ import torch
 from clantune_scale.bench.ranks import Ranks
 from clantune_scale.config.schema import TransferConfig
 
-TRANSPORTS: tuple[Literal["peer", "dcp_peer", "dcp_files"], ...] = ("peer", "dcp_peer", "dcp_files")
+TRANSPORTS: tuple[Literal["peer", "dcp_files"], ...] = ("peer", "dcp_files")
 _MEBIBYTE = 1 << 20
 
 

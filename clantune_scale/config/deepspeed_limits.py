@@ -38,7 +38,7 @@ class EngineFacts:
         nvme_parts: those of ``offload_param`` and ``offload_optimizer`` that lie on NVMe.
         managed_accumulation: whether DeepSpeed itself counts micro-batches.
         multi_rank_buckets: ZeRO's ``use_multi_rank_bucket_allreduce``.
-        has_moe: whether the model has mixture-of-experts layers, where it is known.
+        has_moe: whether the model has mixture-of-experts layers, as far as it is known.
         has_stages: whether the model is a pipeline.
         autotp_size: AutoTP's tensor degree.
         sequence_size: Ulysses' sequence degree.
@@ -59,7 +59,7 @@ class EngineFacts:
 
 
 def refusals(facts: EngineFacts) -> Iterator[str]:
-    """A sentence and its remedy for every reason why a clan cannot run on such an engine."""
+    """A sentence and its remedy for every reason why a clan cannot run on the engine."""
     if facts.fp16 and facts.zero_stage == 0:
         yield (
             "fp16 with ZeRO stage 0 does not scale its loss in DeepSpeed 0.19 and trains on wrong gradients. "
@@ -72,12 +72,12 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
         )
     if facts.has_moe and facts.zero_stage == 3:
         yield (
-            "zero_optimization.stage is 3, and DeepSpeed's mixture-of-experts layers run under 0 to 2 alone. "
+            "zero_optimization.stage is 3, and DeepSpeed's mixture-of-experts layers run only under 0 to 2. "
             "Set it to 2 or less."
         )
     if facts.has_stages and facts.zero_stage > 1:
         yield (
-            f"zero_optimization.stage is {facts.zero_stage}, and DeepSpeed's pipeline engine takes 0 and 1 alone. "
+            f"zero_optimization.stage is {facts.zero_stage}, and DeepSpeed's pipeline engine takes only 0 and 1. "
             f"Set it to 1."
         )
     if facts.has_stages and facts.autotp_size > 1:
@@ -134,7 +134,7 @@ def facts_from_config(ds_config: Mapping[str, Any]) -> EngineFacts:
 
 
 def degrees_from_config(ds_config: Mapping[str, Any]) -> tuple[int, int]:
-    """(pipeline stages, AutoTP's tensor shards) of a member as a DeepSpeed config states them, 1 where it does not."""
+    """(pipeline stages, AutoTP's tensor shards) of a member as a DeepSpeed config states them; 1 if it does not."""
     stages = _degree(_block(ds_config, "pipeline"), "stages")
     return stages, _degree(_block(ds_config, "tensor_parallel"), "autotp_size")
 
@@ -145,7 +145,7 @@ def _degree(block: Mapping[str, Any], key: str) -> int:
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
-    """ZeRO's stage, 0 where the config says nothing or nothing that is a number."""
+    """ZeRO's stage; 0 if the config gives no number."""
     stage = _block(ds_config, "zero_optimization").get("stage", 0)
     return stage if isinstance(stage, int) else 0
 

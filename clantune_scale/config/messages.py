@@ -14,7 +14,7 @@ Location = tuple[int | str, ...]
 
 
 def explain(error: ValidationError, *, root: str) -> str:
-    """All problems in one text, one line each where there are several.
+    """All problems in one text, one line each if there are several.
 
     Args:
         error: what validating a :class:`ClanConfig` raised.

@@ -46,10 +46,10 @@ class GeneConfig(Block):
     """One gene; a key left out takes the default of its target."""
 
     target: str | None = None
-    """What the gene sets; the part of its name before `:` where null."""
+    """What the gene sets; the part of its name before `:` if null."""
 
     groups: list[str] | None = None
-    """Names of the optimizer's parameter groups that it is written to; all where null."""
+    """Names of the optimizer's parameter groups that it is written to; all if null."""
 
     kind: Kind | None = None
     """`optimizer` (acts on how a gradient is applied) or `specialized` (acts on the gradient itself)."""
@@ -70,7 +70,7 @@ class GeneConfig(Block):
     """Largest move of the clan's value in one round, in scale units."""
 
     consensus: Consensus | None = None
-    """The clan's one value where the gene is not expressed: `mean` or `median`, in scale."""
+    """The clan's one value while the gene is not expressed: `mean` or `median`, in scale."""
 
     integer: Flag | None = None
     """Whether the expressed value is rounded to a whole number."""
@@ -131,10 +131,10 @@ class CheckpointConfig(Block):
     """Largest `.safetensors` file; more weights are split over several, with an index."""
 
     every_rounds: Count | None = 1
-    """Rounds between two that are written to disk, where the disk keeps up; null writes none."""
+    """Rounds between two that are written to disk, if the disk keeps up; null writes none."""
 
     keep_last: Annotated[int, Strict(), Field(ge=2)] = 2
-    """Committed rounds that stay on disk; one alone would leave nothing if it were damaged."""
+    """Committed rounds that stay on disk; at least two, so that a damaged one leaves another."""
 
     asynchronous: Flag = True
     """Whether training goes on while a round is written, from a copy in host memory."""
@@ -157,8 +157,9 @@ class CheckpointConfig(Block):
 class TransferConfig(Block):
     """How a member's state becomes another's."""
 
-    transport: Literal["peer", "dcp_peer", "dcp_files"] = "peer"
-    """`peer` (rank to rank), `dcp_peer` (the same by torch's DCP planner), or `dcp_files` (DCP on a shared folder)."""
+    transport: Literal["peer", "dcp_files"] = "peer"
+    """`peer` (rank to rank), or `dcp_files` (torch's DCP on a shared folder, some 12 times slower: for a backend that
+    has collectives and no point-to-point messages)."""
 
     bucket_bytes: Annotated[Count, Field(ge=1024)] = 1 << 25
     """Size of a message; a receiving rank needs room for two, and digests are compared by it."""
@@ -203,16 +204,16 @@ class ClanConfig(Block):
     """Members of the clan; the launcher's ranks are divided among them. Required."""
 
     round_length: Count = 20
-    """Optimizer steps of a round (of the shortest one, where the strategy lets rounds grow)."""
+    """Optimizer steps of a round (of the shortest one, if the strategy lets rounds grow)."""
 
     duty_cycle: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    """Share of a round that is competitive, where a specialized gene is active."""
+    """Share of a round that is competitive, if a specialized gene is active."""
 
     seed: Annotated[int, Strict(), Field(ge=0)] = 0
     """Seed of every decision and of the order of the data."""
 
     total_steps: Count | None = None
-    """Optimizer steps of the whole run, for the final decay; null where it is not known."""
+    """Optimizer steps of the whole run, for the final decay; null if it is not known."""
 
     strategy: StrategyConfig = StrategyConfig()
     """How fitness becomes the next population; a bare name is short for `{"name": ...}`."""

@@ -1,4 +1,4 @@
-"""The final decay: a line to zero, and what becomes of a learning rate that the user's own schedule moves too."""
+"""The final decay: a line to zero, and how it combines with the user's own learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ def line(step: int, *, start_step: int, total_steps: int) -> float:
 
 
 def under_ceiling(factor: float, *, reference: float, scheduled: float) -> float:
-    """What makes of a learning rate the smaller of the user's own and ``reference x factor``.
+    """The factor that lowers a learning rate to the smaller of the user's own and ``reference x factor``.
 
-    Two decays multiplied would decay twice. It is exactly ``factor`` where the user's schedule has not moved, so that
+    Two decays multiplied would decay twice. It is exactly ``factor`` if the user's schedule has not moved, so that
     a constant rate times it is the line to the last bit.
 
     Args:
         factor: the decay's, 0 to 1.
-        reference: the user's own rate in the last step before the decay (where ``factor`` was 1).
+        reference: the user's own rate in the last step before the decay (when ``factor`` was 1).
         scheduled: the user's own rate now.
     """
     if scheduled == 0:

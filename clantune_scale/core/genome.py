@@ -1,4 +1,4 @@
-"""What a member inherits and passes on: named scalars, each in a scale of its own, and a step size for each."""
+"""Genes and genomes: named scalars that a member inherits, each in its own scale and with its own step size."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Gene:
         initial: the value that every member starts from.
         step_size: first standard deviation of a change, in scale units.
         max_change: largest move of the clan's value in one round, in scale units.
-        consensus: how the clan's one value is formed where the gene is not expressed.
+        consensus: how the clan's one value is formed while the gene is not expressed.
         integer: whether the value that is expressed is rounded to a whole number.
         relative: whether the value multiplies what the user's own schedule says.
-        target: what the gene sets, for example ``"weight_decay"``; the name where empty.
-        groups: names of the optimizer's parameter groups that it is written to; all where None.
+        target: what the gene sets, for example ``"weight_decay"``; the name if empty.
+        groups: names of the optimizer's parameter groups that it is written to; all if None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What happened, round by round, appended and never changed: enough to tell whose state a member carries."""
+"""What happened, round by round, appended and never changed. It tells whose state a member carries."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class RoundRecord:
         start_step: optimizer steps that were done before it.
         phases: in order.
         genomes: the genome that each member carried through the round.
-        losses: each member's mean loss on the common window; None where it was not finite.
-        donors: as in ``Decision.donors``; ``donors[m] == m`` for all where nothing evolved.
-        restored: whether the clan went back to its last good state, so that the training since then is lost.
-        kept: whether the state at its end is one to go back to.
-        average: as in ``Decision.average``; None where members' weights were not averaged.
+        losses: each member's mean loss on the common window; None if it was not finite.
+        donors: as in ``Decision.donors``; ``donors[m] == m`` for all if nothing evolved.
+        restored: whether the clan rolled back to its last snapshot, so that the training since then is lost.
+        kept: whether a rollback snapshot was taken at its end.
+        average: as in ``Decision.mixing_weights``; None if members' weights were not averaged.
     """
 
     index: int
@@ -67,7 +67,7 @@ class RoundRecord:
 
 
 def undone(restored: Sequence[bool], kept: Sequence[bool]) -> list[bool]:
-    """By round, whether its training was given up: going back undoes every round since the last one that was kept.
+    """By round, whether its training was given up: a rollback undoes every round since the last snapshot.
 
     Args:
         restored: by round, as in :class:`RoundRecord`.
@@ -109,7 +109,7 @@ class Lineage:
         """Adds the round that follows.
 
         Raises:
-            ValueError: if it does not follow: another index, or a step where the last round did not end.
+            ValueError: if it does not follow: another index, or a step at which the last round did not end.
         """
         step = self._records[-1].end_step if self._records else 0
         if (record.index, record.start_step) != (len(self), step):
@@ -135,7 +135,7 @@ class Lineage:
             member: index of a member after the last round, transfers included.
 
         Returns:
-            One index per round; None for a round that was restored away; ``CLAN`` (-1) for one whose states
+            One index per round; None for a round that was rolled back; ``CLAN`` (-1) for one whose states
             were averaged afterwards, so that many members trained what is carried (see :meth:`shares`).
         """
         return tuple(None if held is None else _only(held) for held in self.shares(member))
@@ -149,7 +149,7 @@ class Lineage:
             member: index of a member after the last round, transfers and averages included.
 
         Returns:
-            Per round [members] shares that sum to 1, or None for a round that was restored away.
+            Per round [members] shares that sum to 1, or None for a round that was rolled back.
         """
         held = self._before_resize(len(self), {member: 1.0})
         found: list[tuple[float, ...] | None] = []

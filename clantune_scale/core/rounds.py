@@ -1,4 +1,4 @@
-"""The clan's clock: optimizer step to (round, phase, offset), by arithmetic alone, so that one integer resumes it."""
+"""The clan's clock: optimizer step to (round, phase, offset), by arithmetic only, so that one integer resumes it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-#: Rounds of the user's length in a run, where nobody says how long it will be.
+#: Rounds of the user's length in a run whose length is not known.
 USUAL_ROUNDS = 60
 
 
 def expected_steps(total_steps: int | None, round_length_steps: int) -> int:
-    """Optimizer steps of a run; of ``USUAL_ROUNDS`` rounds where ``total_steps`` is not known."""
+    """Optimizer steps of a run; of ``USUAL_ROUNDS`` rounds if ``total_steps`` is not known."""
     return total_steps or USUAL_ROUNDS * round_length_steps
 
 
@@ -19,7 +19,7 @@ def sees_samples_once(num_samples: float | None, *, batch_size: int, num_steps: 
     """Whether a run is known to see no training sample twice.
 
     Args:
-        num_samples: of the training data, infinite for a stream without end; None where nobody knows.
+        num_samples: of the training data, infinite for a stream without end; None if not known.
         batch_size: samples of an optimizer step.
         num_steps: optimizer steps of the run.
     """
@@ -45,7 +45,7 @@ class Phase:
         batch_factor: how many times its usual share of the batch a member trains on in each step
             (``population_size`` gives it the clan's whole batch, by accumulation).
         teams: in a competitive phase, by member, the team inside which gradients are shared and data is
-            disjoint; members of one team are alike and act as one with more data parallelism. None where
+            disjoint; members of one team are alike and act as one with more data parallelism. None if
             every member is on its own.
     """
 
@@ -66,7 +66,7 @@ class RoundPlan:
         phases: in order, without gaps.
         explores: names of the genes in which members may differ in this round.
         uses_ema: whether fitness is measured on each member's averaged weights.
-        ema_window_steps: time constant of that average (0 where ``uses_ema`` is false).
+        ema_window_steps: time constant of that average (0 if ``uses_ema`` is false).
         evolves: whether selection and reproduction follow the evaluation.
     """
 

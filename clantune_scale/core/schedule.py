@@ -29,7 +29,7 @@ class Segment:
         end_step: first step after it.
         values: by gene name, as they took effect.
         lr_factor: the final decay's share in its first step and, were it to go on, in ``end_step``; linear between.
-        undone: whether its training was rolled back or restored away, and is not in the champion.
+        undone: whether its training was rolled back, and is not in the champion.
     """
 
     start_step: int
@@ -64,7 +64,7 @@ class ClanSchedule:
     ) -> ClanSchedule:
         """The values that trained what ``member`` carries after the last round.
 
-        Where members' weights were averaged afterwards (HDET), no member's values did: a gene's value is then
+        If members' weights were averaged afterwards (HDET), no member's values did: a gene's value is then
         the mean of the members', in the gene's scale, each weighted by its share in what is carried.
 
         Args:
@@ -109,7 +109,7 @@ class ClanSchedule:
 
     @property
     def decay_start_step(self) -> int | None:
-        """The step from which learning rates fall to the end (where the share is still 1); None where they do not."""
+        """The step from which learning rates fall to the end (at which the share is still 1); None if they do not."""
         return next((s.start_step for s in self.segments if s.lr_factor[1] < s.lr_factor[0]), None)
 
     def lr_factor_at(self, step: int) -> float:
@@ -176,7 +176,7 @@ def _stretches(
 def _in_effect(
     record: RoundRecord, shares: Sequence[float] | None, phase: Phase, genes: Sequence[Gene]
 ) -> dict[str, float]:
-    """Optimizer genes are the carriers' own throughout, specialized ones only where they competed."""
+    """Optimizer genes are the carriers' own throughout, specialized ones only while they competed."""
     agreed = consensus(record.genomes, genes)
     if shares is None:
         return agreed
@@ -189,7 +189,7 @@ def _in_effect(
 
 
 def _carried(record: RoundRecord, shares: Sequence[float], gene: Gene) -> float:
-    """The mean, in the gene's scale, of its values in those who hold a share; one alone is returned untouched."""
+    """The mean, in the gene's scale, of its values in those who hold a share; a single one is returned untouched."""
     held = [(share, genome.values[gene.name]) for share, genome in zip(shares, record.genomes, strict=True) if share]
     if len({value for _, value in held}) == 1:
         return gene.expressed(held[0][1])

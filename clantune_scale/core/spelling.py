@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known word most like ``word``, or None where none is like it.
+    """The known word most like ``word``, or None if none is like it.
 
     Args:
         word: what the user wrote; case and the kind of separator do not count.

@@ -1,4 +1,4 @@
-"""A schedule for another run: other steps, another batch, by rules that the user names."""
+"""A schedule for another run, with other steps or another batch, by rules that the user names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stretched(schedule: ClanSchedule, *, num_steps: int | None = None, factor: f
 
     Args:
         schedule: as it was found.
-        num_steps: steps of the new run; as many as the old one's where None.
+        num_steps: steps of the new run; as many as the old one's if None.
         factor: on every learning rate (see :func:`rate_factor`).
 
     Raises:

@@ -1,5 +1,8 @@
 """Torch's distributed checkpoint (DCP) as a transport over a folder that all hosts share.
 
+It needs no point-to-point messages: state goes through files, and what ranks tell each other is gathered. Over gloo
+it moved 0.19 to 0.27 GiB/s on two cores, and ``peer`` 3.2 to 4.0.
+
 Each transfer uses a new folder and removes it afterwards. DCP's ``.metadata`` is a pickle. The donor sends its digest
 to the recipients, and they do not open a file with another digest.
 """

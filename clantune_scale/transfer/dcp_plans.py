@@ -1,4 +1,4 @@
-"""What both DCP transports share: the names of a shard's tensors, and a planner that reports what arrives."""
+"""What the DCP transport asks of torch: the names of a shard, a planner that reports what arrives, save and load."""
 
 from __future__ import annotations
 

@@ -307,10 +307,6 @@ def _error(when: str, inconsistent: Mapping[int, tuple[int, str]], donors: Seque
 def _transport_of(config: TransferConfig, runs: Path) -> Transport:
     """The transport that a config names; files are exchanged under ``runs`` if the config names no folder."""
     # Torch's checkpoint package takes a second to import, so it is imported only for a transport that uses it.
-    if config.transport == "dcp_peer":
-        from clantune_scale.transfer.dcp_peer import DcpPeerTransport
-
-        return DcpPeerTransport(bucket_bytes=config.bucket_bytes)
     if config.transport == "dcp_files":
         from clantune_scale.transfer.dcp_files import DcpFilesTransport
 

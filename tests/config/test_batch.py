@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
-from clantune_scale.config.batch import split_batch
+from clantune_scale.config.batch import clipping_of, split_batch, with_arguments
 from clantune_scale.errors import ConfigError
 
 FULL = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
@@ -81,3 +82,50 @@ def test_autotp_counts_tensor_ranks_too():
     assert "each tensor rank for itself, train_batch_size is 64" in plan.describe()
     with pytest.raises(ConfigError, match=r"population_size\(2\) x dp\(2\) x tp\(2\)"):
         split_batch(config | {"train_batch_size": 60}, population_size=2, dp_size=2, counted=2)
+
+
+def _given(micro: int | None = None, accumulation: int | None = None, clip: float | None = None) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": ("micro_batch_size", micro),
+        "gradient_accumulation_steps": ("accumulation", accumulation),
+        "gradient_clipping": ("gradient_clipping", clip),
+    }
+
+
+def test_keywords_complete_a_config():
+    merged = with_arguments({"train_batch_size": 96}, function="attach", given=_given(micro=4, clip=1.0))
+    _, plan = split_batch(merged, population_size=4, dp_size=2)
+    assert (plan.micro_batch, plan.accumulation, clipping_of(merged)) == (4, 3, 1.0)
+    # "auto" is what other libraries fill in; a keyword does it here.
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    assert with_arguments(auto, function="attach", given=_given(2, None, 0.5)) == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.5,
+    }
+    # One that says the same is no contradiction.
+    assert with_arguments(FULL, function="attach", given=_given(4, 3)) == FULL
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (_given(micro=8), "given micro_batch_size=8, and the config says train_micro_batch_size_per_gpu: 4. Leave one"),
+        (_given(accumulation=1), "given accumulation=1, and the config says gradient_accumulation_steps: 3."),
+        (_given(clip=0.0), "given gradient_clipping=0.0, and the config says gradient_clipping: 1.0."),
+    ],
+)
+def test_a_keyword_that_contradicts_the_config_is_refused_with_both(given, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        with_arguments({**FULL, "gradient_clipping": 1.0}, function="attach", given=given)
+
+
+def test_a_size_has_to_be_somewhere():
+    with pytest.raises(ConfigError, match="attach_megatron\\(\\) got no micro_batch_size, and the config has neither"):
+        with_arguments({}, function="attach_megatron", given=_given(accumulation=2))
+
+
+@pytest.mark.parametrize("value", [-1.0, True, "auto", float("nan")])
+def test_a_threshold_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="Set it to a number of at least 0"):
+        clipping_of({"gradient_clipping": value})
+    assert clipping_of({}) is None and clipping_of({"gradient_clipping": 0}) == 0.0

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from clantune_scale.config.deepspeed_file import extract, load_ds_config, parse_block
-from clantune_scale.config.schema import ClanConfig
+from clantune_scale.config import ClanConfig
+from clantune_scale.config.deepspeed_file import extract, load_config, load_ds_config, parse_block
 from clantune_scale.errors import ConfigError
 
 
@@ -149,3 +149,11 @@ def test_malformed_file(tmp_path, content, message):
 def test_what_is_no_config_at_all(config):
     with pytest.raises(ConfigError, match="neither an existing file|does not parse|of type float"):
         load_ds_config(config)
+
+
+def test_load_config_finds_the_block_in_whatever_the_front_doors_take(tmp_path):
+    block = ClanConfig(population_size=3)
+    (tmp_path / "config.json").write_text('{"train_batch_size": 6, "clantune": {"population_size": 3}}')
+    assert load_config(tmp_path / "config.json") == ({"train_batch_size": 6}, block)
+    assert load_config({"population_size": 3}) == load_config(block) == ({}, block)
+    assert load_config({"train_batch_size": 6}) == ({"train_batch_size": 6}, None)

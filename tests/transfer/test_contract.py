@@ -17,7 +17,7 @@ from clantune_scale.transfer.route import chain_of, donors_of_retry
 from tests.ranks import run_ranks
 
 DONORS = [2, 2, 2, 3]
-TRANSPORTS = ("peer", "dcp_peer", "dcp_files")
+TRANSPORTS = ("peer", "dcp_files")
 
 
 def make_state(value: float) -> tuple[MemberState, list[Any]]:
@@ -156,7 +156,7 @@ def _damaged_twice(transport, directory):
     return _leave_together(_damaged(transfers, [0, 0], 1, "flip", 100))
 
 
-@pytest.mark.parametrize("transport", ["peer", "dcp_files", pytest.param("dcp_peer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_what_arrives_wrong_twice_ends_the_transfer_on_all_ranks_and_the_mark_stays(transport, tmp_path):
     # Four ranks, two a member; the second rank of member 1 never gets what was sent, the first always does.
     results = run_ranks(4, _damaged_twice, transport, str(tmp_path))
@@ -225,8 +225,7 @@ def _kilobytes(name: str) -> int:
     return int(line.split()[1])
 
 
-@pytest.mark.parametrize("transport", ["peer", pytest.param("dcp_peer", marks=pytest.mark.slow)])
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is reset through Linux's /proc")
-def test_a_rank_needs_room_for_two_buckets_beside_its_state(transport, tmp_path):
-    for peak, num_bytes in run_ranks(3, _peak_of_a_transfer, transport, str(tmp_path)):
+def test_a_rank_needs_room_for_two_buckets_beside_its_state(tmp_path):
+    for peak, num_bytes in run_ranks(3, _peak_of_a_transfer, "peer", str(tmp_path)):
         assert peak < 2 << 24 < num_bytes / 4, peak

@@ -1,4 +1,4 @@
-"""``deepspeed.initialize``, with a clan attached where the config asks for one."""
+"""``deepspeed.initialize``, with a clan attached if the config asks for one."""
 
 from __future__ import annotations
 
@@ -216,6 +216,6 @@ def _without_config(args: Any) -> Any:
 
 
 def _scheduled_steps(ds_config: Mapping[str, Any]) -> int | None:
-    """The run's length, where a DeepSpeed scheduler that ends says it."""
+    """The run's length, if a DeepSpeed scheduler with an end says it."""
     parameters = ds_config.get("scheduler", {}).get("params", {})
     return parameters.get("total_num_steps")

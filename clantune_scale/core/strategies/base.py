@@ -1,4 +1,4 @@
-"""What a strategy is: which phases a round has, whom it starts from, and how fitness becomes the next clan."""
+"""The interface of a strategy: the phases of a round, the first population, and how fitness becomes the next one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RunFacts:
         seed: seeds every decision.
         round_length_steps: the user's round length, in optimizer steps.
         duty_cycle: the user's share of a round that is competitive, 0 to 1.
-        total_steps: optimizer steps of the whole run, or None where nobody said.
-        sees_samples_once: whether the run is known to see no training sample twice: it can learn none by heart.
+        total_steps: optimizer steps of the whole run, or None if not known.
+        sees_samples_once: whether the run is known to see no training sample twice, so that it cannot overfit.
     """
 
     population_size: int
@@ -48,7 +48,7 @@ class Population:
     Attributes:
         genomes: one per member.
         memory: the strategy's own state between rounds.
-        teams: by member, the team that it competes in from now on (``RoundClock.regroup``); None where
+        teams: by member, the team that it competes in from now on (``RoundClock.regroup``); None if
             competitive phases are as the strategy plans them.
     """
 
@@ -63,13 +63,13 @@ class Decision:
 
     Attributes:
         population: the next round's.
-        donors: ``donors[m]`` is the member whose training state member m receives; m itself where it
+        donors: ``donors[m]`` is the member whose training state member m receives; m itself if it
             keeps its own. A donor never receives: ``donors[donors[m]] == donors[m]``.
         rolls_back: every member first returns to the last rollback snapshot.
         takes_snapshot: whether the guard takes a rollback snapshot of the state that follows; ignored after a
             rollback.
         mixing_weights: by member, the weight of its parameters in a mean that all members then take (after the
-            transfers; optimizer states stay their own); sums to 1. None where nothing is averaged.
+            transfers; optimizer states stay their own); sums to 1. None if nothing is averaged.
         reasons: one short phrase per member, for the log.
     """
 
@@ -124,18 +124,18 @@ class Strategy(ABC):
         """The decision at the end of the round that ``plan`` describes.
 
         Raises:
-            EvaluationError: if no member has a finite fitness and the strategy cannot go back.
+            EvaluationError: if no member has a finite fitness and the strategy cannot roll back.
         """
 
     def idle(self, population: Population) -> Decision:
-        """What follows from a round that does not evolve: everyone goes on, from a state that is one to go back to."""
+        """What follows from a round that does not evolve: everyone goes on, and the guard takes a snapshot."""
         return Decision(population, tuple(range(self.facts.population_size)))
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """The population of a run that goes on with another number of members.
 
-        A member keeps the genome of the one whose state it takes; where several take one's, all but the first carry
-        it mutated, as clones do. Memory stays: a strategy whose memory counts members says its own.
+        A member keeps the genome of the one whose state it takes. If several take the same one's, all but the first
+        carry it mutated, as clones do. Memory stays: a strategy whose memory counts members says its own.
 
         Args:
             population: of the round that is over, one genome per member that there was.
@@ -156,7 +156,7 @@ class Strategy(ABC):
 
     @property
     def decay_start_step(self) -> int | None:
-        """The step from which learning rates fall to 0 at the run's end; None where they do not."""
+        """The step from which learning rates fall to 0 at the run's end; None if they do not."""
         return None
 
     def lr_factor(self, step: int) -> float:

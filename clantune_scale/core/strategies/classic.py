@@ -92,7 +92,7 @@ class Classic(Strategy):
         return Population((first, *others))
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
-        """Selection, then mutation of the clones alone: every survivor, the elite among them, stays as it was measured.
+        """Selection, then mutation of only the clones: every survivor, the elite among them, stays as it was measured.
 
         Raises:
             EvaluationError: if no member's losses are finite; the message names the round.

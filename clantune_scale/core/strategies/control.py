@@ -1,6 +1,6 @@
-"""The honest baseline: rounds, evaluation and cloning of the fittest, with neither mutation nor spread.
+"""The honest baseline: rounds, evaluation and cloning of the fittest, with no mutation and no perturbation.
 
-What selection alone gains is what this strategy gains (MF-PBT showed that it can look like tuning).
+It gains what selection without tuning gains (MF-PBT showed that this can look like tuning).
 It is also the shortest complete strategy, and the one to copy for your own.
 """
 

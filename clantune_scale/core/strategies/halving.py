@@ -1,4 +1,4 @@
-"""Successive halving with warm start: a race in which whoever drops out lends its ranks to one who goes on.
+"""Successive halving with warm start: members that drop out lend their ranks to those that go on.
 
 Karnin et al. 2013 and Jamieson and Talwalkar 2016 stop the worse half of all runs ever earlier, so that what is
 promising gets the budget. Here nobody stops: members start apart, each with values and gradients of its own; at a
@@ -8,7 +8,7 @@ larger part of the clan's batch from rung to rung, no rank ever waits, and the l
 data parallelism with the winner's genome.
 
 A member on its own trains on a P-th of the clan's batch: what wins there is right for small batches, and the
-race should be short.
+halving should be short.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HalvingOptions:
     Attributes:
         budgets: share of the run that each rung gets, from S0 on; each above 0, together 1.
         survival: for each rung but the last, the share of its teams that goes on to the next, 0 to 1 and one
-            team at least: 1 lets pass whoever is sane, 0 leaves the fittest alone.
+            team at least: 1 lets pass whoever is sane, 0 keeps only the fittest.
         factor: the first values lie within this factor of what the user configured, either way (the odds
             within it where a scale is logit); at least 1, or 0 for all of the gene's bounds. Genes on a
             linear scale take all of their bounds in any case.
@@ -47,7 +47,7 @@ class HalvingOptions:
             retires at the next evaluation; above 0.
         decay: of learning rates over the last rung: with ``"linear"``, none is above a line from what the user's own
             schedule said at the rung's start to zero at the run's end; ``"none"`` leaves them to that schedule.
-        num_reports: rounds (evaluations) in the last rung, where they are not shorter than the user's; at least 1.
+        num_reports: rounds (evaluations) in the last rung, if they are not shorter than the user's; at least 1.
     """
 
     budgets: tuple[float, ...] = (0.01, 0.03, 0.06, 0.9)
@@ -72,7 +72,7 @@ class Halving(Strategy):
     """Successive halving by teams.
 
     ``Population.memory`` holds ``num_entrants`` (teams at the rung's start) and ``reference`` (by member, its
-    team's loss there; None where that was not finite).
+    team's loss there; None if that was not finite).
 
     Raises:
         ConfigError: if the run's length is not known, or too short for the rungs.
@@ -117,7 +117,7 @@ class Halving(Strategy):
         return self._last_start if self.options.decay == "linear" else None
 
     def init(self, start: Fitness) -> Population:
-        """Everyone alone: member 0 as the user configured it, the others stratified over the genes' ranges.
+        """Every member by itself: member 0 as the user configured it, the others stratified over the genes' ranges.
 
         Each gene's range is cut into as many strata as there are other members, evenly in its scale, and a
         permutation of its own deals them out (a Latin hypercube): no part of a range goes unseen.

@@ -8,7 +8,7 @@ of N, and for every explored gene by itself:
    and the user's own schedule goes on beneath it.
 2. All take the mean of all members' parameters.
 3. w = softmax(s), with s_r = (mean loss - loss_r) / sigma: the fitter, the heavier.
-4. delta = sum_r w_r (rho_r - 1): above 0 where the higher values did better.
+4. delta = sum_r w_r (rho_r - 1): above 0 if the higher values did better.
 5. v <- beta v + (1 - beta) delta.
 6. base <- base (1 + lambda v) + gamma (1 - base).
 
@@ -16,7 +16,7 @@ Signs and units. The paper's delta and v are in units of the rate itself, ours a
 are: base (1 + lambda v) is its base + lambda v. Its gamma is the decay of the schedule that it has switched off by
 then, hence base (1 - gamma); here the user's schedule still runs, a second decay on top would be one too many, and
 gamma draws the base back to 1, that schedule, from either side: the paper's base (1 - gamma), plus gamma times 1.
-Both terms keep the base above 0 while lambda alpha < 1; lambda alpha < gamma alone would keep it below
+Both terms keep the base above 0 while lambda alpha < 1; only lambda alpha < gamma would keep it below
 gamma / (gamma - lambda alpha), and in any case it is clamped to the gene's bounds.
 
 Where the published code departs from the paper, this follows the paper: without adaptation members still spread and
@@ -91,7 +91,7 @@ class HDET(Strategy):
         self._explored = [g for g in facts.genes if g.kind == "optimizer" and (g.scale != "linear" or g.initial > 0)]
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
-        """Cooperation alone; the run's last round ends in an average as every other does."""
+        """Only cooperation; the run's last round ends in an average as every other does."""
         end = round_end(start_step, self.facts.round_length_steps, self.facts.total_steps)
         explores = tuple(gene.name for gene in self._explored)
         return RoundPlan(index, start_step, phases(end - start_step, 0, keeps=True), explores=explores)

@@ -14,7 +14,7 @@ def round_end(start_step: int, length_steps: int, boundary_step: int | None) -> 
     Args:
         start_step: optimizer steps done before the round.
         length_steps: the length it should have, at least 1.
-        boundary_step: None, or already passed, where nothing stands in the way.
+        boundary_step: None, or already passed, if nothing stands in the way.
     """
     end = start_step + length_steps
     if boundary_step is not None and start_step < boundary_step and boundary_step - end < length_steps / 2:
@@ -25,7 +25,7 @@ def round_end(start_step: int, length_steps: int, boundary_step: int | None) -> 
 def competitive_steps(length_steps: int, duty_cycle: float) -> int:
     """Steps of a round's competitive phase: its share of the round, but neither none nor all of it.
 
-    0 where ``duty_cycle`` is 0 or the round has a single step.
+    0 if ``duty_cycle`` is 0 or the round has a single step.
     """
     if duty_cycle == 0 or length_steps < 2:
         return 0

@@ -41,8 +41,8 @@ def lost_members(fitness: Fitness) -> dict[int, str]:
 def replace_lost(decision: Decision, fitness: Fitness) -> Decision:
     """The decision, with every lost member that it would keep made a clone of the fittest, genome included.
 
-    Left as it is where the clan goes back to an earlier state or averages its weights (both replace every state), or
-    where members compete in teams, whose states must stay alike.
+    Left unchanged if the clan rolls back or averages its weights (both replace every state), or if
+    members compete in teams, whose states must stay alike.
     """
     lost = lost_members(fitness)
     kept = [member for member in lost if decision.donors[member] == member]

@@ -13,7 +13,7 @@ Options = TypeVar("Options")
 
 
 def remedy(given: str, known: Iterable[str]) -> str:
-    """What to write instead of ``given``: the nearest known name, or all of them where none is near."""
+    """What to write instead of ``given``: the nearest known name, or all of them if none is near."""
     names = sorted(known)
     found = nearest(given, names)
     if found:

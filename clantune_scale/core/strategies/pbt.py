@@ -89,7 +89,7 @@ class PBT(Strategy):
         return Population((first, *others))
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
-        """Exploit, then explore in the copies alone.
+        """Exploit, then explore, only in the copies.
 
         Raises:
             EvaluationError: if no member's losses are finite; the message names the round.
@@ -138,7 +138,7 @@ def ttest(fitness: Fitness, p_value: float, seed: int, round_: int) -> tuple[int
 
     Whoever copies a member that itself copies gets what that one got, which was found better still: all copies
     are made at once, and of states that were measured. A member whose loss is not finite copies whom it met,
-    or the fittest where that one is no better off.
+    or the fittest if that one is no better off.
     """
     best, finite = survivors(fitness, round_)[0], fitness.is_finite
     taken = list(range(fitness.num_members))

@@ -26,7 +26,7 @@ def survivors(fitness: Fitness, round_: int) -> list[int]:
     if not finite:
         raise EvaluationError(
             f"round {round_}: none of the {fitness.num_members} members has a finite validation loss, so none can "
-            f"survive. Lower the learning rate, or choose strategy 'clan', which can go back to its last good state."
+            f"survive. Lower the learning rate, or choose strategy 'clan', which can roll back to its last snapshot."
         )
     return finite
 

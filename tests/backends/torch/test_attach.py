@@ -79,9 +79,15 @@ def _refusals(rank: int, directory: str) -> dict[str, str]:
     said = {name: _said(lambda m=m, o=o: _attach(m, o or sgd(m), block)) for name, (m, o) in models.items()}
     said["nothing to evaluate"] = _said(lambda: _attach(whole, sgd(whole), block, eval_data=None))
     said["disabled"] = _said(lambda: _attach(whole, sgd(whole), block | {"enabled": False}))
+    written = {"gradient_accumulation_steps": 2, "clantune": block}
+    said["contradiction"] = _said(lambda: _attach(whole, sgd(whole), written, accumulation=4))
+    said["no size"] = _said(lambda: _attach(whole, sgd(whole), block, micro_batch_size=None))
     said["no block"] = _said(lambda: _attach(whole, sgd(whole), {"train_batch_size": 4}))
     optimizer = sgd(closing)
-    clan = _attach(closing, optimizer, block)
+    # The batch is the clan's: one member of two ranks takes two micro-batches a step.
+    written = {"train_batch_size": 4 * MICRO, "train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.5}
+    clan = _attach(closing, optimizer, written | {"clantune": block}, micro_batch_size=None)
+    said["read"] = f"{clan.backend.micro_batch_size}, {clan.backend.accumulation}, {clan.backend.clip}"
     said["closure"] = _said(lambda: optimizer.step(lambda: 0.0))
     clan.detach()
     optimizer = sgd(deep)
@@ -103,6 +109,9 @@ def test_what_a_clan_cannot_run_under_is_refused(tmp_path):
         "no optimizer": "ConfigError: the optimizer is a generator, and the clan cannot find its state",
         "nothing to evaluate": "ConfigError: a clan compares its members on common examples and there are none",
         "disabled": 'ConfigError: "clantune" says "enabled": false',
+        "contradiction": "was given accumulation=4, and the config says gradient_accumulation_steps: 2. Leave one",
+        "no size": "attach() got no micro_batch_size, and the config has neither train_micro_batch_size_per_gpu nor",
+        "read": f"{MICRO}, 2, 0.5",
         "no block": 'ConfigError: the config has no "clantune" block',
         "closure": "ConfigError: optimizer.step(closure) computes gradients inside the update",
         "deep": "ConfigError: SGD keeps 'factors', a list, for each parameter",
@@ -203,7 +212,9 @@ def _own_batches(rank: int, directory: str) -> list[tuple[str, int, int, float, 
     dist.init_process_group("gloo")
     model = fully_shard(Net())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    clan = _attach(model, optimizer, block, gradient_clipping=0.05, accumulation=2)
+    # Two micro-batches a step: the batch is the whole clan's.
+    config = {"train_batch_size": 4 * MICRO, "train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.05}
+    clan = clantune_scale.attach(model, optimizer, config=config | {"clantune": block}, eval_data=datasets()[1])
     seen = []
     for step in clan.steps(clan.loader(datasets()[0]), until=12):
         phase = clan.phases.position.phase.kind
@@ -219,7 +230,7 @@ def _own_batches(rank: int, directory: str) -> list[tuple[str, int, int, float, 
     return seen
 
 
-def test_accumulation_and_clip_follow_their_genes(tmp_path):
+def test_accumulation_and_clip_come_from_the_config_and_follow_their_genes(tmp_path):
     first, second = run_ranks(2, in_member_worlds, _own_batches, str(tmp_path))
     for seen in (first, second):
         for _, num_micro, wanted, clip, norm in seen:
