@@ -140,7 +140,8 @@ def test_every_form_of_config_is_taken_and_what_does_not_divide_is_refused(tmp_p
             "TopologyError: population_size(3) x pp(1) x tp(1) = 3 does not divide the 2 ranks"
         )
         small = (
-            "less than one micro-batch of every rank: population_size(2) x dp(1) x micro_batch(4) = 8. Use more data"
+            "which is less than one micro-batch of every rank: population_size(2) x dp(1) x micro_batch(4) = 8. "
+            "Use more data"
         )
         assert refused["empty"].startswith("ConfigError: the dataset has 0 samples, " + small)
         assert refused["few"].startswith("ConfigError: the dataset has 7 samples, " + small)
