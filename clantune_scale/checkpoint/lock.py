@@ -18,7 +18,7 @@ _STALE_S = 90.0
 
 
 class RunLock:
-    """A file in the run's folder that says who works there, touched as long as that process lives.
+    """A file in the run's folder that says who works there, touched as long as that process runs.
 
     A lock whose process is gone (on this host: no such process; on another: not touched for a minute and a half) is
     taken over.

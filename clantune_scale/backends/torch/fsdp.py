@@ -41,7 +41,7 @@ class FSDPBackend(LoopBackend):
         scheduler: Any = None,
         **options: Any,
     ) -> None:
-        self._parts: list[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        self._parts: Sequence[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
         # A submodule that is still gathered has parameters that the optimizer does not know.
         self._reshard()
         _refuse_unsupported(module, self._parts)
@@ -123,11 +123,11 @@ def _groups_of(part: FSDPModule) -> list[Any]:
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
-def _param_groups(parts: list[FSDPModule]) -> list[Any]:
+def _param_groups(parts: Sequence[FSDPModule]) -> list[Any]:
     return [group for part in parts for group in _groups_of(part)]
 
 
-def _refuse_unsupported(module: torch.nn.Module, parts: list[FSDPModule]) -> None:
+def _refuse_unsupported(module: torch.nn.Module, parts: Sequence[FSDPModule]) -> None:
     """Refuses ways of sharding whose gradients or state this backend does not find."""
     groups = _param_groups(parts)
     if any(len(_groups_of(part)) > 1 for part in parts):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clantune_scale.bench.faults import lives
+from clantune_scale.bench.faults import processes
 from clantune_scale.bench.faults.injector import Fault
 from tests.distributed.elastic import jobs
 
@@ -20,7 +20,7 @@ def resumed(folder: Path, round_name: str, population_size: int) -> Path:
     settings = jobs.block(copy, population_size=population_size)
     del settings["faults"]
     settings["checkpoint"] |= {"allow": ["population_size"], "resume": str(copy / "run" / "rounds" / round_name)}
-    ended = lives.run(
+    ended = processes.run(
         population_size, jobs.train, str(copy), settings, population_size, preload=jobs.PRELOAD, timeout_s=100
     )
     assert [rank.code for rank in ended] == [0] * population_size, ended[0].text
@@ -35,7 +35,7 @@ def assert_alike(folder: Path, survivors: list[int], reference: Path) -> None:
 
 
 def test_survivors_of_a_death_inside_a_phase_go_on_as_a_resumed_run(tmp_path):
-    ended = lives.run(
+    ended = processes.run(
         3, jobs.train, str(tmp_path), jobs.block(tmp_path), 3, faults=[Fault(1, "forward", 7)], preload=jobs.PRELOAD
     )
     assert [rank.code for rank in ended] == [0, -9, 0], ended[0].text
@@ -47,8 +47,8 @@ def test_survivors_of_a_death_inside_a_phase_go_on_as_a_resumed_run(tmp_path):
     assert_alike(tmp_path, [0, 2], resumed(tmp_path, "round-000000", 2))
 
 
-def lived(folder: Path, *faults: Fault, members: int = 3, dp: int = 1, **settings: float) -> list[lives.Ended]:
-    return lives.run(
+def lived(folder: Path, *faults: Fault, members: int = 3, dp: int = 1, **settings: float) -> list[processes.Ended]:
+    return processes.run(
         members * dp,
         jobs.train,
         str(folder),
@@ -173,7 +173,7 @@ def test_who_dies_while_the_champion_is_written_is_not_waited_for(tmp_path):
     settings = jobs.block(tmp_path, min_members=None, deadline_s=4.0)
     settings["checkpoint"] |= {"champion": True}
     fault = Fault(1, "champion")
-    ended = lives.run(3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD)
+    ended = processes.run(3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD)
     assert [rank.code for rank in ended] == [1, -9, 1]
     assert "rank 0 of member 1 sent no heartbeat for 4 s, while the others waited for it" in ended[0].text
     assert f"CLANTUNE_RESUME={tmp_path / 'run'}" in ended[0].text
@@ -187,7 +187,9 @@ def test_survivors_go_on_in_the_same_mlflow_runs(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     settings["tracking"] |= {"mlflow": True, "tracking_uri": uri}
     fault = Fault(0, "forward", 12)
-    ended = lives.run(3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD, timeout_s=300)
+    ended = processes.run(
+        3, jobs.train, str(tmp_path), settings, 3, faults=[fault], preload=jobs.PRELOAD, timeout_s=300
+    )
     assert [rank.code for rank in ended] == [-9, 0, 0], ended[1].text
     client = MlflowClient(uri)
     (experiment,) = [one for one in client.search_experiments() if one.name == "clantune"]
