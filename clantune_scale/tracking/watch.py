@@ -141,7 +141,7 @@ class _Follower:
 
     def _silence(self) -> str:
         return (
-            f"no event for {_SILENCE_S / 60:.0f} minutes: either a round is that long, or the run died without a run_end event "
+            f"no event for {_SILENCE_S / 60:.0f} minutes: either a round is that long, or the run died silently "
             f"(Ctrl-C ends watching)"
         )
 

@@ -77,7 +77,10 @@ def _movement(gene: Gene, told: Influence) -> Iterator[str]:
     if told.path > 4 * max(net, 1e-12) and told.path > 2 * gene.step_size:
         yield f"It wandered: all its changes add up to {told.path:.3g} scale units, its net change to {net:.2g}."
     elif told.path <= gene.step_size:
-        yield f"It hardly moved: its changes add up to {told.path:.2g} scale units; its initial step size was {gene.step_size:.2g}."
+        yield (
+            f"It hardly moved: its changes add up to {told.path:.2g} scale units; its initial step size was "
+            f"{gene.step_size:.2g}."
+        )
     capped = int((np.abs(told.moves) >= 0.95 * gene.max_change).sum())
     if capped:
         yield (
@@ -88,7 +91,8 @@ def _movement(gene: Gene, told: Influence) -> Iterator[str]:
 
 def _effect(run: Run, gene: Gene, told: Influence) -> Iterator[str]:
     if told.explained is None:
-        yield f"{_count(run.num_members, 'member')} and {_count(run.num_rounds, 'round')} are too few to tell whether it mattered."
+        members, rounds = _count(run.num_members, "member"), _count(run.num_rounds, "round")
+        yield f"{members} and {rounds} are too few to tell whether it mattered."
         return
     chance = f"chance gives {told.chance:.0%} with {run.num_members} members"
     share = f"it explains {told.explained:.0%} of the differences in loss between members"
@@ -96,7 +100,7 @@ def _effect(run: Run, gene: Gene, told: Influence) -> Iterator[str]:
         shared = " Genes that are copied together share the credit." if len(run.genes) > 1 else ""
         yield f"It mattered: {share} ({chance}).{shared}"
     else:
-        yield f"It did not show: {share}, not clearly above chance ({chance}). A gene at its optimum shows no effect either."
+        yield f"No clear effect: {share}, near chance ({chance}). A gene at its optimum shows none either."
 
 
 def _bounds(gene: Gene, told: Influence) -> Iterator[str]:
@@ -132,8 +136,8 @@ def _restores(run: Run) -> Iterator[str]:
     steps = ", ".join(f"{step:,}" for step in run.end_steps[run.restored][:8])
     more = ", and later" if count > 8 else ""
     yield (
-        f"The clan was rolled back {_count(count, 'time')} (at steps {steps}{more}). {_count(lost, 'step')} of training "
-        f"were discarded."
+        f"The clan was rolled back {_count(count, 'time')} (at steps {steps}{more}). The training of "
+        f"{_count(lost, 'step')} was discarded."
     )
 
 
@@ -198,7 +202,7 @@ _STATES = {
     "FINISHED": "finished",
     "FAILED": "failed",
     "KILLED": "was killed",
-    None: "is running, or died without a `run_end` event,",
+    None: "goes on, or died silently,",
 }
 
 
