@@ -68,12 +68,12 @@ def _facts(found: Preflight) -> list[tuple[str, str]]:
 
 
 def _groups(topology: Topology) -> list[str]:
-    """The ranks of the first members and columns, and of the group that averages gradients."""
+    """The ranks of the first members and replica groups, and of the group that averages gradients."""
     shown = range(min(topology.population_size, _SHOWN_MEMBERS))
     members = [f"member {m}: ranks {_span(topology.member_ranks(m))}" for m in shown]
     more = topology.population_size - len(members)
     lines = members + [f"and {more} more members"] * bool(more)
-    lines.append(f"column 0 of {topology.member_size}: ranks {_span(topology.replica_group_ranks(0))}")
+    lines.append(f"replica group 0 of {topology.member_size}: ranks {_span(topology.replica_group_ranks(0))}")
     return [*lines, f"gradients are averaged over {len(topology.gradient_ranks(0))} ranks"]
 
 

@@ -141,8 +141,8 @@ class _Follower:
 
     def _silence(self) -> str:
         return (
-            f"no event for {_SILENCE_S / 60:.0f} minutes: either a round is that long, or the run died without a "
-            f"run_end event (Ctrl-C ends watching)"
+            f"no event for {_SILENCE_S / 60:.0f} minutes: either a round is that long, or the run died silently "
+            f"(Ctrl-C ends watching)"
         )
 
 

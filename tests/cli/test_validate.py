@@ -28,7 +28,7 @@ def test_it_shows_the_groups_and_binds_genes_to_a_model(call):
     for part in (
         "4 members x (dp 2",
         "member 1: ranks 2, 3",
-        "column 0 of 2: ranks 0, 2, 4, 6",
+        "replica group 0 of 2: ranks 0, 2, 4, 6",
         "over 8 ranks",
         "dropout:",
     ):

@@ -43,7 +43,7 @@ def test_a_step_is_one_line(shown):
 def test_a_round_is_one_aligned_table(shown):
     title, header, *rows = shown("round_end", 10, **sample_run.round_end(CONFIG, 0))
     assert "round 0: steps 0 to 10" in title and "evaluation 0.2" in title
-    assert header.split() == ["member", "loss", "±", "se", "lr", "dropout", "rate", "parent", "reason"]
+    assert header.split() == ["member", "loss", "±", "se", "lr", "dropout", "learning", "rate", "parent", "reason"]
     assert rows[0].split() == ["0", "3.0000", "0.0100", "1", "0.1", "0.001", "-", "best"]
     assert rows[1].split() == ["1", "3.1000", "0.0100", "1", "0.1", "0.002", "0", "clone", "of", "0"]
     assert {row.index("best" if "best" in row else "clone") for row in rows} == {header.index("reason")}

@@ -88,7 +88,7 @@ def test_silence_is_mentioned_once(tmp_path, seen, monkeypatch):
     monkeypatch.setattr(watching, "_SILENCE_S", 0.02)
     (tmp_path / "events.jsonl").write_bytes(b"".join(lines_of(1, end=False)))
     watch(tmp_path, on=seen, poll_s=0.01, timeout_s=0.1)
-    assert sum("died without a word" in line for line in seen.lines) == 1
+    assert sum("died silently" in line for line in seen.lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,5 +127,5 @@ def test_a_run_that_is_resumed_is_followed_into_its_new_file(tmp_path, seen):
     watcher.join(20)
     assert not watcher.is_alive()
     assert titles(seen.lines) == ["round 0", "round 1", "round 2", "round 2"]
-    assert any("goes on after 40 steps" in line and "round-000001" in line for line in seen.lines)
+    assert any("resumes after 40 steps" in line and "round-000001" in line for line in seen.lines)
     assert seen.lines[-2].startswith("clan FAILED after 60 steps")

@@ -91,8 +91,8 @@ def _movement(gene: Gene, told: Influence) -> Iterator[str]:
 
 def _effect(run: Run, gene: Gene, told: Influence) -> Iterator[str]:
     if told.explained is None:
-        counts = f"{_count(run.num_members, 'member')} and {_count(run.num_rounds, 'round')}"
-        yield f"{counts} are too few to tell whether it mattered."
+        members, rounds = _count(run.num_members, "member"), _count(run.num_rounds, "round")
+        yield f"{members} and {rounds} are too few to tell whether it mattered."
         return
     chance = f"chance gives {told.chance:.0%} with {run.num_members} members"
     share = f"it explains {told.explained:.0%} of the differences in loss between members"
@@ -100,10 +100,7 @@ def _effect(run: Run, gene: Gene, told: Influence) -> Iterator[str]:
         shared = " Genes that are copied together share the credit." if len(run.genes) > 1 else ""
         yield f"It mattered: {share} ({chance}).{shared}"
     else:
-        yield (
-            f"It did not show: {share}, not clearly above chance ({chance}). "
-            f"A gene at its optimum shows no effect either."
-        )
+        yield f"No clear effect: {share}, near chance ({chance}). A gene at its optimum shows none either."
 
 
 def _bounds(gene: Gene, told: Influence) -> Iterator[str]:
@@ -139,8 +136,8 @@ def _restores(run: Run) -> Iterator[str]:
     steps = ", ".join(f"{step:,}" for step in run.end_steps[run.restored][:8])
     more = ", and later" if count > 8 else ""
     yield (
-        f"The clan was rolled back {_count(count, 'time')} (at steps {steps}{more}). {_count(lost, 'step')} of "
-        f"training were discarded."
+        f"The clan was rolled back {_count(count, 'time')} (at steps {steps}{more}). The training of "
+        f"{_count(lost, 'step')} was discarded."
     )
 
 
@@ -205,7 +202,7 @@ _STATES = {
     "FINISHED": "finished",
     "FAILED": "failed",
     "KILLED": "was killed",
-    None: "is running, or died without a `run_end` event,",
+    None: "goes on, or died silently,",
 }
 
 

@@ -39,7 +39,7 @@ def trajectory(run: Run, gene: Gene, *, number: int) -> Drawing:
     kind = "in effect only in competitive phases" if gene.kind == "specialized" else "in effect throughout"
     relative = "multiplies your own schedule; " if gene.relative else ""
     caption = (
-        f"{relative}{kind}. Bounds: {low:g} to {high:g} (a dash-dotted red line if in view)." + canvas.shading_note(run)
+        f"{relative}{kind}. Bounds: {low:g} to {high:g} (dash-dotted red: a bound in view)." + canvas.shading_note(run)
     )
     title = f"Gene {gene.name}"
     notes = canvas.thinning_notes(run)

@@ -17,13 +17,11 @@ from clantune_scale.errors import ConfigError
 
 
 def test_every_point_gets_a_fault_at_its_begin_and_its_end_and_on_every_rank():
-    found_faults = [fault for place in range(len(WORKLOADS)) for fault in kills.faults(place, 4, 2)]
-    assert len(found_faults) >= 50
-    assert {fault.point.partition(":")[0] for fault in found_faults} == set(POINTS)
-    assert {fault.rank for fault in found_faults} == {0, 1, 2, 3}
-    moments = {
-        point: {":after" in f.point for f in found_faults if f.point.startswith(point)} for point, _ in kills.POINTS
-    }
+    faults = [fault for place in range(len(WORKLOADS)) for fault in kills.faults(place, 4, 2)]
+    assert len(faults) >= 50
+    assert {fault.point.partition(":")[0] for fault in faults} == set(POINTS)
+    assert {fault.rank for fault in faults} == {0, 1, 2, 3}
+    moments = {point: {":after" in f.point for f in faults if f.point.startswith(point)} for point, _ in kills.POINTS}
     assert all(found == {True, False} for found in moments.values()), moments
     assert len(THREES) * len(survivors.POINTS) == 20
 

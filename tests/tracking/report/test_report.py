@@ -82,7 +82,7 @@ def test_pictures_have_words(finished):
     assert "member 3" in page.text("fitness") and "training" in page.text("fitness")
     assert "the clan's value" in page.text("gene-1") and "bound" in page.text("gene-1")
     assert "Grey: competitive phases." in page.text("gene-0")
-    assert "started from" in page.text("schedule") and "while cooperating" in page.text("schedule")
+    assert "your own" in page.text("schedule") and "while cooperating" in page.text("schedule")
     assert "evaluation 16.7%" in page.text("costs")
     assert all(name in page.text("coherence") for name in ("drift", "alignment", "gradient norm"))
 
@@ -100,17 +100,17 @@ def test_words_follow_from_the_numbers(finished):
     assert "The champion, member 3" in page.text("outcome") and "10,240" not in page.text("outcome")
     assert "The clan trained on 2,560 samples (327,680 tokens)" in page.text("outcome")
     words = page.text("next-run")
-    assert "micro-batches had a loss that was not finite (member 2: 8" in words
-    assert "In 1 round a member kept the others waiting, most often member 1" in words
+    assert "micro-batches had a non-finite loss (member 2: 8" in words
+    assert "In 1 round the other members waited for one, most often member 1" in words
     assert "Throughput in cooperative phases: 144 samples/s, 18,432 tokens/s." in words
 
 
-def test_a_run_that_goes_on_is_reported_up_to_its_torn_line(tmp_path):
+def test_a_run_that_goes_on_is_reported_up_to_its_incomplete_line(tmp_path):
     run_dir = simulated_run.write(tmp_path, num_rounds=3, num_members=4)
     lines = (run_dir / "events.jsonl").read_bytes().splitlines(keepends=True)
     (run_dir / "events.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:500])
     page = Page(write_report(run_dir))
-    assert "goes on, or died without a word, after 40 of 60 steps in 2 rounds" in page.text("outcome")
+    assert "goes on, or died silently, after 40 of 60 steps in 2 rounds" in page.text("outcome")
     assert "The fittest now" in page.text("outcome")
 
 
@@ -161,9 +161,9 @@ def test_a_member_that_diverged_and_a_restored_round(tmp_path):
     ends[1]["restored"] = True
     (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [first, *events]))
     page = Page(write_report(run_dir))
-    assert "went back to its last good state 1 time (at steps 40)" in page.text("next-run")
-    assert "4 evaluations gave a loss that was not finite" in page.text("next-run")
-    assert "restored" in page.text("fitness")
+    assert "was rolled back 1 time (at steps 40)" in page.text("next-run")
+    assert "4 evaluations gave a non-finite loss" in page.text("next-run")
+    assert "rolled back" in page.text("fitness")
 
 
 @pytest.mark.slow
