@@ -27,7 +27,7 @@ def load_config(config: ConfigSource) -> tuple[dict[str, Any], ClanConfig | None
 
     Args:
         config: a DeepSpeed config with a ``"clantune"`` block (a dict, the path of a JSON or Hjson file, or URL-safe
-            base64 of such a text), or the block itself.
+            base64 of its text), or the block itself.
 
     Returns:
         Everything beside the block (empty if ``config`` is the block itself), and the validated block, or None if
@@ -46,7 +46,7 @@ def load_ds_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     """Reads a DeepSpeed config as DeepSpeed 0.19 does.
 
     Args:
-        config: a dict, the path of a JSON or Hjson file, or base64 (URL-safe) of such a text.
+        config: a dict, the path of a JSON or Hjson file, or URL-safe base64 of its text.
 
     Raises:
         ConfigError: if it is none of these, does not parse, repeats a key, or is not an object.

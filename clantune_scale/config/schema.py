@@ -1,7 +1,7 @@
 """The ``clantune`` block of a DeepSpeed config: every key, its default and what it means.
 
-``{"population_size": 4}`` is a complete block. The text under a field is its documentation; the table in the
-README is made from it.
+``{"population_size": 4}`` is a complete block. The text under a field is its documentation; the table in
+this folder's README is made from it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TrackingConfig(Block):
     """Name of the run and its folder; null takes the date and time. A used folder gets a numbered sibling."""
 
     mlflow: Flag = True
-    """Whether the run is logged to MLflow, beside the events file that is always written."""
+    """Whether the run is logged to MLflow, if it is installed, beside the events file that is always written."""
 
     tracking_uri: str | None = None
     """MLflow's tracking URI; null takes `MLFLOW_TRACKING_URI`, then an SQLite file in `directory`."""

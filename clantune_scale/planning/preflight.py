@@ -214,7 +214,7 @@ def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]
 
 
 def run_facts(block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any]) -> RunFacts:
-    """What the strategy of such a run would know."""
+    """What the strategy of a run with this block would know."""
     scheduler = ds_config.get("scheduler") or {}
     steps = block.total_steps or scheduler.get("params", {}).get("total_num_steps")
     return block.facts(genes, total_steps=steps)

@@ -53,7 +53,7 @@ class ClanScheduleLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """The rates of the step that comes; writes the other genes into their groups."""
+        """The learning rates of the next step. Writes the other genes into their groups."""
         rates = []
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             values = self._values(group, self._scheduled(base, self.last_epoch))
@@ -123,7 +123,7 @@ class BetweenSteps:
         self._expression = Expression(self.genes, backend, own)
 
     def apply(self) -> None:
-        """Puts into effect what the schedule says of the step that comes."""
+        """Puts into effect what the schedule says of the next step."""
         step = self._backend.num_steps
         self._expression.express({gene.name: self._schedule.value_at(gene.name, step) for gene in self.genes})
 

@@ -137,7 +137,7 @@ class BuiltClan:
         return state
 
     def values(self, kind: PhaseKind) -> list[dict[str, float]]:
-        """What each member expresses in such a phase, by member and gene name."""
+        """What each member expresses in a phase of that kind, by member and gene name."""
         return values_in_effect(self.population.genomes, self.genes, kind)
 
     def sampler(self, num_samples: int, *, shuffle: bool = True) -> ClanBatchSampler:
@@ -159,7 +159,7 @@ class BuiltClan:
         return self._loader
 
     def accumulation(self, kind: PhaseKind) -> list[int]:
-        """[members] micro-batches per step in such a phase, as far as it is decided now."""
+        """[members] micro-batches per step in a phase of that kind, by the present genomes."""
         return [self.expression.accumulation(values) for values in self.values(kind)]
 
     def evaluate(

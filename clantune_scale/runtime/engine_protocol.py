@@ -207,7 +207,7 @@ class EngineState(Protocol):
         """The state of the dynamic loss scale, ``"cur_scale"`` among it, or None without one."""
 
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
-        """Takes over such a state."""
+        """Takes over a state that ``loss_scale`` returned."""
 
     def counters(self) -> dict[str, int]:
         """What the engine counts for itself and a resumed run goes on from: steps, micro-batches, samples."""

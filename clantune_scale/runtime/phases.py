@@ -26,7 +26,7 @@ class PhaseManager:
 
     @property
     def is_sharing(self) -> bool:
-        """Whether gradients are averaged over all members in the step that comes."""
+        """Whether gradients are averaged over all members in the next step."""
         return self.position.phase.kind is PhaseKind.COOPERATIVE and not self._is_suspended
 
     @property
@@ -36,7 +36,7 @@ class PhaseManager:
         return index == 0 or self.clock.round(index - 1).uses_ema
 
     def team(self, member: int, population_size: int) -> tuple[int, ...]:
-        """The members with whom ``member`` averages its gradients in the step that comes, itself among them."""
+        """The members with whom ``member`` averages its gradients in the next step, itself among them."""
         teams = self.position.phase.teams
         if self.is_sharing:
             return tuple(range(population_size))

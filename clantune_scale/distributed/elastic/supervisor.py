@@ -172,7 +172,7 @@ class Supervisor:
 
     def _restart(self, reason: str) -> None:
         """Restarts this process."""
-        # Never released: a second thread that comes here waits until the process is replaced.
+        # Never released: a second thread waits here until the process is replaced.
         self._lock.acquire()
         # The first rank that sees a failure has the best reason. The others may only see that this rank left.
         reason = f"{self._name}: {reason}"
