@@ -166,7 +166,7 @@ def _uses_mlflow(config: TrackingConfig, *, is_writer: bool) -> bool:
         raise missing("mlflow", needed_by=" and ".join(f'"tracking.{key}"' for key in sorted(asked)))
     if is_writer:
         logging.getLogger(__name__).warning(
-            'MLflow is not installed, and this run is logged to its events file alone. %s Or set "tracking.mlflow" to '
+            'MLflow is not installed, and this run is logged only to its events file. %s Or set "tracking.mlflow" to '
             "false to run without it.",
             remedy("mlflow"),
         )
