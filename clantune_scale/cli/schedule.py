@@ -79,8 +79,8 @@ COMMAND = Command(
 
 The JSON has "schema" and "kind"; "genes" (name, target, groups, whether relative); "rate_factor", on every learning
 rate; "segments", in order and without gaps: start_step, end_step, "values" by gene, "lr_factor" (the final decay's
-share in the first step and in end_step, linear between: your own schedule's learning rate is at
-most this times its value at the start of the decay), and "undone" where the training was rolled back. Relative values multiply the run's own
+share in the first step and in end_step, linear between: your own schedule's learning rate is at most this times its
+value at the start of the decay), and "undone" if the training was rolled back. Relative values multiply the run's own
 settings.
 
 --steps stretches the step axis linearly. --batch without --rate-rule changes nothing; with it, learning rates are
