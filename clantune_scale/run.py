@@ -28,7 +28,7 @@ HOLDOUT = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the script that ``argv`` names (the process's own arguments where None).
+    """Runs the script that ``argv`` names (the process's own arguments if None).
 
     Raises:
         ClanError: if DeepSpeed is not installed.
@@ -70,7 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--eval_data",
         default=None,
-        help=f"module:callable that returns the dataset on which members are compared; if left out, "
+        help=f"module:callable that returns the dataset on which members are compared; by default "
         f"{HOLDOUT:.0%} of the training data is held out",
     )
     parser.add_argument("script", help="the training script")

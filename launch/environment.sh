@@ -14,7 +14,7 @@ install_environment() {
     echo "environment: installing into $venv (some minutes, once)"
     "$python" -m venv --clear "$venv"
     local install=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint "$constraints")
-    # torch first and alone: it is by far the largest, and where it cannot be had the rest need not be tried.
+    # torch first: it is by far the largest, and if it is not available the rest need not be installed.
     echo "environment: torch"
     "${install[@]}" torch
     echo "environment: clantune-scale and what it needs"

@@ -30,7 +30,7 @@ class Curve:
     Attributes:
         steps: [rounds] optimizer steps done at each round's end, ascending.
         losses: [rounds] the lowest finite loss of any member on the validation window.
-        learning_rates: [rounds] that member's rate in the round's last step.
+        learning_rates: [rounds] that member's learning rate in the round's last step.
     """
 
     steps: tuple[int, ...]

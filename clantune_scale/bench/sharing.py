@@ -95,7 +95,7 @@ class SharingRank:
             )
 
     def train(self, kind: str, num_steps: int) -> float | int:
-        """Mean seconds per step of a phase of that kind; with no steps, the number of collectives in one."""
+        """Mean seconds per step of a phase of this kind; with no steps, the number of collectives in one."""
         competing = self._engine.clan.phases.suspended() if kind == "competitive" else nullcontext()
         with competing:
             return timed(self._step, num_steps) if num_steps else self._count()

@@ -5,7 +5,7 @@ some ``step``s. Three trackings take turns round by round in one process, and di
 that whatever else the machine does falls on all alike:
 
 - ``none``: nobody writes (every rank but one)
-- ``file``: only the events file
+- ``file``: the events file only
 - ``mlflow``: the events file, and MLflow on SQLite behind it
 
 The stand-in is matrix products of torch, or a loop of plain Python, which wants Python's lock all the time.

@@ -123,7 +123,7 @@ def _ranks_in(name: str) -> list[int]:
 
 
 def _by_definition(topology: Topology, rank: int) -> dict[str, object]:
-    """The same from the order of ranks alone: ``[member, pipeline, data, tensor]``, tensor fastest."""
+    """The same groups, computed only from the order of ranks: ``[member, pipeline, data, tensor]``, tensor fastest."""
     at, rest = rank, []
     for degree in (topology.tp, topology.dp, topology.pp):
         at, place = divmod(at, degree)
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for topology in topologies:
         layout = lay_out(topology, options.samples)
         print(
-            f"{topology.describe()}: {layout.num_sampled} sampled ranks right, "
+            f"{topology.describe()}: {layout.num_sampled} sampled ranks passed, "
             f"{1e3 * layout.seconds_per_rank:.1f} ms and {layout.megabytes_per_rank:.2f} MB a rank"
         )
     if options.arrivals:

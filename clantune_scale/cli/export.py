@@ -32,7 +32,7 @@ def champion_files(run: OpenedRun) -> WeightFiles:
     end = end_of(run.events)
     if end is None:
         raise ClanError(
-            f"{run.folder.name} goes on or was cut off: weights are written at the end, or when the script calls "
+            f"{run.folder.name} has not ended: weights are written at the end, or when the script calls "
             f"engine.clan.save_champion(). Wait for it."
         )
     written = end.get("artifacts", {}).get("champion")
@@ -42,12 +42,12 @@ def champion_files(run: OpenedRun) -> WeightFiles:
             f"Put 'safetensors' into clantune.checkpoint.champion for the next one."
         )
     path = run.folder / Path(written).name
-    raise ClanError(f"{path} is gone; the run wrote it as {written} on its host. Copy it from there.")
+    raise ClanError(f"{path} is missing; the run wrote it as {written} on its host. Copy it from there.")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
-    parser.add_argument("--to", metavar="FOLDER", default=".", help="where to put it (default: here)")
+    parser.add_argument("--to", metavar="FOLDER", default=".", help="target folder (default: the current one)")
     parser.add_argument("--format", choices=("safetensors", "pytorch"), default="safetensors")
 
 
@@ -97,7 +97,7 @@ COMMAND = Command(
     summary="the champion's weights",
     description="""Copies the champion's weights out of a run's folder: every tensor is read, checked to be finite, and
 read back after it was written. The names are those of the model's state_dict. A model in several files comes with
-its index. While a run goes on, what engine.clan.save_champion() wrote last is taken.""",
+its index. While a run goes on, the last output of engine.clan.save_champion() is exported.""",
     examples="""  clantune export quickstart --to champion/
   clantune export quickstart --to champion/ --format pytorch    # for torch.load(..., weights_only=True)""",
     add_arguments=_add_arguments,

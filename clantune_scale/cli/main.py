@@ -34,14 +34,14 @@ _EXAMPLES = """examples:
   clantune watch clan_runs/quickstart
   clantune schedule clan_runs/quickstart --format csv
 
-RUN is a run's folder, its events.jsonl, or its name in ./clan_runs. All commands read runs that still go."""
+RUN is a run's folder, its events.jsonl, or its name in ./clan_runs. All commands also read runs that have not ended."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``clantune`` with all its commands."""
     parser = argparse.ArgumentParser(
         prog="clantune",
-        description="Clan training: what a run will cost, what it does, and what it leaves behind.",
+        description="Clan training: plan a run, follow it, and export its results.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

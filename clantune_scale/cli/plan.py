@@ -1,4 +1,4 @@
-"""``clantune plan``: what a run will cost, before it is paid for."""
+"""``clantune plan``: what a run will cost."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ _DEFAULT_STEPS = 10_000
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--params", type=_count, metavar="N", help="trainable parameters, in place of --model (7e9)")
+    parser.add_argument("--params", type=_count, metavar="N", help="trainable parameters, instead of --model (7e9)")
     parser.add_argument("--hardware", metavar="NAME|JSON", help=f"{', '.join(PRESETS)}, or JSON (text or file)")
-    parser.add_argument("--measured", metavar="RUN", help="take seconds from a run's events, in place of arithmetic")
+    parser.add_argument("--measured", metavar="RUN", help="seconds from a run's events, not estimated")
     parser.add_argument("--tokens-per-sample", type=_count, metavar="N", help="needed for seconds without --measured")
-    parser.add_argument("--steps", type=_count, metavar="N", help="of the run, where the config does not say")
-    parser.add_argument("--budget-percent", type=float, metavar="B", help="list the settings that cost at most this")
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="optimizer steps of the run, if the config does not say"
+    )
+    parser.add_argument("--budget-percent", type=float, metavar="B", help="list settings with at most B %% overhead")
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
     ds_config = read_config(arguments)
     model = read_model(arguments)
     if (model is None) == (arguments.params is None):
-        raise ClanError("the size of the model is not known. Give either --model MODULE:FACTORY or --params N.")
+        raise ClanError("the size of the model is unknown. Give either --model MODULE:FACTORY or --params N.")
     found = preflight(ds_config, world_size=arguments.world_size, model=model)
     if found.errors or found.block is None or found.genes is None or found.strategy is None:
         raise ClanError(f"{found.errors[0]} `clantune validate` shows all errors ({len(found.errors)}).")
@@ -77,10 +79,10 @@ def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any
     job, plain, cost = one.job, one.job.without_clan(), one.cost
     round_end = [*evaluation_traffic(job, averaged=job.uses_ema), *drift_traffic(job)]
     parts = {
-        # The same ranks in one ring: what of it crosses where the clan has its members' boundaries.
+        # The same ranks in one ring, counted at the boundaries of the clan's members.
         "plain_step": _traffic((replace(one, scope="clan") for one in step_traffic(plain)), job),
         "cooperative_step": _traffic(step_traffic(job), job),
-        "last_cooperative_step": _traffic(step_traffic(job, is_looked_at=True), job),
+        "last_cooperative_step": _traffic(step_traffic(job, has_diagnostics=True), job),
         "competitive_step": _traffic(step_traffic(job, cooperates=False), job),
         "round_end": _traffic(round_end, job),
         "clone": _traffic(clone_traffic(job), job),
@@ -132,7 +134,7 @@ def _mean_round(parts: dict[str, dict[str, Any]], one: Forecast) -> dict[str, fl
             sharing = one.job.in_phase(phase)
             looks = int(taken == phase.num_steps)
             total += (taken - looks) * bytes_of(step_traffic(sharing), sharing)
-            total += looks * bytes_of(step_traffic(sharing, is_looked_at=True), sharing)
+            total += looks * bytes_of(step_traffic(sharing, has_diagnostics=True), sharing)
         totals[key] = total / one.walk.num_rounds
     return totals
 
@@ -145,7 +147,7 @@ def _tokens_lost(one: Forecast) -> int | None:
 def _budget(percent: float, found: Preflight, size: Size, how: dict[str, Any], one: Forecast) -> dict[str, Any]:
     if one.cost.overhead_percent is None:
         raise ClanError(
-            "a budget is in percent of time, and no time is known. Give --hardware with --tokens-per-sample, or "
+            "--budget-percent needs seconds, and none are known. Give --hardware with --tokens-per-sample, or "
             "--measured RUN."
         )
     assert found.block is not None and found.genes is not None, "a config with errors was refused before"
@@ -175,11 +177,11 @@ def _count(text: str) -> int:
 
 COMMAND = Command(
     name="plan",
-    summary="what a run will cost, before it is paid for",
+    summary="what a run will cost",
     description="""Memory of a rank with and without the clan, bytes between ranks, samples that are not new, seconds,
 and the overhead against plain data parallelism on the same machines. Bytes are exact (of rings, on the wire); seconds
-add computing and sending as if they did not overlap, from the hardware's nominal figures, or come from a finished
-run. Presets are vendors' nominal figures; give your own as JSON:
+add computing and sending as if they did not overlap, from the hardware's nominal values, or come from a finished
+run. Presets are vendors' nominal values; give your own as JSON:
   {"like": "h100", "network_bytes_s": 25e9, "compute_share": 0.5}""",
     examples="""  clantune plan ds.json --params 7e9 --world-size 64 --hardware h100 --tokens-per-sample 4096
   clantune plan ds.json --model my_models:gpt --world-size 64 --hardware cluster.json --tokens-per-sample 4096

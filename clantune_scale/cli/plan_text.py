@@ -34,10 +34,10 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<20}{amount(clan[part]):>10}{amount(plain[part]):>10}"
     more = clan["device"] - plain["device"]
     yield (
-        f"  The price: state is sharded over a member's ranks and not over all of them, {amount(more)} more on each "
+        f"  State is sharded over a member's ranks and not over all ranks: {amount(more)} more on each "
         f"device ({100 * more / plain['device']:.0f} %)."
     )
-    yield "  Activations and buffers come on top; a clan leaves them as they are."
+    yield "  Activations and buffers are extra; a clan does not change them."
     limit = memory["device_limit"]
     if limit is not None and clan["device"] > limit:
         yield f"  It does not fit: a device has {amount(limit)}. Use fewer members, a higher ZeRO stage or more ranks."
@@ -60,9 +60,9 @@ def _cost(data: dict[str, Any]) -> Iterator[str]:
     of_tokens = f" ({tokens:,} tokens)" if tokens is not None else ""
     lost = cost["samples"] - cost["unique_samples"]
     share = f"{cost['sample_loss_percent']:.2f} %"
-    yield f"samples that are not new or not kept: {lost:,} of {cost['samples']:,}, {share}{of_tokens}"
+    yield f"samples repeated or rolled back: {lost:,} of {cost['samples']:,}, {share}{of_tokens}"
     yield (
-        f"gradient work, evaluations counted in: {cost['work_percent']:+.2f} % against plain data parallelism "
+        f"gradient work with evaluations: {cost['work_percent']:+.2f} % against plain data parallelism "
         f"({cost['trained_samples']:,} samples trained on, {cost['evaluated_samples']:,} evaluated)"
     )
     if cost["seconds"] is None:
@@ -75,12 +75,12 @@ def _cost(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _overhead(cost: dict[str, Any]) -> str:
-    return "no end" if cost["overhead_percent"] is None else f"{cost['overhead_percent']:.2f} %"
+    return "unbounded" if cost["overhead_percent"] is None else f"{cost['overhead_percent']:.2f} %"
 
 
 def _source(data: dict[str, Any]) -> str:
     if data["measured"]:
-        return f"{data['measured']['num_rounds']} rounds of a run that was measured"
+        return f"{data['measured']['num_rounds']} rounds of a measured run"
     hardware = data["hardware"]
     return (
         f"{hardware['source']}; assumed: {hardware['compute_share']:.0%} of the compute and "
@@ -90,7 +90,7 @@ def _source(data: dict[str, Any]) -> str:
 
 def _budget(budget: dict[str, Any]) -> Iterator[str]:
     if not budget["fits"]:
-        yield f"nothing fits {budget['percent']:g} %: lengthen round_length, or take fewer fitness.num_samples"
+        yield f"nothing fits {budget['percent']:g} %: lengthen round_length, or lower fitness.num_samples"
         return
     yield f"settings within {budget['percent']:g} %:"
     yield f"  {'population_size':>15}{'duty_cycle':>12}{'overhead':>10}{'a device':>10}"

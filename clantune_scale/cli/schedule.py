@@ -17,7 +17,7 @@ from clantune_scale.tracking.history import rounds_of
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
     parser.add_argument("--format", choices=("json", "csv", "deepspeed"), default="json", help="default: json")
-    parser.add_argument("--member", type=int, help="whose ancestry to follow; the champion's where left out")
+    parser.add_argument("--member", type=int, help="whose ancestry to follow (default: the champion's)")
     parser.add_argument("--steps", type=int, help="stretch to this many optimizer steps (linear in the step)")
     parser.add_argument("--batch", type=int, help="train_batch_size of the run that will replay it")
     parser.add_argument(
@@ -27,7 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     if arguments.rate_rule and arguments.batch is None:
-        raise ClanError("--rate-rule says how rates follow the batch, and no batch is given. Add --batch N.")
+        raise ClanError("--rate-rule sets how learning rates follow the batch, but no batch is given. Add --batch N.")
     run = open_run(arguments.run_path)
     schedule = run.schedule(arguments.member)
     factor = 1.0
@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 
 def base_rate(run: OpenedRun) -> float | None:
-    """The rate that the ``lr`` gene multiplied, where the run had one constant rate; None otherwise."""
+    """The learning rate that the ``lr`` gene multiplied, if it was constant; None otherwise."""
     genes = [gene for gene in run.start["genes"] if gene["target"] == "lr"]
     bases = []
     for event in rounds_of(run.events):
@@ -79,12 +79,13 @@ COMMAND = Command(
 
 The JSON has "schema" and "kind"; "genes" (name, target, groups, whether relative); "rate_factor", on every learning
 rate; "segments", in order and without gaps: start_step, end_step, "values" by gene, "lr_factor" (the final decay's
-share in the first step and in end_step, linear between: your own schedule's rate is at most this times what it was
-where the decay starts), and "undone" where the training was rolled back. Relative values multiply the run's own
+share in the first step and in end_step, linear between: your own schedule's learning rate is at most this times its
+value at the start of the decay), and "undone" if the training was rolled back. Relative values multiply the run's own
 settings.
 
---steps stretches the step axis linearly. --batch alone changes nothing; with --rate-rule, learning rates are
-multiplied by new/old batch (linear) or its square root (sqrt). A DeepSpeed fragment says what it cannot say.""",
+--steps stretches the step axis linearly. --batch without --rate-rule changes nothing; with it, learning rates are
+multiplied by new/old batch (linear) or its square root (sqrt). A DeepSpeed fragment lists what it cannot
+express.""",
     examples="""  clantune schedule quickstart > schedule.json
   clantune schedule quickstart --steps 100000 --batch 256 --rate-rule sqrt
   clantune schedule quickstart --format csv | column -s, -t | less

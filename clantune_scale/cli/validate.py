@@ -1,4 +1,4 @@
-"""``clantune validate``: everything that can be known of a run without GPUs, all errors at once."""
+"""``clantune validate``: checks a run without GPUs, all errors at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
 def _text(found: Preflight, is_bound: bool) -> str:
     lines = [f"{name:<9} {line}" for name, line in _facts(found)]
     if found.genes and not is_bound:
-        lines.append(f"{'':<9} whether genes find what they set is not known: give --model")
+        lines.append(f"{'':<9} unknown whether the genes bind to the model: give --model")
     lines += [f"warning: {text}" for text in found.warnings]
     lines += [f"error: {text}" for text in found.errors]
     counts = [(len(found.errors), "error"), (len(found.warnings), "warning")]
@@ -68,7 +68,7 @@ def _facts(found: Preflight) -> list[tuple[str, str]]:
 
 
 def _groups(topology: Topology) -> list[str]:
-    """The ranks of the first members and replica groups, and of the group that averages gradients."""
+    """The ranks of the first members, the first replica group and the group that averages gradients."""
     shown = range(min(topology.population_size, _SHOWN_MEMBERS))
     members = [f"member {m}: ranks {_span(topology.member_ranks(m))}" for m in shown]
     more = topology.population_size - len(members)
@@ -107,10 +107,10 @@ def _data(found: Preflight, is_bound: bool, *, is_valid: bool) -> dict[str, Any]
 
 COMMAND = Command(
     name="validate",
-    summary="everything that can be known of a run without GPUs",
+    summary="check a run without GPUs",
     description="""Checks a DeepSpeed config with its clantune block: misspelt keys, settings that DeepSpeed or the clan
 refuse, topology, batch arithmetic, strategy and options, and, with --model, that every gene binds to something.
-All errors are shown at once; the exit code is 1 where there are any. With --model the model is built on the meta
+All errors are shown at once; the exit code is 1 if there are any. With --model the model is built on the meta
 device, so that a large one needs no memory; a factory that returns (module, parameter_groups) lets genes with
 "groups" be checked too.""",
     examples="""  clantune validate ds.json --world-size 64

@@ -48,9 +48,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 COMMAND = Command(
     name="watch",
-    summary="a run as it goes",
-    description="""Shows a run's rounds as they end, until it ends or you leave with Ctrl-C; the run does not notice.
-With --json it says where the run stands now, and ends.""",
+    summary="follow a run",
+    description="""Shows a run's rounds as they end, until it ends or you press Ctrl-C; the run is not affected.
+With --json it prints the current state of the run and ends.""",
     examples="""  clantune watch quickstart
   clantune watch quickstart --json | jq .step""",
     add_arguments=add_run_argument,

@@ -25,7 +25,7 @@ _FORWARD, _TRAINING = 2, 6
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of each part of a run; None everywhere where neither hardware nor a measured run says them.
+    """Seconds of each part of a run; known only from hardware or a measured run.
 
     Attributes:
         plain_step_s: a step of plain data parallelism on the same ranks.
@@ -41,7 +41,7 @@ class Pace:
 
 
 def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> Pace | None:
-    """The seconds of a job's parts: from a measured run where there is one, else by arithmetic.
+    """The seconds of a job's parts: from a measured run if there is one, else by arithmetic.
 
     Arithmetic adds computing and sending, as if they did not overlap, for the clan and without it alike. A clone
     is taken to reach every other member, and every round.
@@ -166,5 +166,5 @@ def _unique(phase: Phase, taken: int, job: Job) -> int:
 
 def _sending_s(collectives: Iterable[Collective], job: Job, hardware: Hardware) -> float:
     everyone = range(job.world_size)
-    ranks = {"member": everyone[: job.dp], "clan": everyone, "column": everyone[:: job.dp]}
+    ranks = {"member": everyone[: job.dp], "clan": everyone, "replica_group": everyone[:: job.dp]}
     return sum(c.wire_bytes(job) / hardware.bytes_s(ranks[c.scope]) for c in collectives)

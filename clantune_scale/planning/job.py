@@ -36,9 +36,10 @@ class Job:
         moments: optimizer states of 4 bytes per weight.
         population_size, dp: members, and data-parallel ranks of one.
         micro_batch, accumulation: as in :class:`BatchPlan`.
-        averages, guards: what the strategy keeps.
+        uses_ema: whether the strategy keeps an average of the weights.
+        guards: whether the strategy keeps a rollback snapshot.
         num_samples, eval_batch: of the validation window.
-        tokens_per_sample: for compute; None where nobody said.
+        tokens_per_sample: for compute; None if unknown.
         persistence: largest parameter that ZeRO 3 does not partition for computing.
         keeps: elements that ZeRO 3 keeps gathered from the forward to the backward pass.
     """

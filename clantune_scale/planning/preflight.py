@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before it: all errors at once, and what follows where there are none."""
+"""Checks a run before it starts: all errors at once, and what follows from the config if there are none."""
 
 from __future__ import annotations
 
@@ -205,16 +205,16 @@ def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]
     specialized = [gene.name for gene in genes if gene.kind == "specialized"]
     if specialized and block.duty_cycle == 0:
         found.warnings.append(
-            f"duty_cycle is 0, so that {', '.join(specialized)} never shows and cannot be selected. Raise it."
+            f"duty_cycle is 0, so {', '.join(specialized)} is never in effect and cannot be selected. Raise it."
         )
     if block.population_size == 1:
-        found.warnings.append("population_size is 1: a clan of one has nobody to choose from.")
+        found.warnings.append("population_size is 1: a clan of one member cannot select. Raise it.")
     if facts.total_steps is None:
         found.warnings.append("total_steps is not known: genes never freeze and nothing decays at the end. Set it.")
 
 
 def run_facts(block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any]) -> RunFacts:
-    """What the strategy of a run with this block would know."""
+    """The facts that the run's strategy gets."""
     scheduler = ds_config.get("scheduler") or {}
     steps = block.total_steps or scheduler.get("params", {}).get("total_num_steps")
     return block.facts(genes, total_steps=steps)

@@ -1,6 +1,6 @@
-"""What ranks send each other, collective by collective: exact in elements, and by rings in bytes on the wire.
+"""The collectives of a run: exact in elements, and in bytes on the wire of a ring.
 
-Collectives of a few numbers (norms, votes, decisions) are left out. The tests count what is predicted here in
+Collectives of a few numbers (norms, masks, decisions) are left out. The tests count what is predicted here in
 real runs, for ZeRO 0 to 3.
 """
 
@@ -13,8 +13,8 @@ from typing import Literal
 from clantune_scale.planning.job import Job
 from clantune_scale.planning.memory import state_bytes
 
-#: clan: all (member, data) ranks; member: the ranks of one; column: one rank of each member.
-Scope = Literal["clan", "member", "column"]
+#: clan: all (member, data) ranks; member: the ranks of one; replica_group: one rank of each member.
+Scope = Literal["clan", "member", "replica_group"]
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 
@@ -50,16 +50,16 @@ class Collective:
 
 def ranks_in(scope: Scope, job: Job) -> int:
     """How many ranks a scope has."""
-    return {"clan": job.world_size, "member": job.dp, "column": job.population_size}[scope]
+    return {"clan": job.world_size, "member": job.dp, "replica_group": job.population_size}[scope]
 
 
-def step_traffic(job: Job, *, cooperates: bool = True, is_looked_at: bool = False) -> Iterator[Collective]:
+def step_traffic(job: Job, *, cooperates: bool = True, has_diagnostics: bool = False) -> Iterator[Collective]:
     """One optimizer step.
 
     Args:
         job: with a clan; :meth:`Job.without_clan` gives plain data parallelism's.
         cooperates: whether members share gradients.
-        is_looked_at: whether it is the last step of a phase, in which members' own gradients are compared with
+        has_diagnostics: whether it is the last step of a phase, in which members' own gradients are compared with
             the clan's.
     """
     crosses = cooperates and job.population_size > 1
@@ -70,13 +70,13 @@ def step_traffic(job: Job, *, cooperates: bool = True, is_looked_at: bool = Fals
     reductions = job.accumulation if job.stage == 2 else 1
     gradients = job.num_parameters * reductions
     yield Collective("all_reduce", "clan" if crosses else "member", gradients, job.width)
-    if is_looked_at and crosses:
+    if has_diagnostics and crosses:
         yield Collective("all_reduce", "member", gradients, job.width)
     yield from _refresh(job)
 
 
 def evaluation_traffic(job: Job, *, averaged: bool) -> Iterator[Collective]:
-    """One look at the validation window, and its losses."""
+    """One evaluation on the validation window, and its losses."""
     if averaged:
         yield from _refresh(job)
         yield from _refresh(job)
@@ -86,17 +86,17 @@ def evaluation_traffic(job: Job, *, averaged: bool) -> Iterator[Collective]:
         yield Collective("all_gather", "member", (job.padded - job.persistent) * passes, job.width)
     if job.dp > 1:
         yield Collective("all_gather", "member", job.num_eval_batches, 8)
-    yield Collective("all_gather", "column", job.num_eval_batches * job.population_size, 8)
+    yield Collective("all_gather", "replica_group", job.num_eval_batches * job.population_size, 8)
 
 
 def drift_traffic(job: Job) -> Iterator[Collective]:
-    """How far members are from each other, once a round: the fp32 weights down the column."""
-    yield Collective("all_reduce", "column", job.shard, 4)
+    """The distance between members, once a round: the fp32 weights over the replica group."""
+    yield Collective("all_reduce", "replica_group", job.shard, 4)
 
 
 def clone_traffic(job: Job) -> Iterator[Collective]:
     """What a rank sends on to the next in a clone's chain, and what a recipient does then."""
-    yield Collective("send", "column", state_bytes(job), 1)
+    yield Collective("send", "replica_group", state_bytes(job), 1)
     yield from _refresh(job)
 
 
@@ -104,7 +104,7 @@ def crossing_bytes(collectives: Iterable[Collective], job: Job) -> float:
     """Bytes that leave a member, over all its ranks; a ring over the clan crosses each boundary once."""
     total = 0.0
     for collective in collectives:
-        if collective.scope == "column":
+        if collective.scope == "replica_group":
             total += collective.wire_bytes(job) * job.dp
         elif collective.scope == "clan":
             total += collective.wire_bytes(job)
@@ -131,7 +131,7 @@ def _sharded_step(job: Job, *, crosses: bool) -> Iterator[Collective]:
         yield Collective("all_gather", "member", passes * partitioned * job.accumulation, job.width)
     yield Collective("reduce_scatter", "member", job.padded * job.accumulation, job.width)
     if crosses:
-        yield Collective("all_reduce", "column", job.padded // job.dp * job.accumulation, job.width)
+        yield Collective("all_reduce", "replica_group", job.padded // job.dp * job.accumulation, job.width)
     yield from _refresh(job)
 
 

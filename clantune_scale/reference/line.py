@@ -166,7 +166,7 @@ class OnTheLine:
         self._average(position.plan, position.step)
 
     def _take_turns(self, plan: RoundPlan, phase: Phase, steps: range, values: Sequence[Values]) -> None:
-        """Each contestant trains the phase from the same snapshot; team mates are one contestant, and so are equals.
+        """Each team trains the phase from the same snapshot. Members with equal genomes are one team.
 
         The user's schedule and the random stream are set back with the snapshot, because every turn is the same
         stretch of the run: they end as if there had been one.

@@ -53,7 +53,7 @@ class ClanScheduleLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """The learning rates of the next step. Writes the other genes into their groups."""
+        """The learning rates of the next step; writes the other genes' values into their groups."""
         rates = []
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             values = self._values(group, self._scheduled(base, self.last_epoch))
@@ -71,11 +71,11 @@ class ClanScheduleLR(LRScheduler):
         self._update_lr()
 
     def _scheduled(self, base: Any, step: int) -> Any:
-        """A group's rate by your own schedule."""
+        """A group's learning rate by your own schedule."""
         return base if self._own is None else base * self._own(step)
 
     def _rate_factor(self, group: Mapping[str, Any], base: Any) -> float:
-        """What the final decay makes of a group's rate."""
+        """The final decay's factor on a group's learning rate."""
         step, start = self.last_epoch, self._schedule.decay_start_step
         factor = self._schedule.lr_factor_at(step)
         if replaces_schedule(self._genes, group, self.optimizer.param_groups):

@@ -98,7 +98,7 @@ def test_a_file_that_is_gone_is_said_with_where_it_was(call, finished_run, tmp_p
     folder = _copy(finished_run, tmp_path)
     (folder / "champion.safetensors").unlink()
     said = call("export", folder)
-    assert said.code == 2 and "is gone" in said.err and str(finished_run.folder) in said.err
+    assert said.code == 2 and "is missing" in said.err and str(finished_run.folder) in said.err
 
 
 def test_a_run_is_not_exported_onto_itself(call, finished_run):

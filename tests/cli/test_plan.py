@@ -22,7 +22,7 @@ GPT = (
 def test_the_price_is_said(call):
     said = call("plan", QUICKSTART, "--params", "1e9", "--world-size", 8, "--hardware", "h100")
     assert said.code == 0
-    assert "The price: state is sharded over a member's ranks" in said.out
+    assert "State is sharded over a member's ranks" in said.out
     data = call("plan", QUICKSTART, "--params", "1e9", "--world-size", 8, "--hardware", "h100", "--json").data
     # ZeRO 1 in fp32: masters and two moments of 1e9 weights over 2 ranks against 8, and an average.
     assert data["memory"]["clan"]["device"] - data["memory"]["plain"]["device"] == 12e9 / 2 - 12e9 / 8 + 4e9 / 2
@@ -44,7 +44,7 @@ def test_seconds_need_a_source_and_name_it(call, finished_run):
     )
     assert "nominal figures, not measured; assumed: 40%" in nominal.out
     measured = call("plan", QUICKSTART, "--params", "1e6", "--world-size", 4, "--measured", finished_run.half)
-    assert "rounds of a run that was measured" in measured.out
+    assert "rounds of a measured run" in measured.out
 
 
 def test_samples_that_are_lost_are_counted_in_tokens_too(call):
@@ -110,7 +110,7 @@ def test_a_device_that_is_too_small_is_said(call):
         (("--params", "1.5"), "not a whole number"),
         (("--params", "1e6", "--hardware", "h10"), "Did you mean 'h100'"),
         (("--params", "1e6", "--measured", "nowhere"), "'nowhere' is no run"),
-        (("--params", "1e6", "--budget-percent", "5"), "no time is known"),
+        (("--params", "1e6", "--budget-percent", "5"), "needs seconds, and none are known"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments, message, call):

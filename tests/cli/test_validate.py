@@ -35,7 +35,7 @@ def test_it_shows_the_groups_and_binds_genes_to_a_model(call):
         assert part in said.out
     assert "give --model" not in said.out
     unbound = call("validate", ROOT / "configs/specialized.json", "--world-size", 8)
-    assert "whether genes find what they set is not known: give --model" in unbound.out
+    assert "unknown whether the genes bind to the model: give --model" in unbound.out
 
 
 def test_errors_are_all_shown_and_the_exit_code_is_1(call, tmp_path):

@@ -84,7 +84,7 @@ def _scope(group: Any) -> str:
     """A member's groups are known to torch; the clan's stand alone, and only one kind holds all four ranks."""
     if group is None or group in dist.distributed_c10d._world.pg_map:
         return "member"
-    return "clan" if group.size() == 4 else "column"
+    return "clan" if group.size() == 4 else "replica_group"
 
 
 def job(rank: int, config: dict) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_competitive_steps_see_a_share_of_the_batch_and_rolled_back_ones_nothing
     assert undone.samples - undone.unique_samples == undone.undone_steps * 64
 
 
-def test_a_race_trains_each_contestant_on_the_clans_batch_in_teams_of_its_own():
+def test_a_trial_trains_each_group_on_the_clans_batch_in_teams_of_its_own():
     """Eight members in four teams of two: seconds of a race by hand, against those of the steps around it."""
     options = {"trial_cost": 0.6, "growth": 0.0, "freeze_at": 1.0}
     strategy = {"name": "clan", "options": options}

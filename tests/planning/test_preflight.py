@@ -69,7 +69,7 @@ def test_an_unknown_strategy_or_option_is_an_error():
     ("changes", "world_size", "message"),
     [
         ({"enabled": False}, 4, "plain DeepSpeed"),
-        ({"genes": ["lr", "dropout"], "duty_cycle": 0.0}, 4, "dropout never shows"),
+        ({"genes": ["lr", "dropout"], "duty_cycle": 0.0}, 4, "dropout is never in effect"),
         ({"population_size": 1}, 4, "a clan of one"),
         ({"total_steps": None}, 4, "genes never freeze"),
     ],

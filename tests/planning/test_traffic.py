@@ -82,11 +82,15 @@ def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
             # The plan is of a member's first rank. The second has the padding: it reduces one element less per
             # micro-batch and reduction down the column (3 elements of `shift` over 2 ranks).
             for kind in ("cooperative", "cooperative_last", "cooperative_last_round_end"):
-                found[kind]["all_reduce", "column", job.width] += job.accumulation
+                found[kind]["all_reduce", "replica_group", job.width] += job.accumulation
         assert found["cooperative"] == _elements([*step_traffic(job)])
-        assert found["cooperative_last"] == _elements([*step_traffic(job, is_looked_at=True)])
+        assert found["cooperative_last"] == _elements([*step_traffic(job, has_diagnostics=True)])
         assert found["competitive"] == _elements([*step_traffic(job, cooperates=False)])
-        at_end = [*step_traffic(job, is_looked_at=True), *evaluation_traffic(job, averaged=True), *drift_traffic(job)]
+        at_end = [
+            *step_traffic(job, has_diagnostics=True),
+            *evaluation_traffic(job, averaged=True),
+            *drift_traffic(job),
+        ]
         donors = found["donors"][-1]  # the third round cooperates throughout
         clone, *refresh = clone_traffic(job)
         is_donor = donors.count(found["member"]) > 1
@@ -104,7 +108,7 @@ def test_rings_send_by_their_length():
     reduce = Collective("all_reduce", "clan", 1000, 4)
     assert reduce.wire_bytes(job) == 2 * 3 / 4 * 4000
     assert crossing_bytes([reduce], job) == 6000 and inside_bytes([reduce], job) == 6000
-    down = Collective("all_reduce", "column", 500, 4)
+    down = Collective("all_reduce", "replica_group", 500, 4)
     assert crossing_bytes([down], job) == 2 * (2 * 1 / 2 * 2000) and inside_bytes([down], job) == 0
     within = Collective("all_gather", "member", 1000, 4)
     assert crossing_bytes([within], job) == 0 and inside_bytes([within], job) == 2 * (1 / 2 * 4000)

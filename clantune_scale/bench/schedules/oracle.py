@@ -160,8 +160,8 @@ def oracle_runs(problem: Problem, oracle: Oracle, seeds: Sequence[int]) -> list[
         ConfigError: if none of the best few does.
     """
     points = sorted(oracle.grid, key=lambda point: point[3])[:MOST_TRIED]
-    for *point, loss in points:
-        (runs,) = fixed_runs(problem, [Choice(*point)], seeds)
+    for rate, schedule, weight_decay, loss in points:
+        (runs,) = fixed_runs(problem, [Choice(rate, schedule, weight_decay)], seeds)
         if max(runs) < loss + EDGE * (oracle.initial_loss - loss):
             return runs
     raise ConfigError(

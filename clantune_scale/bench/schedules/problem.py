@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Start:
 
     name: str
     rate: float = 1.0
-    changes: Mapping[str, object] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 #: The study's starts: the best constant rate, and half a decade and a decade below and above it.
@@ -74,7 +75,7 @@ class Problem(ABC):
         num_samples: different training samples that there are; infinite where every one is new.
         validation: the common window, tensors [examples, ...]; selection sees nothing else, and in a short run not all
             of it (``trial.window``).
-        test: likewise, for the report alone.
+        test: likewise, only for the report.
         knows_length: whether strategies are told ``total_steps``.
     """
 

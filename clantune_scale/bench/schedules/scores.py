@@ -1,4 +1,4 @@
-"""From test losses to the yardstick: how much of what a schedule can gain a method gained."""
+"""From test losses to scores: how much of what a schedule can gain a method gained."""
 
 from __future__ import annotations
 

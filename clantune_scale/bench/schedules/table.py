@@ -19,7 +19,7 @@ class Result:
     Attributes:
         seeds: of all runs.
         is_report: whether these are the reporting seeds.
-        yardsticks: [problems].
+        references: [problems].
         trials: [methods][problems].
     """
 

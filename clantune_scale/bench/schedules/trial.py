@@ -75,8 +75,8 @@ def run_trial(
         rates: [starts], the learning rate of each.
         seeds: of weights, data and decisions.
     """
-    is_single = isinstance(method, OptimizerPeer)
-    schedule = curves.over((None if is_single else method.schedule) or problem.schedule, problem.total_steps)
+    own_schedule = None if isinstance(method, OptimizerPeer) else method.schedule
+    schedule = curves.over(own_schedule or problem.schedule, problem.total_steps)
     configured = [
         replace(problem.settings, lr=rate, schedule=schedule, **start.changes)
         for start, rate in zip(problem.starts, rates, strict=True)
@@ -84,8 +84,10 @@ def run_trial(
     settings = [own for own in configured for _ in seeds]
     runs_per_seed = list(seeds) * len(configured)
     began = time.process_time()
-    run_all = _single_runs if is_single else _clan_runs
-    runs = run_all(method, problem, settings, runs_per_seed)
+    if isinstance(method, OptimizerPeer):
+        runs = _single_runs(method, problem, settings, runs_per_seed)
+    else:
+        runs = _clan_runs(method, problem, settings, runs_per_seed)
     cpu_s = (time.process_time() - began) / len(runs)
     by_start = tuple(tuple(runs[i : i + len(seeds)]) for i in range(0, len(runs), len(seeds)))
     return Trial(method.name, problem.name, by_start, cpu_s)

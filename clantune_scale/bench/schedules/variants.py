@@ -41,7 +41,7 @@ class VariantOptions(ClanOptions):
         churn: share of the clan, its weakest members, who take the fittest one's state after a round; 1 as in
             ``clan``, 0 for members that all keep their own.
         trial_cost, start_factor, averaging_window: as in ``clan``, but as they were when the log's variants were
-            measured, before there was a race.
+            measured, before there was a learning-rate trial.
     """
 
     model: Literal["log", "line", "nearer"] = "log"
@@ -64,6 +64,8 @@ class ClanVariant(ClanStrategy):
     """
 
     Options = VariantOptions
+
+    options: VariantOptions
 
     def __init__(self, facts: RunFacts, options: VariantOptions | None = None) -> None:
         super().__init__(facts, options or VariantOptions())

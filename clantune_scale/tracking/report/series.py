@@ -21,7 +21,7 @@ class Run:
         start_steps: [R] optimizer steps that were done before each round.
         end_steps: [R] optimizer steps that were done after it.
         measured: by name (loss, standard_error, gradient_norm, drift, alignment, ``strikes``), [R, M] float64.
-            ``strikes`` is the key of the non-finite micro-batches. All nan if the events' version lacks the key.
+            ``strikes`` is the key of the non-finite micro-batches. All nan if the events do not have the measurement.
         values: by gene, [R, M]; what each member carried through the round.
         step_sizes: by gene, [R, M], scale units.
         consensus: by gene, [R]; the clan's one value.

@@ -63,7 +63,7 @@ def test_a_rollback_discards_training_back_to_the_snapshot():
     assert f"The training of {given_up:,} steps was discarded" in " ".join(findings.health(run))
 
 
-def test_data_that_are_learnt_by_heart_are_said_to_be():
+def test_a_run_that_overfits_is_said_to_be():
     events = list(simulated_run.events(num_rounds=3, num_members=4))
     assert "overfits" not in " ".join(findings.health(read_run(events, where=Path("events.jsonl"))))
     end = [event for event in events if event["kind"] == "round_end"][1]

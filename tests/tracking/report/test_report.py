@@ -111,7 +111,7 @@ def test_a_run_that_goes_on_is_reported_up_to_its_incomplete_line(tmp_path):
     (run_dir / "events.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:500])
     page = Page(write_report(run_dir))
     assert "goes on, or died silently, after 40 of 60 steps in 2 rounds" in page.text("outcome")
-    assert "The fittest now" in page.text("outcome")
+    assert "The fittest member so far" in page.text("outcome")
 
 
 def test_a_second_report_replaces_the_first(tmp_path):

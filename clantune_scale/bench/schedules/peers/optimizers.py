@@ -2,7 +2,7 @@
 
 What a problem configures is passed on as far as a package knows it: weight decay, betas, epsilon, momentum. The
 learning rate is the start's with ``schedulefree``; Prodigy and D-Adaptation estimate their own, and are given 1.0, so
-that all starts of a problem that differ in the rate alone are one run to them.
+that all starts of a problem that differ only in the learning rate are one run to them.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ class OptimizerPeer:
 def _torch(parameters: Parameters, settings: Settings, problem: Problem) -> Setup:
     """torch's own: what ``fixed`` does, by another way."""
     hyper = _hyper(settings)
-    own = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    lr, decay = settings.lr, settings.weight_decay
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, betas=_betas(hyper), eps=hyper["eps"], **own)
+        optimizer = torch.optim.AdamW(parameters, lr, betas=_betas(hyper), eps=hyper["eps"], weight_decay=decay)
     else:
-        optimizer = torch.optim.SGD(parameters, momentum=hyper["momentum"], **own)
+        optimizer = torch.optim.SGD(parameters, lr, momentum=hyper["momentum"], weight_decay=decay)
     return Setup(optimizer, settings.schedule)
 
 

@@ -65,7 +65,7 @@ def wrong_momentum(problem: Problem) -> Problem:
 
 
 def wrong_clip(problem: Problem) -> Problem:
-    """Gradients clipped so short that every step has the same length, from which the rate alone follows."""
+    """Gradients clipped so short that every step has the same length, from which only the learning rate follows."""
     starts = tuple(Start(f"{rate:g}x, clip 0.1", rate, {"clip": 0.1}) for rate in (0.32, 1.0, 3.2))
     return problem.variant(f"{problem.name}, wrong clip", starts=starts, extra_genes=("clip",))
 

@@ -1,10 +1,10 @@
-"""The race of ``clan``: members apart for a while, each at a rate of its own, to see how far rates should rise.
+"""The learning-rate trial of ``clan``: groups train apart for a while, each at its own learning rate.
 
-A round of ``clan`` is a line search along one displacement that all members share, and where gradient noise
-rules it says "stay": what the shared steps have averaged away of the noise comes back at any other length. A
-member that takes its own steps finds its own balance. So once, early, while rates are still low and little
-noise has built up, contestants train on the clan's whole batch each, at rates from the clan's own upwards;
-all go on from the fittest one's state, and nothing that was trained is thrown away but the others' work.
+A round of ``clan`` is a line search along one displacement that all members share. If gradient noise rules it says
+"stay": the noise that the shared steps have averaged away comes back at any other length. A member that takes its own
+steps finds its own balance. So there is one trial, early, while learning rates are low and little noise has built up.
+Its groups train on the clan's whole batch each, at learning rates from the clan's own upwards. All members go on from
+the fittest group's state. Only the other groups' work is thrown away.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from clantune_scale.core.strategies.base import RunFacts
 from clantune_scale.core.strategies.clan.least_squares import least_squares
 from clantune_scale.core.strategies.clan.parabola import Move
 
-#: Contestants that a parabola takes, and as many as a race has where the clan can be shared out among them.
+#: Groups that a parabola needs, and the usual number of groups if the clan can be divided so.
 FEWEST, USUAL = 3, 4
-#: A race that is shorter ends before momentum has settled, and ranks by chance (the benchmark's log, 4).
+#: A shorter trial ends before momentum has settled, and ranks by chance (the benchmark's log, 4).
 MIN_STEPS = 20
 
 
 @dataclass(frozen=True)
 class LrTrial:
-    """When it is and who runs in it.
+    """When it is, and which members form its groups.
 
     Attributes:
         start_step: optimizer steps done before it.
         num_steps: its length.
-        teams: by member, its contestant; members of one share gradients and data and act as one.
-        offsets: [contestants] of the learning rates, in log units above the centre, ascending from 0.
+        teams: by member, its group. Members of a group share gradients and data and act as one.
+        offsets: [groups] of the learning rates, in log units above the centre, ascending from 0.
     """
 
     start_step: int
@@ -45,7 +45,7 @@ class LrTrial:
 
     @property
     def phase(self) -> Phase:
-        """Contestants train on as much as the clan does when it cooperates; more than the usual ones on less each."""
+        """Each group trains on as much data as the cooperating clan; with more than the usual number, on less each."""
         factor = min(len(self.offsets), USUAL)
         return Phase(PhaseKind.COMPETITIVE, self.num_steps, batch_factor=factor, teams=self.teams)
 
@@ -55,12 +55,12 @@ class LrTrial:
 
 
 def is_trial_gene(gene: Gene) -> bool:
-    """Whether the gene is one that a race is about: a learning rate, in factors."""
+    """Whether the trial sets the gene: a learning rate, in factors."""
     return gene.target == "lr" and gene.scale == "log"
 
 
 def trial_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
-    """When the race is; None where there is no rate to find, or no time.
+    """When the trial is; None if there is no learning rate to find, or no time.
 
     The same for clans of all sizes, so that rounds stay where they were when a run goes on with another number of
     members. A run of unknown length is taken for one of usual length.
@@ -68,7 +68,7 @@ def trial_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
     Args:
         facts: of the run.
         at: share of the run after which it starts.
-        cost: extra gradient evaluations of the usual number of contestants, as a share of the run's.
+        cost: extra gradient evaluations of the usual number of groups, as a share of the run's.
     """
     total = expected_steps(facts.total_steps, facts.round_length_steps)
     if not cost or not any(map(is_trial_gene, facts.genes)):
@@ -78,7 +78,7 @@ def trial_steps(facts: RunFacts, *, at: float, cost: float) -> range | None:
 
 
 def plan_trial(steps: range | None, *, population_size: int, reach: float) -> LrTrial | None:
-    """Who runs in it; None where there is none, or members are too few for a parabola.
+    """Its groups; None if there is no trial, or members are too few for a parabola.
 
     Args:
         steps: from :func:`trial_steps`.
@@ -95,13 +95,13 @@ def plan_trial(steps: range | None, *, population_size: int, reach: float) -> Lr
 
 
 def outcome(offsets: Sequence[float], losses: Sequence[float], *, share: float) -> Move:
-    """How far learning rates rise: to the minimum of a parabola through the fittest contestant and its neighbours.
+    """How far learning rates rise: to the minimum of a parabola through the fittest group and its neighbours.
 
-    Never down: a race from a rate that is too high already rewards whoever averages its noise away.
+    Never down: a trial from a learning rate that is too high rewards whoever averages its noise away.
 
     Args:
-        offsets: [contestants], ascending from 0.
-        losses: [contestants]; infinite where it diverged.
+        offsets: [groups], ascending from 0.
+        losses: [groups]; infinite if it diverged.
         share: of that rise, in log units, that is taken.
     """
     best = int(np.argmin(losses))
@@ -112,4 +112,4 @@ def outcome(offsets: Sequence[float], losses: Sequence[float], *, share: float) 
         fit = least_squares([[1.0] * 3, x, [value * value for value in x]], list(losses[near]))
         if fit is not None and fit[2] > 0:
             minimum -= fit[1] / (2 * fit[2])
-    return Move(share * max(minimum, 0.0), "race")
+    return Move(share * max(minimum, 0.0), "trial")

@@ -1,8 +1,8 @@
-"""Whether a clan learns its training data by heart: training goes on where validation does not follow.
+"""Whether a clan overfits: its training loss goes on falling and its validation loss does not follow.
 
-A run that sees its samples once never does. One that sees few samples often does, and it is the one kind on which
-following the validation loss misleads: at high rates that loss falls fastest just before it turns, and no lower rate
-mends what the weights know by heart then (the benchmark's log, 11).
+A run that sees its samples once never overfits. A run that sees few samples often does, and following the validation
+loss misleads it: at high learning rates that loss falls fastest just before it turns, and no lower learning rate mends
+the weights then (the benchmark's log, 11).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from clantune_scale.core.strategies.clan.parabola import Move
 #: What the round's table says then.
 OVERFITS = "validation does not follow training: rates are held"
 #: Share of training's progress that validation may miss. Problems that generalize stay below 0.08 from the second
-#: round on, those that memorize lie above 0.25 by the time of the race (the benchmark's log, 11).
+#: round on, those that overfit lie above 0.25 by the time of the trial (the benchmark's log, 11).
 MAX_SHARE_MISSED = 0.15
 #: Factor within which a first round's two losses are taken for the same measure.
 SAME_MEASURE_FACTOR = 1.25
-#: How many times the configured learning rates a clan may go that memorizes.
+#: The highest learning rate of a clan that overfits, over the configured one.
 MAX_RATE_FACTOR = 4.0
 
 
@@ -51,7 +51,7 @@ class OverfittingDetector:
 
 
 def scale_of(fitness: Fitness) -> float | None:
-    """Training over validation loss at a first round's end, when nothing is known by heart; None where it says nothing.
+    """Training over validation loss at a first round's end, before it can overfit; None if it says nothing.
 
     1 where they are about equal: then both are the same measure, and what they differ by is how fast they fall.
     """
@@ -63,10 +63,10 @@ def scale_of(fitness: Fitness) -> float | None:
 
 
 def regularized(moves: Mapping[str, Move], genes: Sequence[Gene]) -> dict[str, Move]:
-    """The moves of a clan that memorizes: a dropout rate rises by its largest change, whatever its round says.
+    """The moves of a clan that overfits: a dropout rate rises by its largest change, whatever its round says.
 
     What dropout is for shows long after the few steps of a round, in which it is only a hindrance. That validation
     does not follow training is evidence of the same thing, and the better one.
     """
-    raised = {gene.name: Move(gene.max_change, "learnt by heart") for gene in genes if gene.target == "dropout"}
+    raised = {gene.name: Move(gene.max_change, "overfitting") for gene in genes if gene.target == "dropout"}
     return {name: raised.get(name, move) for name, move in moves.items()}

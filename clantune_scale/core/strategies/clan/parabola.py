@@ -100,8 +100,10 @@ def _fits(u: np.ndarray, f: np.ndarray) -> list[_Fit]:
     batches = (f - f[0]).T.tolist()
     for quadratic in (True, False):
         columns = regressors(u, quadratic=quadratic)
-        solutions = [least_squares(columns, batch) for batch in batches]
-        if solutions[0]:
+        # Whether coefficients are determined depends on the columns only: on all batches, or on none.
+        found = [least_squares(columns, batch) for batch in batches]
+        solutions = [solution for solution in found if solution]
+        if solutions:
             slopes = [mean_and_error([s[1 + gene] for s in solutions]) for gene in range(num_genes)]
             if not quadratic:
                 return [_Fit(*slope, math.nan, 0.0) for slope in slopes]

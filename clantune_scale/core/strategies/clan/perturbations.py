@@ -23,9 +23,11 @@ def levels(population_size: int) -> np.ndarray:
     Fixed quantiles are always centred and always as wide as asked; chance only deals them out.
     """
     quantile = NormalDist().inv_cdf
-    z = np.array([quantile((m + 0.5) / population_size) for m in range(population_size)])
-    z = (z - z[::-1]) / 2  # symmetric to the last bit
-    return z / math.sqrt(math.fsum(z * z) / population_size) if population_size > 1 else z
+    drawn = np.array([quantile((m + 0.5) / population_size) for m in range(population_size)])
+    z: np.ndarray = (drawn - drawn[::-1]) / 2  # symmetric to the last bit
+    if population_size > 1:
+        z /= math.sqrt(math.fsum(z * z) / population_size)
+    return z
 
 
 def perturbations(population_size: int, names: Sequence[str], *, seed: int, round_: int) -> np.ndarray:
@@ -39,7 +41,8 @@ def perturbations(population_size: int, names: Sequence[str], *, seed: int, roun
         np.stack([z[list(_deal(population_size, name, seed, round_, attempt))] for name in names], axis=1)
         for attempt in range(NUM_CANDIDATES if len(names) > 1 else 1)
     ]
-    return max(candidates, key=_volume)
+    chosen: np.ndarray = max(candidates, key=_volume)
+    return chosen
 
 
 def regressors(x: np.ndarray, *, quadratic: bool) -> list[list[float]]:

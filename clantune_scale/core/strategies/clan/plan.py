@@ -34,17 +34,17 @@ class ClanOptions:
             nothing far. At least 0; 0 takes every fit as it is.
         guard: share of the progress so far, above 0, that may be lost in a round. A round that loses more, and more
             than noise explains, has lost ground; after two in a row, or at once after a blow-up, the clan is rolled
-            back to its last good state (see :mod:`clantune_scale.core.strategies.clan.guard`).
-        guard_divisor: what learning rates are divided by when it does; above 1.
+            back to its last snapshot (see :mod:`clantune_scale.core.strategies.clan.guard`).
+        guard_divisor: what a rollback divides learning rates by; above 1.
         num_reports: rounds (evaluations) after the freeze, at least 1.
-        trial_cost: gradient evaluations of the race besides the run's own, as a share of those, at least 0; its
-            length follows. 0 for none, as in a clan of two.
-        trial_at: share of the run after which the race starts, above 0; before ``freeze_at`` where there is one.
-        trial_reach: the race's highest learning rate over the clan's, above 1.
-        trial_share: of the rise that the race asks for, in log units, how much is taken, above 0 and at most 1: a
-            short race likes rates that are too high for a long one, and what is missing is climbed in a round or two.
-        start_factor: of the configured learning rates, that the clan starts with; above 0. A race only raises
-            them, and what a rate too high does in the first steps is slow to mend.
+        trial_cost: extra gradient evaluations of the learning-rate trial, as a share of the run's own; at least 0. Its
+            length follows from it. 0 for no trial, as in a clan of two.
+        trial_at: share of the run after which the trial starts, above 0. Before ``freeze_at`` if there is a trial.
+        trial_reach: the trial's highest learning rate over the clan's, above 1.
+        trial_share: the share of the trial's rise, in log units, that is taken; above 0 and at most 1. A short trial
+            likes learning rates that are too high for a long run. A round or two climb what is missing.
+        start_factor: the clan starts with the configured learning rates times this; above 0. The trial only raises
+            them, and the damage of a learning rate too high in the first steps is slow to mend.
     """
 
     growth: float = 0.25
@@ -83,7 +83,7 @@ class ClanPlanner:
     """Plans rounds as a pure function of (index, start step).
 
     Attributes:
-        race: when members race, and at what rates; None where they do not.
+        trial: when the learning-rate trial is, and its learning rates; None if there is none.
     """
 
     def __init__(self, facts: RunFacts, options: ClanOptions) -> None:
@@ -115,11 +115,11 @@ class ClanPlanner:
         return self._facts.population_size > 1 and bool(self._optimizer or self._specialized)
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
-        """Round ``index``, after ``start_step`` optimizer steps: a search, the race, or a report after the freeze."""
+        """Round ``index``, after ``start_step`` optimizer steps: a search, the trial, or a report after the freeze."""
         freeze = self.freeze_step
         if freeze is not None and start_step >= freeze:
             return self._report(index, start_step)
-        if self.is_trial_at(start_step):
+        if self.trial is not None and self.is_trial_at(start_step):
             return self._trial_plan(index, self.trial)
         length = self._length(start_step)
         explored = self._explored(index, start_step)
@@ -144,7 +144,7 @@ class ClanPlanner:
         )
 
     def _length(self, start_step: int) -> int:
-        """Steps of the round that starts there, before the freeze. No round crosses the race's start or end."""
+        """Steps of the round that starts there, before the freeze. No round crosses the trial's start or end."""
         length = max(self._facts.round_length_steps, int(self._options.growth * start_step))
         trial, boundary = self._trial_steps, self.freeze_step
         if trial is not None and start_step in trial:
@@ -154,7 +154,7 @@ class ClanPlanner:
         return round_end(start_step, length, boundary) - start_step
 
     def is_trial_at(self, start_step: int) -> bool:
-        """Whether the round that starts after so many steps is the race."""
+        """Whether the round that starts after so many steps is the learning-rate trial."""
         return self.trial is not None and start_step == self.trial.start_step
 
     def _trial_plan(self, index: int, trial: LrTrial) -> RoundPlan:
@@ -170,7 +170,7 @@ class ClanPlanner:
     def _report(self, index: int, start_step: int) -> RoundPlan:
         """A round after the freeze: plain data parallelism, measured so that progress is seen.
 
-        The run's last one evolves: it may go back to the last good state.
+        The run's last one evolves: it may roll back.
         """
         total, freeze = self._facts.total_steps, self.freeze_step
         assert total is not None and freeze is not None
@@ -187,9 +187,9 @@ class ClanPlanner:
     def _explored(self, index: int, start_step: int) -> list[Gene]:
         """The genes of round ``index``: few enough for a parabola each, in rotation, of one kind.
 
-        Where both kinds exist their rounds alternate, because members whose weights differ (by their
-        optimizer genes) cannot be compared for what a short competition shows. Until the race learning rates have
-        all rounds: they matter most, and a race from a rate that stayed behind asks for too much.
+        If both kinds exist their rounds alternate: members whose weights differ by their optimizer genes cannot be
+        compared for what a short competition shows. Until the trial learning rates have all rounds. They matter
+        most, and a trial from a learning rate that stayed behind asks for too much.
         """
         if not self.can_explore:
             return []

@@ -1,10 +1,13 @@
 """The default: one centre for the clan, members spread around it, a parabola through their losses.
 
-Why this form and not the seed's plain one is measured: while members share gradients and differ in
-learning rate alone, a round is an exact line search along one common displacement, so that tiny
-spreads are exactly paired; averaged weights take away the reward for a smaller rate's lower noise;
-rounds grow with the age of the run; and genes freeze before the final decay. What a shared line cannot
-show, how much higher a rate could go once its own noise is averaged, one short race shows (``trial.py``).
+The original clan-training proposal (``classic.py``) truncates, clones and mutates. Measurements led to this form:
+
+- Members that share gradients and differ only in learning rate make a round an exact line search along one common
+  displacement. Their losses are paired, so tiny perturbations are enough.
+- Averaged weights take away the reward for the lower noise of a smaller learning rate.
+- Rounds grow with the age of the run, and genes freeze before the final decay.
+- A shared line cannot show how much higher a learning rate could go after its own noise is averaged. One short
+  learning-rate trial shows that (``lr_trial.py``).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from clantune_scale.core.strategies.clan.perturbations import perturbations
 from clantune_scale.core.strategies.clan.plan import ClanOptions, ClanPlanner
 from clantune_scale.errors import EvaluationError
 
-#: A rise of a learning rate, in log units, at which the line search needs no race: it comes as fast by itself, and
+#: A rise of a learning rate, in log units, at which the line search needs no trial: it comes as fast by itself, and
 #: more gently. The minimum along the line is at most log 2 away where curvature is next to nothing.
 CLIMBING = 0.6
 #: Why a gene stays in a round that lost ground while training got on: every lower rate would look better in it.
@@ -136,23 +139,23 @@ class ClanStrategy(Strategy):
         )
 
     def idle(self, population: Population) -> Decision:
-        """As for all, but what a clan that memorizes does after the freeze is not to go back to."""
+        """As for all strategies, but a clan that overfits takes no rollback snapshot after the freeze."""
         return replace(super().idle(population), takes_snapshot=not population.memory["overfits"])
 
     def _last_word(self, population: Population, next_plan: RoundPlan, fitness: Fitness) -> Decision:
-        """At the end of the run: back to the last good state from what is not finite, or has been learnt by heart."""
+        """At the end: a rollback if no loss is finite, or if the clan overfits and its snapshot was better."""
         memory, best = population.memory, float(fitness.mean.min())
         idle = self.idle(self._population(memory, next_plan))
         kept = memory["snapshot_loss"]
         if np.isfinite(best) and not (memory["overfits"] and kept < best):
             return idle
-        reason = "restored: no member's loss is finite at the end of the run"
+        reason = "rolled back: no member's loss is finite at the end of the run"
         if memory["overfits"]:
-            reason = f"restored: the last good state's loss, {kept:.4g}, is better than {best:.4g}"
+            reason = f"rolled back: the loss of the last snapshot, {kept:.4g}, is better than {best:.4g}"
         return replace(idle, rolls_back=True, reasons=(reason,) * fitness.num_members)
 
     def _seen_of_overfitting(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> dict[str, Any]:
-        """What the round adds to memory about it; nothing where members trained apart, or no sample is seen twice."""
+        """What the round adds to memory. Nothing if members trained apart, or if no sample is seen twice."""
         if self.facts.sees_samples_once or _trains_apart(plan):
             return {}
         if memory["scale"] is None:
@@ -161,7 +164,7 @@ class ClanStrategy(Strategy):
         return {"overfits": OverfittingDetector(initial_loss, memory["scale"]).overfits(fitness)}
 
     def _reined_in(self, memory: dict[str, Any]) -> dict[str, Any]:
-        """Memory with the learning rates that a clan which memorizes may have: none far above the configured ones."""
+        """Memory with the learning rates of a clan that overfits: none is far above the configured ones."""
         centre = dict(memory["centre"])
         for gene in self._learning_rates if memory["overfits"] else ():
             centre[gene.name] = min(centre[gene.name], gene.encode(min(MAX_RATE_FACTOR * gene.initial, gene.bounds[1])))
@@ -190,13 +193,13 @@ class ClanStrategy(Strategy):
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
 
     def _is_trial_round(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
-        """Whether members are set apart in this round: in the race, unless rates climb well without, or must not."""
+        """Whether this round is the trial. It is left out if learning rates climb well without it, or must not rise."""
         if not self._planner.is_trial_at(plan.start_step) or memory["overfits"]:
             return False
         return all(memory["moves"].get(name, {"change": 0.0})["change"] < CLIMBING for name in plan.explores)
 
     def _trial_moves(self, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
-        """All learning rates rise together, by what the race says of its contestants."""
+        """All learning rates rise together, by what the trial says of its groups."""
         trial = self._planner.trial
         assert trial is not None
         leaders = [trial.teams.index(team) for team in range(len(trial.offsets))]
@@ -204,7 +207,7 @@ class ClanStrategy(Strategy):
         return dict.fromkeys(plan.explores, move)
 
     def _judged(self, memory: Mapping[str, Any], plan: RoundPlan, fitness: Fitness) -> Verdict:
-        """What the guard says of a round; rounds whose members trained apart have no training loss of the clan."""
+        """What the guard says of a round. If its members trained apart, the clan has no training loss."""
         return Guard.from_memory(memory["guard"]).judge(
             fitness,
             # Weights that competed have a noise floor of their own.
@@ -215,7 +218,7 @@ class ClanStrategy(Strategy):
         )
 
     def _roll_back(self, memory: Mapping[str, Any], plan: RoundPlan, next_plan: RoundPlan, best: float) -> Decision:
-        """Restores the last good state and lowers every learning rate; no other gene moves."""
+        """Rolls back to the snapshot and lowers every learning rate. No other gene moves."""
         centre, moves = dict(memory["centre"]), {}
         for gene in self._learning_rates:
             before = gene.decode(centre[gene.name])
@@ -231,7 +234,7 @@ class ClanStrategy(Strategy):
         population = self._population({**memory, "centre": centre, "moves": moves}, next_plan)
         members = range(self.facts.population_size)
         rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"
-        reason = f"restored: best loss {best:.4g} lost too much ground; {rates}"
+        reason = f"rolled back: best loss {best:.4g} lost too much ground; {rates}"
         return Decision(population, tuple(members), rolls_back=True, reasons=tuple(reason for _ in members))
 
     @property
@@ -239,7 +242,7 @@ class ClanStrategy(Strategy):
         return [gene for gene in self.facts.genes if gene.target == "lr"]
 
     def _population(self, memory: Mapping[str, Any], plan: RoundPlan) -> Population:
-        """Everyone at the centre, spread in the genes that ``plan`` explores, or set apart to race."""
+        """Everyone at the centre, perturbed in the genes that ``plan`` explores, or set apart for the trial."""
         genes, centre = self.facts.genes, memory["centre"]
         at_centre = {gene.name: gene.decode(centre[gene.name]) for gene in genes}
         steps = {gene.name: gene.step_size for gene in genes}

@@ -22,7 +22,7 @@ def race_of(size: int):
     return plan_trial(steps_of(), population_size=size, reach=8.0)
 
 
-def test_its_cost_is_what_contestants_train_besides_the_clans_batch():
+def test_its_cost_is_what_groups_train_besides_the_clans_batch():
     assert steps_of() == range(700, 1000)
     for size in (3, 4, 5, 6, 7, 8, 12):
         phase = race_of(size).phase  # every member trains on batch_factor times its part of the clan's batch
@@ -36,7 +36,7 @@ def test_a_clan_of_two_cannot_race_and_its_rounds_end_where_others_do():
 
 
 @pytest.mark.parametrize(("size", "count"), [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 4), (9, 9), (10, 5), (16, 4)])
-def test_contestants_are_teams_of_one_size(size, count):
+def test_trial_groups_are_teams_of_one_size(size, count):
     trial = race_of(size)
     assert {trial.teams.count(team) for team in range(count)} == {size // count}
     assert len(trial.offsets) == count

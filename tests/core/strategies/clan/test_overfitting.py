@@ -22,7 +22,7 @@ from tests.core.strategies.facts import DROPOUT, LR, fitness_of
         (4.2, 3.9, False),
     ],
 )
-def test_it_memorizes_where_validation_misses_more_than_a_share_of_what_training_gained(training, validation, overfits):
+def test_it_overfits_where_validation_misses_more_than_a_share_of_what_training_gained(training, validation, overfits):
     fitness = fitness_of([validation + 0.3, validation], training_loss=training)
     assert OverfittingDetector(initial_loss=4.0, scale=1.0).overfits(fitness) is overfits
 
@@ -39,9 +39,9 @@ def test_the_scale_is_that_of_the_first_round_or_1_where_both_are_about_equal(tr
     assert scale_of(fitness_of([3.0, 3.5], training_loss=training)) == scale
 
 
-def test_what_memorizes_is_regularized_where_its_round_is_about_that():
+def test_what_overfits_is_regularized_where_its_round_is_about_that():
     moves = {"lr": Move(0.2, "minimum")}
     assert regularized(moves, (LR, DROPOUT)) == moves
     assert regularized(moves | {"dropout": Move(-0.05, "slope")}, (LR, DROPOUT)) == moves | {
-        "dropout": Move(DROPOUT.max_change, "learnt by heart")
+        "dropout": Move(DROPOUT.max_change, "overfitting")
     }

@@ -240,7 +240,7 @@ def test_rates_start_lower_than_configured_but_not_below_their_bounds():
     assert math.exp(floor.init(START).memory["centre"]["lr"]) == pytest.approx(0.9)
 
 
-def test_contestants_race_apart_in_all_learning_rates_and_in_what_is_tied_to_them():
+def test_trial_groups_train_apart_in_all_learning_rates_and_in_what_is_tied_to_them():
     genes = (replace(LR, name="lr:a"), replace(LR, name="lr:b"), Gene("eps"), WEIGHT_DECAY)
     plan, population = race_of(build("clan", facts(genes=genes, population_size=8)))
     assert plan.explores == ("lr:a", "lr:b")
@@ -259,7 +259,7 @@ def test_after_the_race_rates_rise_to_its_minimum_and_all_take_the_winners_state
     assert decision.donors == (2, 2, 2, 2)
     moved = decision.population.memory["centre"]["lr"] - population.memory["centre"]["lr"]
     assert moved == pytest.approx(0.9 * 2 / 3 * math.log(13))  # no parabola beside one who diverged
-    assert decision.population.memory["moves"]["lr"]["why"] == "race"
+    assert decision.population.memory["moves"]["lr"]["why"] == "trial"
 
 
 def test_a_race_lost_by_the_faster_leaves_the_rate():
@@ -287,7 +287,7 @@ def overfitting(clan, *, validation=2.0, training=1.0):
     return clan.evolve(first.population, clan.plan(1, 20), fitness_of([validation] * 4, training_loss=training))
 
 
-def test_a_clan_that_memorizes_does_not_race():
+def test_a_clan_that_overfits_has_no_trial():
     clan = build("clan", FACTS)
     plan = next(p for p in rounds(clan) if p.start_step == 70)
     before = rounds(clan)[plan.index - 1]
@@ -298,7 +298,7 @@ def test_a_clan_that_memorizes_does_not_race():
         assert max(rates) / min(rates) == pytest.approx(distance, rel=0.4)  # 0.1 of spread either way, or the race's
 
 
-def test_a_clan_that_memorizes_goes_no_higher_than_four_times_the_configured_rates():
+def test_a_clan_that_overfits_goes_no_higher_than_four_times_the_configured_rates():
     clan = build("clan", FACTS, {"start_factor": 20.0})
     held = overfitting(clan)
     assert math.exp(held.population.memory["centre"]["lr"]) == pytest.approx(4.0)
@@ -306,7 +306,7 @@ def test_a_clan_that_memorizes_goes_no_higher_than_four_times_the_configured_rat
     assert math.exp(overfitting(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
 
 
-def test_the_guard_does_not_send_back_a_clan_that_memorizes_but_for_a_blow_up():
+def test_the_guard_does_not_roll_back_a_clan_that_overfits_but_for_a_blow_up():
     clan = build("clan", FACTS, NO_RACE)
     held = overfitting(clan).population
     lost = clan.evolve(held, clan.plan(2, 40), fitness_of([3.0] * 4, training_loss=0.9))
@@ -315,7 +315,7 @@ def test_the_guard_does_not_send_back_a_clan_that_memorizes_but_for_a_blow_up():
     assert clan.evolve(held, clan.plan(2, 40), fitness_of([4.5] * 4, training_loss=4.5)).rolls_back
 
 
-def test_a_clan_that_memorizes_raises_dropout_by_its_largest_change_whatever_a_round_says():
+def test_a_clan_that_overfits_raises_dropout_by_its_largest_change_whatever_a_round_says():
     clan = build("clan", facts(genes=(LR, DROPOUT)), NO_RACE)
     for training, change in ((1.0, 0.1), (2.0, None)):
         population = overfitting(clan, training=training).population
@@ -329,7 +329,7 @@ def test_a_clan_that_memorizes_raises_dropout_by_its_largest_change_whatever_a_r
         if change is None:
             assert moves["dropout"]["change"] < 0
         else:
-            assert moves["dropout"] == {"change": pytest.approx(DROPOUT.max_change), "why": "learnt by heart"}
+            assert moves["dropout"] == {"change": pytest.approx(DROPOUT.max_change), "why": "overfitting"}
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_clan_that_memorizes_raises_dropout_by_its_largest_change_whatever_a_r
     ],
     ids=["worse", "not finite", "memorizing and worse", "memorizing and better", "memorizing and not finite"],
 )
-def test_what_was_learnt_by_heart_or_is_not_finite_is_not_what_a_run_ends_with(training, end, restores):
+def test_what_overfits_or_is_not_finite_is_not_what_a_run_ends_with(training, end, restores):
     clan = build("clan", FACTS)
     population = overfitting(clan, training=training).population
     assert clan.idle(population).takes_snapshot is (
@@ -354,8 +354,8 @@ def test_what_was_learnt_by_heart_or_is_not_finite_is_not_what_a_run_ends_with(t
     assert decision.donors == (0, 1, 2, 3)
     if restores:
         # Reports are kept without a decision: their losses are not the one that is remembered.
-        said = "no member's loss is finite" if training == 2.0 else "the last good state's loss, 2, is better than"
-        assert decision.reasons[0].startswith(f"restored: {said}")
+        said = "no member's loss is finite" if training == 2.0 else "the loss of the last snapshot, 2, is better than"
+        assert decision.reasons[0].startswith(f"rolled back: {said}")
 
 
 def rounds(clan):
