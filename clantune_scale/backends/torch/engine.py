@@ -89,7 +89,7 @@ class LoopBackend(ABC):
     def masters(self) -> list[torch.Tensor]:
         return [state.local(parameter) for _, parameter in self._trained]
 
-    def refresh(self) -> None:
+    def refresh(self) -> None:  # noqa: B027 - the default
         """Does nothing: the model computes with the masters."""
 
     def state(self) -> MemberState:
@@ -142,7 +142,7 @@ class LoopBackend(ABC):
             self.clip_gradients()
         self._check_order()
 
-    def _check_order(self) -> None:
+    def _check_order(self) -> None:  # noqa: B027 - the default
         """Compares the posting order of the clan's collectives over the ranks, in the first step and once per phase."""
 
     def after_step(self, callback: Callable[[], None]) -> None:
@@ -247,7 +247,7 @@ class LoopBackend(ABC):
     def random_streams(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:  # noqa: B027 - the default
         """Does nothing: PyTorch's parallelism draws from torch's own streams only."""
 
     @abstractmethod
