@@ -50,7 +50,7 @@ def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) ->
     rounds = manifest.committed(path / manifest.FOLDER)
     if not rounds:
         raise CheckpointError(
-            f"this run is to continue from a committed round in {path / manifest.FOLDER}, and there is none. "
+            f"there is no committed round in {path / manifest.FOLDER} to continue from. "
             f"Give the folder of a run or of one of its rounds, or start anew with clantune.checkpoint.resume: never."
         )
     return Found(path, rounds)
