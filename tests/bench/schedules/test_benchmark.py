@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 
@@ -128,12 +129,16 @@ def test_both_forms_of_members_stand_side_by_side_in_one_table(tmp_path):
     assert [method.strategy for method in methods[:2]] == ["clan", "clan"]
     assert [method.name for method in named(["clan", "fixed"], 4, members="line")] == ["clan-line P=4", "fixed"]
 
-    result = run([TINY], methods[:2], seeds=(0,), say=lambda line: None)
+    result = run([TINY], methods[:2], seeds=range(5), say=lambda line: None)
     (groups,), (line,) = result.trials
-    assert groups.runs[0][0].cost == line.runs[0][0].cost
-    # Noise of one sample a member, at rates near the stable one: nearly the same, and not the same run twice.
-    assert groups.runs[0][0].loss == pytest.approx(line.runs[0][0].loss, rel=0.1)
-    assert groups.runs[0][0].loss != line.runs[0][0].loss
+    pairs = [pair for runs in zip(groups.runs, line.runs, strict=True) for pair in zip(*runs, strict=True)]
+    assert all(ours.cost == theirs.cost and ours.loss != theirs.loss for ours, theirs in pairs)
+    # Most runs decide the same in both forms. Seen: a median of 5e-6, and 1e-2 with displacements 2 % too long.
+    assert statistics.median(abs(ours.loss / theirs.loss - 1) for ours, theirs in pairs) < 1e-3
+    # The guard's bounds are steps. In one run the training loss lies 0.04 % above such a bound in groups and 1.1 %
+    # below it on the line, where it is the centre's. From there on the runs part. Seen: 0.006 of the initial loss.
+    initial_loss = result.references[0].initial_loss
+    assert max(abs(ours.loss - theirs.loss) for ours, theirs in pairs) < 0.02 * initial_loss
 
     out = ["--problems", f"{PLUG_IN}:TINY", "--population", "4", "--out", str(tmp_path)]
     assert main([*out, "--methods", "clan", "--members", "line"]) == 0

@@ -11,10 +11,10 @@ from clantune_scale.core.strategies.clan.lr_trial import is_trial_gene
 def moved(centre: Mapping[str, float], changes: Mapping[str, float], genes: Sequence[Gene]) -> dict[str, float]:
     """The centre after ``changes``.
 
-    An optimizer shrinks weights by learning rate times weight decay in a step. A rate that rises twentyfold would
-    shrink them twenty times as fast, which nobody asked for, so a weight decay moves against its rate. Its own vote
-    counts downward alone: a round rewards weights that shrink for the noise that they lose, as it does a smaller rate,
-    so that its vote for more decay says little, and its vote for less can be believed.
+    An optimizer shrinks weights by learning rate times weight decay in a step. A learning rate that rises twentyfold
+    would shrink them twenty times as fast. Nobody asked for that, so a weight decay moves against its learning rate.
+    Its own move counts only downward. A round rewards weights that shrink, because they lose noise, just as it rewards
+    a smaller learning rate. So a move to more decay says little, and a move to less can be believed.
 
     Args:
         centre: by gene, in scale units.

@@ -2,9 +2,9 @@
 
 A lower learning rate is the only remedy that a rollback brings, and it stays for the rest of the run. So the guard asks
 three questions. Is the loss worse by more than the noise of this run's own validation window? Does the training loss
-agree, or does training still get on? Did the last rollbacks help? A validation loss above the first one proves nothing
-by itself. It rises during a long warm-up, while training continues from a trained model, and if a model has to learn
-before it generalizes.
+agree, or does training still make progress? Did the last rollbacks help? A validation loss above the first one proves
+nothing by itself. It rises during a long warm-up, while training continues from a trained model, and if a model has to
+learn before it generalizes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from clantune_scale.core.fitness import Fitness, mean_and_error
 
 #: Standard errors of a difference beyond which it is taken for one.
 SURE = 2.0
-#: Share of a loss that stands for its standard error where one batch, or a window of one batch before, shows none.
+#: Share of a loss that stands for its standard error if it is of one batch, which shows none.
 UNKNOWN_ERROR = 0.005
-#: Of its height, by how much a training loss rises in a blow-up, and in one that nothing can be trained on from.
+#: By what share of its height a training loss rises in a blow-up, and in one from which no training goes on.
 BLOWN_UP, RUINED = 0.25, 10.0
 #: Rounds in a row that lose ground before the clan is rolled back. A single one may have lost it by chance, and a
-#: rollback lowers rates for the rest of the run. A blow-up does not wait.
+#: rollback lowers learning rates for the rest of the run. A blow-up does not wait.
 LOST_IN_A_ROW = 2
-#: Rollbacks before there is progress again. What two lower rates did not mend was not the rates' fault.
+#: Rollbacks before there is progress again. What two lower learning rates did not mend was not their fault.
 MAX_ROLLBACKS = 2
-#: From ruined states the clan is rolled back as often as each lower rate at least halves the rise.
+#: From ruined states the clan is rolled back as long as each lower learning rate at least halves the rise.
 MENDED = 0.5
 
 
@@ -56,11 +56,11 @@ class Guard:
         initial: [batches] validation losses before the first step.
         best: by kind of round, [batches] losses of the best member of the best round.
         marks: by kind of round, the best mean loss when the last progress ended in a rollback; empty before one.
-        first_training: training loss of the first round that lost no ground; None where none is known.
+        first_training: training loss of the first round that lost no ground; None if none is known.
         lowest_training: of all rounds.
         lost_rounds: rounds in a row that lost ground.
         rollbacks: since the last progress.
-        last_rise: of the training loss in the round that was rolled back last (see :meth:`_rise`); None where it was
+        last_rise: of the training loss in the round that was rolled back last (see :meth:`_rise`); None if it was
             not finite or is not known.
     """
 
@@ -104,9 +104,9 @@ class Guard:
         Args:
             fitness: at its end.
             kind: rounds are compared with their like.
-            share: of the progress so far, that may be lost.
-            training: the clan's training loss in the round; None where it is not known, or not the whole clan's.
-            holds: whether lost ground is no reason to roll back: the clan overfits, which lower rates do not mend.
+            share: the share of the progress so far that may be lost.
+            training: the clan's training loss in the round; None if it is not known, or not the whole clan's.
+            holds: whether lost ground is no reason to roll back. Lower learning rates do not mend overfitting.
         """
         training = training if training is not None and math.isfinite(training) else None
         is_finite = math.isfinite(float(fitness.mean.min()))
@@ -135,7 +135,7 @@ class Guard:
         return difference > max(share * progress, SURE * error)
 
     def _gets_on(self, training: float | None, share: float) -> bool:
-        """Whether training keeps what it gained, but for ``share`` of it: then no lower rate is called for."""
+        """Whether training keeps what it gained, but for ``share`` of it. Then no lower learning rate is needed."""
         if training is None:
             return False
         gained = self._first - min(training, self._lowest)
@@ -169,8 +169,8 @@ class Guard:
     def _with_best(self, own: tuple[float, ...], kind: str, share: float) -> Guard:
         """With a round that goes on. Rollbacks count anew after as much progress as counts as lost ground.
 
-        Anything less could come from the lower rates themselves: a loss that creeps down at first and then rises
-        would be rolled back, creep, and be rolled back again, until no rate is left.
+        Anything less could come from the lower learning rates themselves. A loss that creeps down and then rises
+        would be rolled back, creep, and be rolled back again, until no learning rate is left.
         """
         difference, error = paired(own, self.best.get(kind, self.initial))
         best = {**self.best, kind: own} if difference < 0 else self.best
@@ -184,7 +184,7 @@ class Guard:
 def paired(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """Mean of ``own - other`` ([batches] losses) and its standard error.
 
-    Over the same batches the difference is taken batch by batch, so that how hard a batch is drops out. Where the
+    Over the same batches the difference is taken batch by batch, so that how hard a batch is drops out. If the
     numbers of batches differ (the run went on with other ranks), the two means' errors are added instead, which is
     more. One batch shows no error: ``UNKNOWN_ERROR`` of the loss stands for it.
     """

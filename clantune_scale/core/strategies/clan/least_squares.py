@@ -13,8 +13,8 @@ from operator import mul
 
 Column = Sequence[float]
 
-#: Smallest share of a regressor that the ones before it must leave unexplained. Well spread members leave
-#: a tenth and more; bunched ones (reflected at a bound, rounded to one whole number) next to nothing.
+#: Smallest share of a regressor that the ones before it must leave unexplained. Members well apart leave a tenth
+#: and more. Bunched ones (reflected at a bound, rounded to one whole number) leave next to nothing.
 MIN_INDEPENDENCE = 1e-3
 
 
@@ -25,7 +25,7 @@ def independence(columns: Sequence[Column]) -> list[float]:
 
 
 def least_squares(columns: Sequence[Column], y: Column) -> list[float] | None:
-    """The coefficients that minimize ``|sum_k coefficient_k column_k - y|``, or None where they are not determined.
+    """The coefficients that minimize ``|sum_k coefficient_k column_k - y|``, or None if they are not determined.
 
     Args:
         columns: regressors, each [members].

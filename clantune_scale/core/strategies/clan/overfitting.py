@@ -15,8 +15,8 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies.clan.parabola import Move
 
-#: What the round's table says then.
-OVERFITS = "validation does not follow training: rates are held"
+#: What the table of rounds says of a clan that overfits.
+OVERFITS = "validation does not follow training: learning rates are held"
 #: Share of training's progress that validation may miss. Problems that generalize stay below 0.08 from the second
 #: round on, those that overfit lie above 0.25 by the time of the trial (the benchmark's log, 11).
 MAX_SHARE_MISSED = 0.15
@@ -28,7 +28,7 @@ MAX_RATE_FACTOR = 4.0
 
 @dataclass(frozen=True)
 class OverfittingDetector:
-    """What makes a training loss and a validation loss comparable: they need not be the same measure.
+    """Compares a training loss with a validation loss, which need not be the same measure.
 
     Attributes:
         initial_loss: validation loss before the first step.
@@ -41,7 +41,7 @@ class OverfittingDetector:
     def overfits(self, fitness: Fitness) -> bool:
         """Whether validation misses more than ``MAX_SHARE_MISSED`` of what training has gained.
 
-        False where the training loss is not known, or nothing has been gained.
+        False if the training loss is not known, or if nothing has been gained.
         """
         training, validation = fitness.training_loss, float(fitness.mean.min())
         if training is None or not math.isfinite(training) or not validation < self.initial_loss:
@@ -53,7 +53,7 @@ class OverfittingDetector:
 def scale_of(fitness: Fitness) -> float | None:
     """Training over validation loss at a first round's end, before it can overfit; None if it says nothing.
 
-    1 where they are about equal: then both are the same measure, and what they differ by is how fast they fall.
+    1 if they are about equal. Then both are the same measure, and they differ only in how fast they fall.
     """
     training, validation = fitness.training_loss, float(fitness.mean.min())
     if training is None or not (0 < training < math.inf and 0 < validation < math.inf):
@@ -65,8 +65,8 @@ def scale_of(fitness: Fitness) -> float | None:
 def regularized(moves: Mapping[str, Move], genes: Sequence[Gene]) -> dict[str, Move]:
     """The moves of a clan that overfits: a dropout rate rises by its largest change, whatever its round says.
 
-    What dropout is for shows long after the few steps of a round, in which it is only a hindrance. That validation
-    does not follow training is evidence of the same thing, and the better one.
+    The benefit of dropout shows long after the few steps of a round, in which it is only a hindrance. A validation
+    loss that does not follow training is the better evidence.
     """
     raised = {gene.name: Move(gene.max_change, "overfitting") for gene in genes if gene.target == "dropout"}
     return {name: raised.get(name, move) for name, move in moves.items()}

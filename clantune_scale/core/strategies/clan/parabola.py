@@ -37,18 +37,18 @@ def fit_moves(
     """The move of each explored gene, each at most its ``max_change`` either way.
 
     Losses are fitted by f = a + sum_g (b_g x_g + c_g x_g^2). A gene moves to its parabola's minimum
-    -b / 2c where that is convex, and else downhill by its largest change. With too few members for a
+    -b / 2c if that is convex, and else downhill by its largest change. With too few members for a
     parabola, it moves downhill as far as the members reached; with too few for a slope, not at all.
 
     Members that share gradients and differ in learning rate lie on a line, at k = exp(x) times one
     displacement, and along it the loss is nearly quadratic in k, not in x. Upward a parabola in x
-    over-reaches then, so that a rate rises to the minimum over k where that is the nearer one.
+    over-reaches then, so a learning rate rises to the minimum over k if that is the nearer one.
 
     Args:
         offsets: [members, genes] float64, members' distance from the centre in scale units.
         losses: [members] or [members, batches] float64; members with a loss that is not finite are left out.
         max_changes: [genes], in scale units.
-        is_rate: [genes], whether the gene is the logarithm of a factor on the displacement; none where empty.
+        is_rate: [genes], whether the gene is the logarithm of a factor on the displacement; empty if none is.
         caution: standard errors over the batches that are added to a curvature, and that a slope must exceed
             to be taken at more than half its length; 0 takes both as they are.
     """
@@ -73,7 +73,7 @@ def fit_moves(
 
 @dataclass(frozen=True)
 class _Fit:
-    """One gene's coefficients in units of its reach, with standard errors; nan where they are not determined."""
+    """One gene's coefficients in units of its reach, with standard errors; nan if they are not determined."""
 
     slope: float
     slope_error: float
@@ -81,7 +81,7 @@ class _Fit:
     curvature_error: float
 
     def cautious(self, caution: float) -> _Fit:
-        """With less slope and more curvature, by what noise may have made of them."""
+        """With less slope and more curvature, by as much as noise may have added."""
         if not caution or math.isnan(self.slope):
             return self
         error = caution * self.slope_error
@@ -96,7 +96,7 @@ def _fits(u: np.ndarray, f: np.ndarray) -> list[_Fit]:
     """By gene, the best model that is determined, from ``u`` [members, genes] and ``f`` [members, batches]."""
     num_genes = u.shape[1]
     unknown = _Fit(math.nan, 0.0, math.nan, 0.0)
-    # What members share is a's to explain, and would cost the others' last digits.
+    # The intercept explains what members share. Left in, it would cost the other coefficients' last digits.
     batches = (f - f[0]).T.tolist()
     for quadratic in (True, False):
         columns = regressors(u, quadratic=quadratic)
@@ -130,14 +130,14 @@ def _move(fit: _Fit, reach: float, max_change: float, *, is_rate: bool) -> Move:
 
 
 def minimum_along_the_line(slope: float, curvature: float) -> float:
-    """log k at the minimum of a parabola in k = rate / centre, from the loss's fit in log k.
+    """log k at the minimum of a parabola in k = learning rate / centre, from the loss's fit in log k.
 
     Args:
         slope: first derivative by log k at k = 1, and so by k.
         curvature: half the second by log k; the second by k is 2 curvature - slope.
 
     Returns:
-        The minimum; where there is none, infinitely far downhill, which it is too where k would not be above 0.
+        The minimum. Infinitely far downhill if there is none, or if k would not be above 0.
     """
     second = 2 * curvature - slope
     if second <= 0:

@@ -1,4 +1,4 @@
-"""How members spread around the clan's centre, so that a parabola through their losses is well determined."""
+"""Members' perturbations around the clan's centre, chosen so that a parabola through their losses is determined."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from clantune_scale.core import mutation
 from clantune_scale.core.strategies.clan.least_squares import independence
 
-#: Seeded arrangements that are compared where several genes vary at once.
+#: Seeded arrangements that are compared if several genes vary at once.
 NUM_CANDIDATES = 16
 
 
 def levels(population_size: int) -> np.ndarray:
     """[members] normal quantiles with mean 0 and variance 1, in ascending order.
 
-    Plain normal draws, which the study used, have the same spread on average, but with four members
-    they are lopsided or bunched more often than not, and the parabola's minimum is then extrapolated.
-    Fixed quantiles are always centred and always as wide as asked; chance only deals them out.
+    Plain normal draws, which the study used, have the same variance on average. But with four members they
+    are lopsided or bunched more often than not, and the parabola's minimum is then extrapolated. Fixed
+    quantiles are always centred and always as wide as asked. Chance only deals them out.
     """
     quantile = NormalDist().inv_cdf
     drawn = np.array([quantile((m + 0.5) / population_size) for m in range(population_size)])

@@ -20,21 +20,21 @@ class ClanOptions:
     """Options of ``clan``.
 
     Attributes:
-        growth: a round is this share of the steps done before it, where that is longer than the round
-            length: a run that is older needs longer to show a difference. At least 0.
+        growth: a round is this share of the steps done before it, if that is longer than the round length. An
+            older run needs longer to show a difference. At least 0.
         averaging_window: time constant of the averaged weights that fitness is measured on, as a share
             of the steps over which members differ; above 0.
         final_window: the same after the freeze, as a share of the steps that are left then; above 0.
         freeze_at: share of the run after which genes stay still, above 0 and at most 1; without effect
-            where the run's length is unknown.
+            if the run's length is unknown.
         decay: what happens to learning rates after the freeze: with ``"linear"``, none is above a line from what the
             user's own schedule said at the freeze to zero at the end; ``"none"`` leaves them to that schedule.
         caution: standard errors, over the validation batches, by which the parabola's curvature is raised before
-            its minimum is sought, and against which slopes are weighed: what noise may have made moves
-            nothing far. At least 0; 0 takes every fit as it is.
+            its minimum is sought, and against which slopes are weighed, so that noise moves nothing far. At
+            least 0; 0 takes every fit as it is.
         guard: share of the progress so far, above 0, that may be lost in a round. A round that loses more, and more
             than noise explains, has lost ground; after two in a row, or at once after a blow-up, the clan is rolled
-            back to its last snapshot (see :mod:`clantune_scale.core.strategies.clan.guard`).
+            back to its rollback snapshot (see :mod:`clantune_scale.core.strategies.clan.guard`).
         guard_divisor: what a rollback divides learning rates by; above 1.
         num_reports: rounds (evaluations) after the freeze, at least 1.
         trial_cost: extra gradient evaluations of the learning-rate trial, as a share of the run's own; at least 0. Its
@@ -90,7 +90,7 @@ class ClanPlanner:
         self._facts = facts
         self._options = options
         self._optimizer = [gene for gene in facts.genes if gene.kind == "optimizer"]
-        # A specialized gene shows only where members compete.
+        # A specialized gene shows only in rounds in which members compete.
         self._specialized = [gene for gene in facts.genes if gene.kind == "specialized"] if facts.duty_cycle else []
         self._trial_steps = trial_steps(facts, at=options.trial_at, cost=options.trial_cost)
         self.trial: LrTrial | None = plan_trial(
@@ -99,13 +99,13 @@ class ClanPlanner:
 
     @property
     def freeze_step(self) -> int | None:
-        """The step at which genes freeze; None where the run's length is unknown."""
+        """The step at which genes freeze; None if the run's length is unknown."""
         total = self._facts.total_steps
         return None if total is None else round(self._options.freeze_at * total)
 
     @property
     def decay_start_step(self) -> int | None:
-        """The freeze, where steps are left after it and the decay is not left to the user."""
+        """The step of the freeze; None if no steps are left after it, or if the decay is left to the user."""
         freeze = self.freeze_step
         return freeze if freeze != self._facts.total_steps and self._options.decay == "linear" else None
 
@@ -129,10 +129,10 @@ class ClanPlanner:
         competing = competitive_steps(length, self._facts.duty_cycle) if specialized else 0
         if specialized and not competing:
             return RoundPlan(index, start_step, phases(length, 0, keeps=True), evolves=False)
-        # The window follows the steps over which members differ. For specialized genes those are the
-        # competitive ones: a window of the whole round would bury them under weights that are equal, and
-        # raw weights would reward whatever gene value lowers the noise now (less dropout, a larger batch)
-        # as they do a smaller rate. The average is rolled back with the weights.
+        # The window follows the steps over which members differ: the competitive ones for specialized genes. A window
+        # of the whole round would bury them under equal weights. Raw weights would reward any gene value that lowers
+        # the noise now (less dropout, a larger batch), as they reward a smaller learning rate. The average goes back
+        # with the weights.
         window = max(1, round(self._options.averaging_window * (competing or length)))
         return RoundPlan(
             index,

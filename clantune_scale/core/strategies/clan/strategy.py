@@ -38,10 +38,10 @@ from clantune_scale.core.strategies.clan.plan import ClanOptions, ClanPlanner
 from clantune_scale.errors import EvaluationError
 
 #: A rise of a learning rate, in log units, at which the line search needs no trial: it comes as fast by itself, and
-#: more gently. The minimum along the line is at most log 2 away where curvature is next to nothing.
+#: more gently. The minimum along the line is at most log 2 away if curvature is next to nothing.
 CLIMBING = 0.6
-#: Why a gene stays in a round that lost ground while training got on: every lower rate would look better in it.
-HELD = "training gets on"
+#: Why a gene stays in a round that lost ground while training made progress: every lower rate would look better.
+HELD = "training makes progress"
 
 
 class ClanStrategy(Strategy):
@@ -73,10 +73,10 @@ class ClanStrategy(Strategy):
         return self._planner.decay_start_step
 
     def init(self, start: Fitness) -> Population:
-        """Members spread around the values that the user configured (learning rates a little lower).
+        """Members perturbed around the values that the user configured (learning rates a little lower).
 
         Raises:
-            EvaluationError: if the losses at the start are not finite: there is no basin to follow.
+            EvaluationError: if no member's loss at the start is finite.
         """
         loss = float(start.mean.min())
         if not np.isfinite(loss):
@@ -85,7 +85,7 @@ class ClanStrategy(Strategy):
                 "Check the evaluation data and the model's initial weights."
             )
         centre = {gene.name: gene.encode(gene.initial) for gene in self.facts.genes}
-        if self.facts.population_size >= FEWEST:  # who cannot see a minimum would hardly climb back
+        if self.facts.population_size >= FEWEST:  # a smaller clan sees no minimum and would hardly climb back
             for gene in filter(is_trial_gene, self.facts.genes):
                 centre[gene.name] = gene.encode(max(gene.initial * self.options.start_factor, gene.bounds[0]))
         memory = {
@@ -99,7 +99,7 @@ class ClanStrategy(Strategy):
         return self._population(memory, self.plan(0, 0))
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
-        """Moves the centre by the parabolas and gives everyone the fittest member's state, or goes back.
+        """Moves the centre by the parabolas and gives everyone the fittest member's state, or rolls back.
 
         Raises:
             EvaluationError: if no loss is finite and no learning rate is left to lower.
@@ -171,7 +171,7 @@ class ClanStrategy(Strategy):
         return {**memory, "centre": centre}
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
-        """Everyone around the centre, which is the clan's and no member's."""
+        """All members around the centre, which belongs to the clan and to no member."""
         return self._population(population.memory, plan)
 
     def _moves(self, population: Population, plan: RoundPlan, fitness: Fitness) -> dict[str, Move]:
@@ -210,7 +210,7 @@ class ClanStrategy(Strategy):
         """What the guard says of a round. If its members trained apart, the clan has no training loss."""
         return Guard.from_memory(memory["guard"]).judge(
             fitness,
-            # Weights that competed have a noise floor of their own.
+            # Weights that competed have another noise floor, so each kind of round has its own best.
             kind=self.facts.gene(plan.explores[0]).kind,
             share=self.options.guard,
             training=None if _trains_apart(plan) else fitness.training_loss,
@@ -267,7 +267,7 @@ def _trains_apart(plan: RoundPlan) -> bool:
 
 
 def _perturbation_size(gene: Gene, value: float) -> float:
-    """The spread of a gene's members: its step size, or one whole number where that is more."""
+    """The perturbation of a gene: its step size, or one whole number if that is more."""
     if not gene.integer:
         return gene.step_size
     low, high = gene.bounds

@@ -302,7 +302,7 @@ def test_a_clan_that_overfits_goes_no_higher_than_four_times_the_configured_rate
     clan = build("clan", FACTS, {"start_factor": 20.0})
     held = overfitting(clan)
     assert math.exp(held.population.memory["centre"]["lr"]) == pytest.approx(4.0)
-    assert held.reasons[held.donors[0]].endswith("; validation does not follow training: rates are held")
+    assert held.reasons[held.donors[0]].endswith("; validation does not follow training: learning rates are held")
     assert math.exp(overfitting(clan, training=2.0).population.memory["centre"]["lr"]) == pytest.approx(20.0)
 
 
