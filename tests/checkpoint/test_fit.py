@@ -80,7 +80,7 @@ def test_a_run_is_refused_under_other_settings(tmp_path):
     for said in run_ranks(2, in_member_worlds, _refusals, config(ds_config(0)), others):
         optimizer, genes, state = said
         assert "optimizer: 'AdamW' was saved, this launch has 'SGD'" in optimizer
-        assert "genes: " in genes and "'beta1'" in genes and genes.endswith("name the run's in clantune.genes.")
+        assert "genes: " in genes and "'beta1'" in genes and genes.endswith("name the run's genes in clantune.genes.")
         assert "clantune.genes" not in optimizer
         assert "state does not fit" in state and "optimizer.0.exp_avg" in state
 
