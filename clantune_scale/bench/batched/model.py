@@ -79,7 +79,7 @@ class Settings:
         knobs: the model's own, by name.
 
     Raises:
-        ConfigError: for an optimizer, or one of its hyperparameters, that there is not.
+        ConfigError: for an unknown optimizer or hyperparameter.
     """
 
     optimizer: str = "adamw"

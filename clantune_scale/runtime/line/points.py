@@ -25,7 +25,7 @@ class Points:
     Create it before the round's first step. Averages are right at the round's end, for which their anchor is made.
 
     Args:
-        weights: returns the live weights, always the same tensors' worth: fp32 masters where there are any.
+        weights: returns the live weights, always the same tensors' worth: fp32 masters if there are any.
         average: their running average, kept up to date by the caller; None if the round has none. In fp32 or more.
         group_of: [parameters] index of each one's parameter group.
         line: where members lie.
@@ -33,7 +33,7 @@ class Points:
         rules: [groups] how a decay reaches the weights; None if no decay varies.
         moves_weights: whether weights can be written too; an observer, whose training goes on from the centre, saves
             a start and a decay.
-        device: where the round's start and the held centre are kept; None for where the weights are.
+        device: of the stored start and centre; None for the weights' own.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Points:
 
     @torch.no_grad()
     def _keep_start(self, kept: float) -> None:
-        """The weights at the round's start, and where the average would be at its end had they stayed there."""
+        """Stores the weights at the round's start, and the average at its end had they not moved."""
         weights = self._weights()
         if self._moves_weights:
             self._start = [self._kept(weight) for weight in weights]
