@@ -1,4 +1,4 @@
-"""All ranks of the clan, for the few words that they exchange about rounds on disk."""
+"""The messages that all ranks of the clan exchange about rounds on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clantune_scale.distributed.world import ClanGroups, ClanWorld
 
 
 class Everyone:
-    """Gathers JSON over the clan: inside each member first, then down the columns. All ranks call each method.
+    """Gathers JSON over the clan: inside each member first, then across members. All ranks call each method.
 
     Args:
         world: this process's place in the clan.
@@ -21,12 +21,12 @@ class Everyone:
         self.is_leader = world.is_clan_leader
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in the launcher's order."""
+        """Each rank's value, in the launcher's order."""
         size = self._world.topology.member_size
-        # Asked for each time: whoever holds a group keeps it from being let go of when the interpreter ends.
+        # Looked up at each call: a stored reference would keep the group alive when the interpreter exits.
         member = ReplicaGroup(self._groups.member() if size > 1 else None, self._world.at.member_rank, size)
         return [said for rank in self._world.replica_group.gather_json(member.gather_json(value)) for said in rank]
 
     def from_leader(self, value: Any) -> Any:
-        """What global rank 0 gave; what the others give does not matter."""
+        """The value that global rank 0 gave; the others' values are ignored."""
         return self.gather(value if self.is_leader else None)[0]

@@ -1,4 +1,4 @@
-"""A copy of a run's state on one rank at the end of an optimizer step: training goes on while it is written."""
+"""One rank's copy of a run's state at the end of an optimizer step. Training continues while it is written."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Capture:
 
     Attributes:
         tensors: by name, in host memory: the live state, the phase snapshot and the rollback snapshot.
-        numbers: what else this rank needs to resume; JSON holds it.
+        numbers: the rest that this rank needs to resume; JSON-serializable.
         streams: this rank's random streams.
-        clan: what all ranks have in common; JSON holds it.
+        clan: the state that all ranks share; JSON-serializable.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -53,7 +53,7 @@ class Capture:
             progress: of the run.
             state: this rank's live state.
             begun: false at a round's end, before the next phase begins.
-            rollback_is_live: whether the rollback snapshot is of the present state.
+            rollback_is_live: whether the rollback snapshot equals the present state.
         """
         rollback = progress.rollback_snapshot
         if rollback is not None and rollback_is_live and rollback.layout() == state.manifest():
@@ -83,7 +83,7 @@ class Capture:
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's copy."""
+        """Bytes of this rank's tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def write_rank(self, folder: Path, at: Coordinates) -> list[Path]:
@@ -97,7 +97,7 @@ class Capture:
 
 
 def pieces_of(state: MemberState) -> dict[str, list[list[Any]]] | None:
-    """Where each tensor's elements lie in the whole model, as JSON holds it; None if the engine does not know."""
+    """Where each tensor's elements lie in the whole model, JSON-serializable; None if the engine does not know."""
     known = state.logical() if state.logical is not None else None
     if known is None:
         return None

@@ -50,7 +50,7 @@ class DurableRounds:
         view: the clan on this rank.
         progress: of the run.
         state: gives this rank's live training state.
-        stop: ends the run with a commit; called when SIGTERM came.
+        stop: ends the run with a commit; called after SIGTERM.
         log: the run's events.
 
     Attributes:
@@ -109,25 +109,28 @@ class DurableRounds:
     def restore(self) -> bool:
         """Loads the round into the clan; returns whether its phase had begun.
 
-        Random streams follow with :meth:`ready`.
+        :meth:`ready` restores the random streams.
         """
         assert self.opening.content is not None
         target = Target(self._view, self._progress, self._state)
         numbers = restore_clan(target, self.opening.folder, self._sources(self.opening.content))
         self._places = list(numbers["samplers"])
-        # An added member keeps the random streams of this launch: with its source's it would drop out the same
-        # activations as its source in every step.
+        # An added member keeps the random streams of this launch: with its source's streams, its
+        # dropout would remove the same activations as its source's in every step.
         is_added = self._view.member >= len(self.opening.content["holders"])
         self._streams = None if is_added else numbers["streams"]
         return numbers["begun"]
 
     def ready_data(self) -> None:
-        """Random streams continue where the round left them, until the first step is done; then this does nothing."""
+        """Restores the round's random streams; does nothing once the first step is done."""
         if self._streams is not None:
             self._streams.restore(self._view.backend)
 
     def ready(self) -> None:
-        """The clan has started. A loader restores the streams again: the user's own set-up may draw from them."""
+        """Restores the random streams and handles SIGTERM, once the clan has started.
+
+        A loader restores the streams again: the user's own set-up may draw from them.
+        """
         self.ready_data()
         if self._preemption is not None:
             self._preemption.start(self._view.phases.position.step)
@@ -135,7 +138,7 @@ class DurableRounds:
     def follow(self, sampler: ClanBatchSampler) -> ClanBatchSampler:
         """Saves a sampler's position with each round; in a resumed run it continues where its predecessor was.
 
-        Samplers are told apart by the order in which they are made.
+        Samplers are identified by the order in which they are made.
         """
         self._progress.samplers.append(sampler)
         if self._places:
@@ -145,7 +148,7 @@ class DurableRounds:
         return sampler
 
     def round_ended(self, plan: RoundPlan, decision: Decision) -> None:
-        """A round is over: commits what has been written, and starts writing this round if it is due."""
+        """Commits an earlier round if it is written, and starts to write the round that just ended if it is due."""
         every = self._settings.every_rounds
         if every is None or not self._writer.settle(wait=False):
             self._tell_of_slowness(plan)
@@ -157,9 +160,9 @@ class DurableRounds:
             self._write(manifest.round_name(plan.index), capture, decision.donors, wait=not self._settings.asynchronous)
 
     def step_done(self) -> None:
-        """An optimizer step is done, and if it ended a phase the next one has begun. SIGTERM may end the run here.
+        """Call it after each optimizer step, and after the start of the next phase. SIGTERM may end the run here.
 
-        About once a second ranks compare whether a signal came; what is written by then is committed.
+        About once a second, ranks compare whether a signal came, and commit a round whose files are written.
 
         Raises:
             SystemExit: with status 143 after SIGTERM, once the state is committed.
@@ -175,7 +178,7 @@ class DurableRounds:
             self._made.settle(wait=False)
 
     def commit(self) -> str | None:
-        """Commits the state as it is, inside a round too, and waits for it; returns the name, or None if it failed."""
+        """Commits the present state, also inside a round, and waits; returns the round's name, or None on failure."""
         step = self._view.phases.position.step
         self._writer.settle(wait=True)
         if self._everyone.from_leader(self._writer.last_step) != step:
@@ -210,7 +213,7 @@ class DurableRounds:
                 self._folder,
                 self._everyone,
                 self._view.world.at,
-                # The thread that writes talks over it while training talks over the engine's own.
+                # Only the writing thread uses this group; training uses the engine's at the same time.
                 dist.new_group(backend="gloo", timeout=timedelta(seconds=self._view.world.timeout_s)),
                 keep_last=self._settings.keep_last,
                 say=self._log.warn,
@@ -233,7 +236,7 @@ class DurableRounds:
             self._writer.settle(wait=True)
 
     def _check_parameters(self, sources: Sequence[int]) -> None:
-        """Raises on all ranks what is wrong on one: each stage of a pipeline has its own parameters."""
+        """Raises one rank's error on all ranks: each stage of a pipeline has its own parameters."""
         problem = None
         try:
             check_parameters(self._view, self.opening.folder, sources)

@@ -1,4 +1,4 @@
-"""Writing so that a machine may die at any moment, and reading so that a changed bit is seen."""
+"""Durable writes that survive a crash at any moment, and reads that detect a changed bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as the manifest knows it.
+    """A file's entry in the manifest.
 
     Attributes:
         path: relative to the round's folder, with forward slashes.
@@ -27,11 +27,11 @@ class FileEntry:
 
     @classmethod
     def of(cls, root: Path, path: Path) -> FileEntry:
-        """The entry of a file that is there."""
+        """The entry of an existing file."""
         return cls(path.relative_to(root).as_posix(), path.stat().st_size, digest(path))
 
     def fault(self, root: Path) -> str | None:
-        """What is wrong with the file under ``root``, or None where it is as it was written."""
+        """What is wrong with the file under ``root``, or None if it is as it was written."""
         path = root / self.path
         try:
             num_bytes = path.stat().st_size
@@ -58,7 +58,7 @@ def digest(path: Path) -> str:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Writes a file that must not exist, down to the disk."""
+    """Writes a file and syncs it to disk; the file must not exist yet."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -66,7 +66,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Puts ``data`` in the place of a file: whoever looks sees the old bytes or the new ones."""
+    """Replaces a file's content atomically: a reader sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     write_new(temporary, data)
@@ -75,7 +75,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Brings a folder's entries down to the disk: a new name is not durable before."""
+    """Syncs a folder's entries to disk: a new name is not durable before that."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

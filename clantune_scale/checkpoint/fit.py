@@ -14,9 +14,9 @@ from clantune_scale.tracking.events import to_plain
 _WITHOUT_EFFECT = ("enabled", "tracking", "checkpoint", "transfer", "join", "faults")
 # Default genes depend on data, batch and optimizer, which can change while the config stays the same.
 _GENES_FOLLOW = (
-    " Genes that the config does not name follow from data, batch and optimizer: name the run's in clantune.genes."
+    " Genes that the config does not name depend on data, batch and optimizer: name the run's genes in clantune.genes."
 )
-# Names that `clantune.checkpoint.allow` takes beside the block's own keys.
+# A name that `clantune.checkpoint.allow` takes in addition to the block's keys.
 PARAMETERS = "parameters"
 
 
@@ -66,7 +66,7 @@ def layout_difference(saved: Sequence[Sequence[Any]], live: Sequence[Sequence[An
 
 
 def _difference(saved: Any, live: Any) -> str:
-    """Two values; of two mappings, the keys in which they differ."""
+    """Describes two values; of two mappings, only the keys in which they differ."""
     if isinstance(saved, Mapping) and isinstance(live, Mapping):
         keys = [key for key in {**saved, **live} if saved.get(key) != live.get(key)]
         return ", ".join(f"{key} {saved.get(key)!r} was saved, this launch has {live.get(key)!r}" for key in keys)

@@ -1,4 +1,4 @@
-"""One process at a time continues a run's folder."""
+"""A lock that lets one process at a time work in a run's folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STALE_S = 90.0
 
 
 class RunLock:
-    """A file in the run's folder that says who works there, touched as long as that process runs.
+    """A file in the run's folder that names the process that works there. The process touches it while it runs.
 
-    A lock whose process is gone (on this host: no such process; on another: not touched for a minute and a half) is
-    taken over.
+    A lock whose process is gone is taken over. On this host, a process is gone if none has its id and start time. On
+    another host, it is gone if the file is not touched for a minute and a half.
 
     Args:
         run_dir: the run's folder.
-        stale_s: seconds without a touch after which a lock of another host counts as left behind.
+        stale_s: seconds without a touch after which a lock of another host counts as abandoned.
         generation: (launch, number) that this process is in. It takes over from earlier generations of its own
             launch: their leader counts as dead, even if it is only frozen.
 
@@ -46,7 +46,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Lets others in; harmless the second time."""
+        """Removes the lock. A second call does nothing."""
         if not self._is_over.is_set():
             self._is_over.set()
             if self._holder() == self._own:
@@ -79,19 +79,19 @@ class RunLock:
         if is_alive:
             raise CheckpointError(
                 f"{self._path.parent} is being written by process {holder.get('pid')} on {holder.get('host')}: two "
-                f"launches of one run would spoil it. End the other one, or give this one another tracking.run_name."
+                f"launches of one run would corrupt it. End the other one, or give this one another tracking.run_name."
             )
         self._path.unlink(missing_ok=True)
 
     def _holder(self) -> dict[str, Any]:
-        """What the file says; empty where there is none, or it is not written yet."""
+        """The file's content; empty if there is no file or it is not written yet."""
         try:
             return json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
             return {}
 
     def _is_touched(self, before: int) -> bool:
-        """Whether the other host touches the file while this one looks on: clocks of two hosts do not compare."""
+        """Whether the other host touches the file while this one waits: two hosts' clocks cannot be compared."""
         deadline = time.monotonic() + self._stale_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._stale_s / 4))
@@ -111,7 +111,7 @@ class RunLock:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's ticks; None where there is none. Numbers are used again."""
+    """The kernel tick at which a process of this host started, or None. The kernel reuses process ids."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except FileNotFoundError:

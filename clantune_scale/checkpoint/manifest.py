@@ -1,4 +1,4 @@
-"""A committed round's table of contents: written last, read first, and proof against a changed bit itself."""
+"""The list of a committed round's files: written last, read first, and protected by its own digest."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _NAME = re.compile(r"round-(\d{6,})(?:-step-(\d{8,}))?")
 
 
 def round_name(index: int, step: int | None = None) -> str:
-    """The folder of a round that is over, or of one that was stopped after ``step`` optimizer steps of the run."""
+    """The folder's name for a finished round, or for one stopped after ``step`` optimizer steps of the run."""
     return f"round-{index:06d}" if step is None else f"round-{index:06d}-step-{step:08d}"
 
 
 def committed(folder: Path) -> list[str]:
     """Names of the rounds in a run's ``rounds`` folder, newest first.
 
-    A round's own folder appears under its name only when it is whole, so that ``LATEST`` is not needed to find it;
-    a machine that dies between the two leaves a ``LATEST`` that is one round late.
+    A folder gets a round's name only once its files are complete, so ``LATEST`` is not needed to find it. A crash
+    between the rename and the update of ``LATEST`` leaves a ``LATEST`` that names the round before.
     """
     found = [match for path in _children(folder) if (match := _NAME.fullmatch(path.name))]
     return [match.group(0) for match in sorted(found, key=_age, reverse=True)]
@@ -38,7 +38,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _age(match: re.Match[str]) -> tuple[int, float]:
-    # Stopped inside a round is earlier than the round's end.
+    # A state from inside a round is older than the round's end.
     return int(match.group(1)), float(match.group(2)) if match.group(2) else float("inf")
 
 
@@ -71,12 +71,12 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def files_of(content: Mapping[str, Any]) -> list[FileEntry]:
-    """Every file of the round but the manifest."""
+    """Every file of the round except the manifest."""
     return [FileEntry.from_json(entry) for entry in content["files"]]
 
 
 def point_latest(folder: Path, name: str) -> None:
-    """``LATEST`` in a run's ``rounds`` folder names this round from now on."""
+    """Makes ``LATEST`` in a run's ``rounds`` folder name this round."""
     replace(folder / LATEST, f"{name}\n".encode())
 
 

@@ -1,4 +1,4 @@
-"""Which run a launch works on: a new one, or one that stopped, and from which of its rounds."""
+"""Decides whether a launch starts a new run or continues one, and from which of its rounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Found:
 
     Attributes:
         run_dir: its folder.
-        rounds: names of its committed rounds that may be taken, the one to try first first.
+        rounds: names of its committed rounds, in the order in which to try them.
     """
 
     run_dir: Path
@@ -34,7 +34,7 @@ class Found:
 
 
 def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) -> Found | None:
-    """The run that is to be continued, or None for a new one. One process asks.
+    """The run that is to be continued, or None for a new one. Only one process calls it.
 
     Raises:
         CheckpointError: if a path was given and there is no run, or no committed round, at it.
@@ -50,7 +50,7 @@ def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) ->
     rounds = manifest.committed(path / manifest.FOLDER)
     if not rounds:
         raise CheckpointError(
-            f"there is no committed round in {path / manifest.FOLDER}, from which this run is to be continued. "
+            f"there is no committed round in {path / manifest.FOLDER} to continue from. "
             f"Give the folder of a run or of one of its rounds, or start anew with clantune.checkpoint.resume: never."
         )
     return Found(path, rounds)
@@ -62,7 +62,7 @@ def _last_of_name(config: ClanConfig) -> Found | None:
     if name is None:
         raise CheckpointError(
             "clantune.checkpoint.resume is 'latest', which looks for a run by its name, and clantune.tracking.run_name "
-            "gives none. Set it, or give the folder of the run in place of 'latest'."
+            "is not set. Set it, or give the folder of the run instead of 'latest'."
         )
     pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
     siblings = parent.iterdir() if parent.is_dir() else ()
@@ -75,7 +75,7 @@ def _last_of_name(config: ClanConfig) -> Found | None:
 
 
 def _has_finished(events: Path, tail_bytes: int = 1 << 16) -> bool:
-    """Whether the run ended by itself: its last event says so."""
+    """Whether the run's last event says that it finished."""
     if not events.exists():
         return False
     with open(events, "rb") as file:
@@ -95,7 +95,7 @@ class Opening:
     Attributes:
         run_dir: the run's folder, on every rank.
         content: the manifest of the round to go on from; None for a new run.
-        name: of that round.
+        name: of that round; empty for a new run.
         refused: what was wrong with newer rounds, for the log.
     """
 
@@ -106,7 +106,7 @@ class Opening:
 
     @property
     def folder(self) -> Path:
-        """Of the round to go on from."""
+        """The folder of the round to go on from."""
         return self.run_dir / manifest.FOLDER / self.name
 
 
@@ -117,16 +117,16 @@ def open_run(
     take: Callable[[Path], None],
     fault: Callable[[Path, dict[str, Any]], str | None],
 ) -> Opening:
-    """Agrees on the run's folder and, where one is continued, on the newest round that all ranks can verify.
+    """Agrees on the run's folder and, if it is continued, on the newest round that all ranks can verify.
 
     Args:
-        config: the block.
+        config: the ``clantune`` block.
         everyone: all ranks; each calls this.
         take: called on the leader with the run's folder, before anything in it is read or written.
-        fault: (round's folder, its manifest) to what is wrong with the files that this rank reads.
+        fault: takes a round's folder and its manifest; says what is wrong with the files that this rank reads.
 
     Raises:
-        CheckpointError: if no round is whole, or there is nothing where a path was given.
+        CheckpointError: if every round is damaged, or a given path holds no round.
     """
     said = everyone.from_leader(_look_on_leader(config, take) if everyone.is_leader else None)
     if "error" in said:
@@ -136,7 +136,7 @@ def open_run(
         return Opening(run_dir)
     refused: list[str] = []
     for name in said["rounds"]:
-        content, reasons = _vote(run_dir / manifest.FOLDER / name, everyone, fault)
+        content, reasons = _verified(run_dir / manifest.FOLDER / name, everyone, fault)
         if content is not None:
             return Opening(run_dir, content, name, tuple(refused))
         refused.append(f"{name} is damaged and was not loaded: {'; '.join(reasons)}")
@@ -156,10 +156,10 @@ def _look_on_leader(config: ClanConfig, take: Callable[[Path], None]) -> dict[st
         return {"error": str(error)}
 
 
-def _vote(
+def _verified(
     folder: Path, everyone: Everyone, fault: Callable[[Path, dict[str, Any]], str | None]
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """A round's manifest where every rank finds it, and what it reads of it, whole; else what is wrong, by rank."""
+    """A round's manifest if every rank finds it and its own files undamaged; else what is wrong, by rank."""
     content = None
     try:
         content = manifest.read(folder)
@@ -171,9 +171,9 @@ def _vote(
 
 
 def set_aside(rounds: Path, chosen: str) -> None:
-    """Rounds that are newer than the one that is continued, and attempts that nobody finishes, make room.
+    """Moves rounds newer than the continued one into ``lost-N``, and removes unfinished attempts.
 
-    On the leader. Whole ones are moved into ``lost-N``: their steps are done again, under the same names.
+    Only the leader calls it. The moved rounds' steps are done again, and the new rounds take their names.
     """
     newer = manifest.committed(rounds)
     newer = newer[: newer.index(chosen)]

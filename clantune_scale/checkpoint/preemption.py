@@ -1,8 +1,8 @@
 """SIGTERM: the scheduler wants the machines back. All ranks stop after the same step, with its state on disk.
 
-A signal reaches ranks at different moments, or only some of them, so that it only raises a flag. Ranks compare
-flags at steps that they have agreed on, about once a second: at each comparison they also tell how long their steps
-take, and from that follows the step of the next one. A step without a comparison costs an integer's.
+A signal may reach ranks at different moments, or only some of them, so the handler only sets a flag. Ranks compare
+flags about once a second, at a step that they agreed on before. They also exchange how long their steps take, and
+derive the step of the next comparison. All other steps cost one comparison of integers.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from clantune_scale.distributed import world
 
 logger = logging.getLogger(__name__)
 
-#: What a shell reports of a process that SIGTERM ended.
+#: The exit status that a shell reports for a process ended by SIGTERM.
 STATUS = 128 + signal.SIGTERM
 _POLL_S = 1.0
 _MOST_STEPS = 10_000
-# Nobody knows yet how long a step takes, and the first ones take longer.
+# Before the first comparison no step time is known, and the first steps are slow.
 _FIRST_STEPS = 8
-# For closing what follows the run, which may wait for a server.
+# Time to close the run's trackers, which may wait for a server.
 _CLOSING_S = 12.0
 
 
 class Preemption:
     """Handles SIGTERM from :meth:`start` to :meth:`release`.
 
-    A second SIGTERM, and the end of the grace period, do what the signal did before.
+    A second SIGTERM, or the end of the grace period, has the effect that SIGTERM had before.
 
     Args:
         everyone: all ranks.
@@ -50,22 +50,22 @@ class Preemption:
         self._is_flagged = False
         self._previous: Any = None
         self._timer: threading.Timer | None = None
-        # Only the main thread may set signal handlers; a run that is started elsewhere goes without.
+        # Only the main thread may set signal handlers; a run on another thread has none.
         self._handles = threading.current_thread() is threading.main_thread()
 
     def start(self, step: int) -> None:
-        """Takes the signal over; ``step`` optimizer steps are done."""
+        """Installs the handler; ``step`` optimizer steps are done."""
         if self._handles:
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
         self._since = (step, time.monotonic())
         self._next = step + _FIRST_STEPS
 
     def meets(self, step: int) -> bool:
-        """Whether ranks compare after ``step`` optimizer steps, and so may settle other things too."""
+        """Whether ranks compare flags after ``step`` optimizer steps; they may exchange other things there too."""
         return step >= self._next
 
     def is_due(self, step: int) -> bool:
-        """Whether the run ends here, after ``step`` optimizer steps; all ranks of the clan ask after each one."""
+        """Whether the run ends here, after ``step`` optimizer steps; all ranks of the clan call it after each one."""
         if not self.meets(step):
             return False
         before, then = self._since
@@ -78,7 +78,7 @@ class Preemption:
         return any(flag for flag, _ in said)
 
     def leave(self) -> None:
-        """Ends this process, when all ranks are as far: one of them serves the store that all use.
+        """Ends this process once all ranks call it: one of them serves the store that all use.
 
         Raises:
             SystemExit: always.
@@ -87,7 +87,7 @@ class Preemption:
         sys.exit(STATUS)
 
     def release(self) -> None:
-        """Gives the signal back; harmless the second time."""
+        """Puts the previous handler back. A second call does nothing."""
         if self._timer is not None:
             self._timer.cancel()
         if self._handles and signal.getsignal(signal.SIGTERM) == self._on_signal:
@@ -101,7 +101,7 @@ class Preemption:
         self._is_flagged = True
         joined = world.current()
         if joined is not None and joined.supervisor is not None:
-            # What fails from now on is the others' leaving, and no reason to start again.
+            # Later failures come from ranks that leave, and must not cause a restart.
             joined.supervisor.withdraw()
         self._timer = threading.Timer(self._grace_s, self._give_up)
         self._timer.daemon = True
@@ -115,10 +115,10 @@ class Preemption:
             os.kill(os.getpid(), number)
 
     def _give_up(self) -> None:
-        """The state could not be committed in time. On a thread: the main one may wait for a rank that is gone."""
+        """Ends the process without a commit. It runs on a thread: the main one may wait for a dead rank."""
         logger.error(
             "clan: no state could be committed within the %g s of clantune.checkpoint.grace_s after SIGTERM; the last "
-            "committed round stays as it is.",
+            "committed round remains.",
             self._grace_s,
         )
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,8 +1,8 @@
-"""A state that was saved by one number of data-parallel ranks, read by another.
+"""Reads a state that another number of data-parallel ranks saved.
 
-Every saved rank tells which stretches of which logical vectors its tensors hold (``MemberState.logical``); so does
-every live one. Where the two overlap, elements are copied; nothing is computed, so that the values are the same to
-the last bit.
+Each saved rank and each live rank states which stretches of which logical vectors its tensors hold
+(``MemberState.logical``). Elements in the overlap of two stretches are copied. Nothing is computed, so the values are
+equal to the last bit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def saved_places(at: Coordinates, saved: Mapping[str, int]) -> list[Coordinates]
 
 
 def pieces_from(data: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, list[Piece]]:
-    """Pieces as JSON held them."""
+    """Pieces from their JSON form."""
     return {name: [Piece(*values) for values in pieces] for name, pieces in data.items()}
 
 
@@ -71,10 +71,10 @@ def load(
                     filled[source.key] += _copy(tensors[name], source, live[target_name], target)
     for key, targets in wanted.items():
         length = sum(piece.length for piece, _ in targets)
-        # What every rank holds whole was copied once for each of them.
+        # A vector that every saved rank holds whole was copied once per rank.
         if filled[key] < length or filled[key] % max(length, 1):
             raise CheckpointError(
-                f"of {key} {filled[key]} elements were saved where this rank has {length}. Go on with the number of "
+                f"{filled[key]} elements of {key} were saved, and this rank has {length}. Launch with the number of "
                 f"data-parallel ranks that the run was started with."
             )
 

@@ -74,8 +74,8 @@ def fault_of(
 def sources_of(content: Mapping[str, Any], population_size: int) -> list[int]:
     """By member of this launch, the member of the saved round that it continues.
 
-    As many as there were: each its own. Fewer: the fittest of the round stay, in their order. More: all stay, and
-    the others are clones of the fittest, the second fittest and so on.
+    With as many members as before, each continues itself. With fewer, the fittest continue, in their order. With more,
+    all continue, and the added ones are clones of the fittest, the second fittest and so on.
     """
     losses = content["losses"]
     ranking = sorted(range(len(losses)), key=lambda member: (losses[member], member))
@@ -116,10 +116,10 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
         sources: by member, the member that it continues.
 
     Returns:
-        What is left for the caller: the rank's numbers, with ``"streams"`` as :class:`RandomStreams`.
+        The rank's numbers, with ``"streams"`` as :class:`RandomStreams`.
 
     Raises:
-        CheckpointError: if the state has other parameters, shapes or types than this launch's.
+        CheckpointError: if the state's parameters, shapes or types differ from this launch's.
     """
     view, progress = target.view, target.progress
     data = json.loads((folder / "clan.json").read_bytes())
@@ -167,7 +167,7 @@ def _restore_rank(target: Target, folder: Path, source: int) -> dict[str, Any]:
 
 
 def _restore_resharded(target: Target, folder: Path, content: Mapping[str, Any], source: int) -> dict[str, Any]:
-    """The same on another number of data-parallel ranks; added ranks keep the random streams of this launch."""
+    """Restores from another number of data-parallel ranks; added ranks keep this launch's random streams."""
     backend = target.view.backend
     holder, at = content["holders"][source], target.view.world.at
     saved = []
@@ -198,7 +198,7 @@ def _restore_resharded(target: Target, folder: Path, content: Mapping[str, Any],
     _recount(backend, numbers["scalars"])
     _load_numbers(target.view, state, numbers)
     backend.load_counters(numbers["counters"])
-    # The setter realigns the engine's accumulation boundary, which the loaded counter placed for another number.
+    # The setter realigns the engine's accumulation boundary: the loaded counter placed it for another number of ranks.
     backend.accumulation = backend.accumulation
     target.ensure_rollback_snapshot(rollback)
     return {**numbers, "streams": streams if at.dp < len(saved) else None}
@@ -262,7 +262,7 @@ def check_parameters(view: ClanView, folder: Path, sources: Sequence[int]) -> No
         sources: by member, the member that it continues.
 
     Raises:
-        CheckpointError: with the difference, unless ``checkpoint.allow`` names parameters.
+        CheckpointError: if they differ, unless ``checkpoint.allow`` names parameters.
     """
     content, at = manifest.read(folder), view.world.at
     place = at if _is_laid_out(content, view.world.topology) else reshard.saved_places(at, content["topology"])[0]

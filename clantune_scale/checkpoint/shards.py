@@ -1,8 +1,7 @@
-"""A member's tensors through torch's distributed checkpoint: one call per member, in a folder of its own.
+"""Saves and loads a member's tensors with torch's distributed checkpoint: one call and one folder per member.
 
-Names carry the rank's place in the member: values that are no ``DTensor`` are written once per name, by whichever
-rank comes first, and shards of one name would be lost. So written, a state goes back to ranks laid out as they
-were, to the last bit.
+Each name carries the rank's place in the member. Torch writes a value that is no ``DTensor`` once per name, so shards
+under one name would be lost. A state is restored to the last bit on ranks in the same layout.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def save(tensors: Tensors, folder: Path, at: Coordinates, group: Any) -> list[Pa
         The files that this rank wrote.
 
     Raises:
-        CheckpointError: with the first rank's reason, on all of them.
+        CheckpointError: on all ranks, with the first failed rank's reason.
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     with _as_error():
@@ -59,14 +58,14 @@ def is_read_by(path: str, member: int, at: Coordinates) -> bool:
 
 
 def load(targets: Tensors, folder: Path, at: Coordinates) -> None:
-    """Reads what :func:`save` wrote into ``targets``, in place; this rank's alone, so that no one need call it too.
+    """Reads what :func:`save` wrote into ``targets``, in place. It is not a collective.
 
-    Digests are verified before: ``.metadata`` is a pickle.
+    Verify the digests first: ``.metadata`` is a pickle.
     """
     if not targets:
         return
     with warnings.catch_warnings(), _as_error():
-        # It takes a call that talks to nobody for a mistake.
+        # The warning is for a call without communication, which is intended here.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         state = {_key(name, at): tensor.detach() for name, tensor in targets.items()}
         dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
@@ -74,7 +73,7 @@ def load(targets: Tensors, folder: Path, at: Coordinates) -> None:
 
 @contextmanager
 def _as_error() -> Iterator[None]:
-    """torch's exception for a failed checkpoint is no ``Exception``: like an interrupt, it passes every handler."""
+    """Turns torch's exception for a failed checkpoint, a ``BaseException``, into a :class:`CheckpointError`."""
     try:
         yield
     except CheckpointException as error:

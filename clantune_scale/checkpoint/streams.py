@@ -1,4 +1,4 @@
-"""A rank's random streams as bytes and numbers: what dropout and augmentation draw next. Nothing is pickled."""
+"""A rank's random streams, from which dropout and augmentation draw, as bytes and numbers. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RandomStreams:
 
     Attributes:
         tensors: uint8, by name: torch's on the host and on the device, numpy's words, the engine's own.
-        numbers: what belongs to numpy's and Python's beside them; JSON holds it.
+        numbers: the rest of numpy's and Python's states; JSON-serializable.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -29,7 +29,7 @@ class RandomStreams:
 
     @classmethod
     def capture(cls, backend: RandomState) -> RandomStreams:
-        """The streams as they are."""
+        """The present state of every stream."""
         name, words, place, has_gauss, gauss = np.random.get_state(legacy=True)
         assert isinstance(words, np.ndarray), "legacy states are tuples of a name, words and counts"
         version, inner, gauss_next = random.getstate()
@@ -44,7 +44,7 @@ class RandomStreams:
         return cls(tensors, numbers)
 
     def restore(self, backend: RandomState) -> None:
-        """The streams go on from here."""
+        """Sets every stream to this state."""
         torch.set_rng_state(self.tensors["torch"])
         if "cuda" in self.tensors and backend.device.type == "cuda":
             torch.cuda.set_rng_state(self.tensors["cuda"], backend.device)

@@ -1,7 +1,7 @@
-"""Commits rounds: files first, the manifest when every rank has its own on the disk, then the folder's name.
+"""Commits rounds: first every rank's files, then the manifest, then the rename of the folder.
 
-One attempt is one fresh folder, ``.round-000012.1.partial``, and at most one is under way. A rank's files are
-written by a thread of its own, so that training goes on; what ranks have to agree on, they say at meeting points.
+Each attempt has a fresh folder, ``.round-000012.1.partial``, and at most one attempt is in progress. Each rank writes
+its files on a thread, so training goes on. Ranks agree on the outcome at synchronization points.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clantune_scale.checkpoint.capture import RANKS, Capture
 from clantune_scale.checkpoint.files import FileEntry, sync_folder, write_new
 from clantune_scale.distributed.topology import Coordinates
 
-# Beside the tensors: headers, numbers, the manifest; and what a file system keeps for itself.
+# Space beside the tensors: headers, numbers, the manifest and the file system's own data.
 _OVERHEAD = 1.05
 _OVERHEAD_BYTES = 1 << 20
 
@@ -33,7 +33,7 @@ class Attempt:
     Attributes:
         name: the folder's name once it is committed.
         folder: where its files go until then.
-        content: of the manifest, but the files.
+        content: the manifest's, without the files.
     """
 
     name: str
@@ -51,9 +51,9 @@ class RoundWriter:
         folder: the ``rounds`` folder, which all hosts see.
         everyone: all ranks.
         at: this rank's place.
-        group: the member's ranks over gloo, used by the writing thread alone.
-        keep_last: committed rounds that stay.
-        say: told what did not work, on the leader.
+        group: the member's ranks over gloo, used only by the writing thread.
+        keep_last: number of committed rounds to keep.
+        say: called on the leader with a message about a failure.
 
     Attributes:
         last_step: optimizer steps done in the newest round that this launch committed; known to the leader.
@@ -77,17 +77,17 @@ class RoundWriter:
     def begin(
         self, name: str, capture: Capture, holders: Sequence[int], content: dict[str, Any], *, wait: bool
     ) -> bool:
-        """Starts writing a round; the one before must be settled.
+        """Starts writing a round; the one before must be settled first.
 
         Args:
             name: from :func:`clantune_scale.checkpoint.manifest.round_name`.
             capture: this rank's state.
             holders: by member, the member whose tensors are also this member's.
-            content: of the manifest: who, when, what.
+            content: the manifest's facts about the run and the round.
             wait: whether the files are written before this returns.
 
         Returns:
-            False where there is no room for it: nothing is written then.
+            False if there is no room for the round; nothing is written then.
         """
         is_holder = holders[self._at.member] == self._at.member
         asked = self._everyone.gather(capture.num_bytes if is_holder else 0)
@@ -105,13 +105,13 @@ class RoundWriter:
         return True
 
     def settle(self, *, wait: bool) -> bool:
-        """Commits what is under way, where every rank has written its files; gives it up where one could not.
+        """Commits the attempt in progress if every rank has written its files; removes it if a rank failed.
 
         Args:
             wait: whether to wait for ranks that are still writing.
 
         Returns:
-            False where the writing goes on.
+            False if a rank is still writing.
         """
         attempt = self._attempt
         if attempt is None:
@@ -132,12 +132,12 @@ class RoundWriter:
                 shutil.rmtree(attempt.folder, ignore_errors=True)
                 self._say(
                     f"{attempt.name} was not committed: rank {rank} could not write it ({failure}). Training goes on, "
-                    f"and the round before stays; look at the file system of {self._folder}."
+                    f"and the round before remains. Check the file system of {self._folder}."
                 )
         return True
 
     def _make_room(self, name: str, num_bytes: int, holders: Sequence[int]) -> str | None:
-        """On the leader: an attempt's empty folders, where the file system has room for it."""
+        """On the leader: makes an attempt's folders if the file system has room for it, and returns their path."""
         if not self._everyone.is_leader:
             return None
         try:
@@ -146,7 +146,7 @@ class RoundWriter:
             if free < needed:
                 self._say(
                     f"{name} was not written: it takes {needed / 1e9:.3g} GB and {self._folder} has {free / 1e9:.3g} "
-                    f"GB left. Training goes on without it; make room, or lower clantune.checkpoint.keep_last."
+                    f"GB left. Training goes on without it. Make room, or lower clantune.checkpoint.keep_last."
                 )
                 return None
             folder = _fresh(self._folder, name)
@@ -154,7 +154,7 @@ class RoundWriter:
             for member in sorted(set(holders)):
                 (folder / shards.member_folder(member)).mkdir()
         except OSError as error:
-            self._say(f"{name} was not written: {error}. Training goes on without it; look at {self._folder}.")
+            self._say(f"{name} was not written: {error}. Training goes on without it. Check {self._folder}.")
             return None
         return str(folder)
 
@@ -162,7 +162,7 @@ class RoundWriter:
         try:
             files = []
             if is_holder:
-                # First, because the member's ranks wait for each other in it: none may have failed before.
+                # The collective goes first: ranks wait for each other in it, so none may fail before it.
                 place = attempt.folder / shards.member_folder(self._at.member)
                 files += shards.save(capture.tensors, place, self._at, self._group)
             files += capture.write_rank(attempt.folder, self._at)
@@ -172,7 +172,7 @@ class RoundWriter:
             attempt.failure = _in_short(error)
 
     def _try_to_commit(self, attempt: Attempt, files: list[dict[str, Any]]) -> dict[int, str]:
-        """On the leader; what failed, by rank."""
+        """On the leader: commits the attempt; returns what failed, by rank."""
         try:
             write_new(attempt.folder / "clan.json", json.dumps(attempt.content.pop("clan")).encode())
             entries = [*files, asdict(FileEntry.of(attempt.folder, attempt.folder / "clan.json"))]
@@ -188,19 +188,19 @@ class RoundWriter:
             manifest.point_latest(self._folder, attempt.name)
             self._prune()
         except OSError as error:
-            self._say(f"{attempt.name} is committed, and older rounds could not be put away: {error}.")
+            self._say(f"{attempt.name} is committed, but older rounds could not be removed: {error}.")
         return {}
 
     def _prune(self) -> None:
         for name in manifest.committed(self._folder)[self._keep_last :]:
-            # Out of sight first: a round that is half removed must not look like one.
+            # The rename comes first: a half-removed folder must not carry a round's name.
             doomed = self._folder / f".{name}.removed"
             os.rename(self._folder / name, doomed)
             shutil.rmtree(doomed)
 
 
 def _fresh(folder: Path, name: str) -> Path:
-    """A new folder for one attempt; a used one could load as a mix of two."""
+    """A new folder for one attempt; a reused one could mix the files of two."""
     attempt = 1
     while True:
         path = folder / f".{name}.{attempt}.partial"

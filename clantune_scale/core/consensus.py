@@ -1,4 +1,4 @@
-"""The clan's one value of a gene that is not expressed: what all members train with while they cooperate."""
+"""The clan's common value of a gene that is not expressed; all members train with it while they cooperate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def consensus(genomes: Sequence[Genome], genes: Sequence[Gene]) -> dict[str, flo
 
 
 def values_in_effect(genomes: Sequence[Genome], genes: Sequence[Gene], kind: PhaseKind) -> list[dict[str, float]]:
-    """[members] by gene name: each member's own values, but the clan's of specialized genes while it cooperates.
+    """[members] by gene name: each member's own values, and in cooperation the clan's of specialized genes.
 
     Args:
         genomes: one per member.

@@ -12,12 +12,12 @@ def under_ceiling(factor: float, *, reference: float, scheduled: float) -> float
     """The factor that lowers a learning rate to the smaller of the user's own and ``reference x factor``.
 
     Two decays multiplied would decay twice. It is exactly ``factor`` if the user's schedule has not moved, so that
-    a constant rate times it is the line to the last bit.
+    a constant learning rate times it is the line to the last bit.
 
     Args:
         factor: the decay's, 0 to 1.
-        reference: the user's own rate in the last step before the decay (when ``factor`` was 1).
-        scheduled: the user's own rate now.
+        reference: the user's own learning rate in the last step before the decay (when ``factor`` was 1).
+        scheduled: the user's own learning rate now.
     """
     if scheduled == 0:
         return 1.0

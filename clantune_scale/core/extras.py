@@ -1,4 +1,4 @@
-"""Packages that only some runs need: which extra brings each, and the error where one is missing."""
+"""Packages that only some runs need: the extra that brings each, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = {
 
 
 def is_installed(package: str) -> bool:
-    """Whether ``package`` (one of :data:`EXTRAS`) can be imported; nothing of it is loaded but a parent's folder."""
+    """Whether ``package`` (one of :data:`EXTRAS`) can be imported; only a dotted name's parent is loaded."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
@@ -43,7 +43,7 @@ def remedy(package: str) -> str:
 
 
 def require(package: str, *, needed_by: str) -> None:
-    """Refuses to go on without a package of :data:`EXTRAS`, before it is needed.
+    """Raises an error if a package of :data:`EXTRAS` is not installed, before it is needed.
 
     Args:
         package: as it is imported.

@@ -57,7 +57,7 @@ class Fitness:
 
     @property
     def standard_error(self) -> np.ndarray:
-        """[members] float64: standard error of the mean over batches (nan with one batch or a not finite loss)."""
+        """[members] float64: standard error of the mean over batches (nan for one batch or a non-finite loss)."""
         finite = self.is_finite
         if self.losses.shape[1] < 2:
             return np.full(self.num_members, np.nan)
@@ -66,7 +66,7 @@ class Fitness:
 
     @property
     def ranking(self) -> tuple[int, ...]:
-        """Members from fittest to weakest; ties and not finite ones keep the order of their index."""
+        """Members from fittest to weakest; ties and members with a mean of +inf are ordered by index."""
         return tuple(int(m) for m in np.argsort(self.mean, kind="stable"))
 
 

@@ -26,7 +26,7 @@ _DECODE: dict[str, Callable[[float], float]] = {
     "logit": lambda x: 1.0 / (1.0 + math.exp(-x)),
 }
 
-#: What a gene's target is called in an optimizer's parameter group: its key, and the place in a tuple or None.
+#: By gene target: its key in an optimizer's parameter group, and the index in a tuple or None.
 GROUP_KEYS: dict[str, tuple[str, int | None]] = {
     "lr": ("lr", None),
     "weight_decay": ("weight_decay", None),
@@ -45,14 +45,14 @@ class Gene:
         name: unique in the genome, for example ``"lr"`` or ``"lr:head"``.
         kind: ``"optimizer"`` genes act on how a gradient is applied and are expressed always;
             ``"specialized"`` genes act on the gradient itself and are expressed only when competing.
-        scale: the scale in which the gene mutates: log, linear, or logit for rates between 0 and 1.
+        scale: the scale in which the gene mutates: log, linear, or logit for values between 0 and 1.
         bounds: lowest and highest value (not encoded), both allowed.
         initial: the value that every member starts from.
-        step_size: first standard deviation of a change, in scale units.
+        step_size: initial standard deviation of a change, in scale units.
         max_change: largest move of the clan's value in one round, in scale units.
         consensus: how the clan's one value is formed while the gene is not expressed.
         integer: whether the value that is expressed is rounded to a whole number.
-        relative: whether the value multiplies what the user's own schedule says.
+        relative: whether the value multiplies the user's own scheduled value.
         target: what the gene sets, for example ``"weight_decay"``; the name if empty.
         groups: names of the optimizer's parameter groups that it is written to; all if None.
     """
@@ -98,7 +98,7 @@ class Gene:
             object.__setattr__(self, "target", self.name)
 
     def encode(self, value: float) -> float:
-        """The value in scale units (its logarithm, say)."""
+        """The value in scale units (for example, its logarithm)."""
         return _ENCODE[self.scale](value)
 
     def decode(self, x: float) -> float:

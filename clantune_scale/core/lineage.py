@@ -1,4 +1,4 @@
-"""What happened, round by round, appended and never changed. It tells whose state a member carries."""
+"""The append-only record of a run's rounds. It gives the members whose training a member carries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RoundRecord:
         genomes: the genome that each member carried through the round.
         losses: each member's mean loss on the common window; None if it was not finite.
         donors: as in ``Decision.donors``; ``donors[m] == m`` for all if nothing evolved.
-        restored: whether the clan rolled back to its last snapshot, so that the training since then is lost.
+        restored: whether the clan rolled back to its last rollback snapshot, which undoes the training since then.
         kept: whether a rollback snapshot was taken at its end.
         average: as in ``Decision.mixing_weights``; None if members' weights were not averaged.
     """
@@ -67,15 +67,15 @@ class RoundRecord:
 
 
 def undone(restored: Sequence[bool], kept: Sequence[bool]) -> list[bool]:
-    """By round, whether its training was given up: a rollback undoes every round since the last snapshot.
+    """By round, whether its training was undone: a rollback undoes every round since the last snapshot.
 
     Args:
         restored: by round, as in :class:`RoundRecord`.
         kept: likewise.
     """
     found, is_undone = [], False
-    for went_back, is_kept in zip(reversed(restored), reversed(kept), strict=True):
-        is_undone = went_back or (is_undone and not is_kept)
+    for rolled_back, is_kept in zip(reversed(restored), reversed(kept), strict=True):
+        is_undone = rolled_back or (is_undone and not is_kept)
         found.append(is_undone)
     return found[::-1]
 
@@ -84,8 +84,8 @@ class Lineage:
     """The rounds of a run, in order.
 
     Attributes:
-        resizes: by index of the first round with another number of members, for each of them the member whose state
-            it took.
+        resizes: for each change of the number of members, by the index of the first round after it: by new member,
+            the member whose state it took.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Lineage:
         return self._records[index]
 
     def append(self, record: RoundRecord) -> None:
-        """Adds the round that follows.
+        """Adds the next round.
 
         Raises:
-            ValueError: if it does not follow: another index, or a step at which the last round did not end.
+            ValueError: if its index is not the next one, or the last round did not end at its start step.
         """
         step = self._records[-1].end_step if self._records else 0
         if (record.index, record.start_step) != (len(self), step):
@@ -125,25 +125,25 @@ class Lineage:
 
     @property
     def undone(self) -> list[bool]:
-        """By round, whether its training was given up."""
+        """By round, whether a rollback undid its training."""
         return undone([record.restored for record in self], [record.kept for record in self])
 
     def ancestry(self, member: int) -> tuple[int | None, ...]:
-        """For each round, the member that trained in it what ``member`` carries now.
+        """For each round, the member whose training in that round ``member`` carries now.
 
         Args:
             member: index of a member after the last round, transfers included.
 
         Returns:
-            One index per round; None for a round that was rolled back; ``CLAN`` (-1) for one whose states
-            were averaged afterwards, so that many members trained what is carried (see :meth:`shares`).
+            One index per round; None for a round that was rolled back; ``CLAN`` (-1) if
+            weights were averaged afterwards, so that ``member`` carries many members' training (see :meth:`shares`).
         """
         return tuple(None if held is None else _only(held) for held in self.shares(member))
 
     def shares(self, member: int) -> tuple[tuple[float, ...] | None, ...]:
         """For each round, every member's share in the weights that ``member`` carries now.
 
-        A transfer passes the whole share on, an average divides it by its weights, for all rounds before it.
+        A transfer passes on the whole share of all rounds before it. An average divides it by its mixing weights.
 
         Args:
             member: index of a member after the last round, transfers and averages included.
@@ -194,7 +194,7 @@ class Lineage:
 
 
 def _before(record: RoundRecord, held: Mapping[int, float]) -> tuple[float, ...]:
-    """[members] shares before the round's end, in what is held in shares after it."""
+    """[members] shares before the round's end, from the shares held after it."""
     if record.average is not None:
         held = {m: weight for m, weight in enumerate(record.average) if weight}
     before = [0.0] * len(record.donors)
@@ -224,7 +224,7 @@ def _from_plain(item: Mapping[str, Any]) -> RoundRecord:
         losses=tuple(item["losses"]),
         donors=tuple(item["donors"]),
         restored=item["restored"],
-        kept=item.get("kept", True),  # absent in files of runs that kept the state after every round
+        kept=item.get("kept", True),  # absent in files of runs that took a snapshot after every round
         average=_tuple_or_none(item.get("average")),  # absent in files of runs that could not average yet
     )
 

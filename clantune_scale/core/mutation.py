@@ -1,4 +1,4 @@
-"""Chance that every rank draws alike, and the mutation that it drives: step sizes first, then values."""
+"""Random draws that are equal on every rank, and self-adaptive mutation with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from clantune_scale.core.genome import Gene, Genome
 
-#: What stands for the member in a draw that belongs to the clan as a whole.
+#: The member index of a draw for the whole clan.
 CLAN = -1
 
 _STANDARD_NORMAL = NormalDist()
@@ -20,8 +20,8 @@ _STANDARD_NORMAL = NormalDist()
 def _bits(seed: int, round_: int, member: int, name: str, count: int) -> np.ndarray:
     """[count] uint64 random words of the stream keyed by (seed, round, member, name).
 
-    Raw Philox words, because numpy keeps those fixed between its versions and a ``Generator``'s
-    distributions not (NEP 19). Round and member may be -1 (before the first round, the whole clan).
+    The words are raw Philox output. Numpy keeps it fixed between versions, but not a ``Generator``'s
+    distributions (NEP 19). Round and member may be -1 (before the first round, the whole clan).
     """
     purpose = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     key = np.random.SeedSequence((seed % 2**64, round_ + 1, member + 1, purpose))
@@ -80,7 +80,7 @@ def mutate(
         round_: round index, -1 for the first population.
         member: index of the member that will carry the result.
         tau: standard deviation of the logarithm of a step size's change.
-        min_step: smallest step size, in multiples of the gene's own first one.
+        min_step: smallest step size, in multiples of the gene's own initial one.
         max_step: largest step size, likewise.
     """
     values, step_sizes = dict(genome.values), dict(genome.step_sizes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-#: Rounds of the user's length in a run whose length is not known.
+#: Assumed number of rounds, of the user's length, in a run of unknown length.
 USUAL_ROUNDS = 60
 
 
@@ -27,7 +27,7 @@ def sees_samples_once(num_samples: float | None, *, batch_size: int, num_steps: 
 
 
 class PhaseKind(str, Enum):
-    """Whether members share gradients and split the data, or keep theirs and see the same data."""
+    """Whether members share gradients and split the data, or use their own gradients and see the same data."""
 
     COOPERATIVE = "cooperative"
     COMPETITIVE = "competitive"
@@ -40,8 +40,8 @@ class Phase:
     Attributes:
         kind: cooperative or competitive.
         num_steps: its length in optimizer steps, at least 1.
-        keeps: whether the weights that it trained are kept; if not, each member goes back to its own
-            state at the phase's start once fitness is measured.
+        keeps: whether the weights that it trained are kept; if not, each member returns to its
+            phase snapshot after fitness is measured.
         batch_factor: how many times its usual share of the batch a member trains on in each step
             (``population_size`` gives it the clan's whole batch, by accumulation).
         teams: in a competitive phase, by member, the team inside which gradients are shared and data is
@@ -138,23 +138,22 @@ class RoundClock:
         self._teams: tuple[int, ...] | None = None
 
     def regroup(self, index: int, teams: tuple[int, ...] | None) -> None:
-        """From round ``index`` on, members compete in these teams; plans made ahead for those rounds are made anew.
+        """From round ``index`` on, members compete in these teams; plans already made for those rounds are discarded.
 
-        Lengths of rounds follow from the step alone, but who has joined whom follows from fitness: it is the
-        one thing in a plan that a decision changes (``Population.teams``). One team of all is a clan that
-        cooperates, and is planned as that.
+        The length of a round follows only from the step. Teams follow from fitness: they are the only part of a plan
+        that a decision changes (``Population.teams``). One team of all members is planned as cooperation.
 
         Args:
             index: of the first round that has them.
             teams: by member; None leaves competitive phases as the strategy plans them.
         """
         if index:
-            self.round(index - 1)  # what comes before keeps the teams that it had
+            self.round(index - 1)  # earlier rounds keep their teams
         del self._plans[index:]
         self._teams = teams
 
     def resume(self, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
-        """Goes on after rounds that are over, as they were: teams and lengths of another time are in them alone.
+        """Goes on after finished rounds, whose plans are taken as given: their teams and lengths may differ.
 
         Args:
             past: all of them, from the first round on.

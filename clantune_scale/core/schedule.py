@@ -1,4 +1,4 @@
-"""The schedule that a clan found, along one member's ancestry: values by step, kept as JSON, to be replayed."""
+"""The schedule that a clan found along one member's ancestry: values by step, as JSON, for replay."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Segment:
     """Steps over which every gene keeps its value.
 
     Attributes:
-        start_step: first step, counted in completed ones before it.
-        end_step: first step after it.
+        start_step: steps completed before the segment.
+        end_step: steps completed at its end.
         values: by gene name, as they took effect.
-        lr_factor: the final decay's share in its first step and, were it to go on, in ``end_step``; linear between.
+        lr_factor: the final decay's factor at ``start_step`` and at ``end_step``; linear between them.
         undone: whether its training was rolled back, and is not in the champion.
     """
 
@@ -46,7 +46,7 @@ class ClanSchedule:
     Attributes:
         genes: what the names mean; each a :class:`Gene` as a dict (target, scale, relative and so on).
         segments: in order and without gaps.
-        rate_factor: on every learning rate throughout: what another batch asks for.
+        rate_factor: multiplies every learning rate, to adapt it to another batch.
     """
 
     genes: tuple[Mapping[str, Any], ...]
@@ -62,10 +62,10 @@ class ClanSchedule:
         member: int,
         lr_factor: Callable[[int], float] = lambda step: 1.0,
     ) -> ClanSchedule:
-        """The values that trained what ``member`` carries after the last round.
+        """The values that trained the weights that ``member`` carries after the last round.
 
-        If members' weights were averaged afterwards (HDET), no member's values did: a gene's value is then
-        the mean of the members', in the gene's scale, each weighted by its share in what is carried.
+        If members' weights were averaged (HDET), many members' values trained them. A gene's value is then the
+        members' mean in the gene's scale, each weighted by its share in those weights.
 
         Args:
             lineage: of the run.
@@ -98,7 +98,7 @@ class ClanSchedule:
     def value_at(self, gene: str, step: int) -> float:
         """The gene's value in the step that follows ``step`` completed ones; the last one beyond the end.
 
-        Steps that were undone take the value of the next that were kept: replayed, they are steps like any.
+        Undone steps take the value of the next steps that were not undone, because a replay trains in them too.
 
         Raises:
             KeyError: if there is no such gene.
@@ -109,11 +109,11 @@ class ClanSchedule:
 
     @property
     def decay_start_step(self) -> int | None:
-        """The step from which learning rates fall to the end (at which the share is still 1); None if they do not."""
+        """The step from which learning rates fall to the end (there the factor is still 1); None if they do not."""
         return next((s.start_step for s in self.segments if s.lr_factor[1] < s.lr_factor[0]), None)
 
     def lr_factor_at(self, step: int) -> float:
-        """The final decay's share in that step; the last one beyond the end."""
+        """The final decay's factor in that step; the last one beyond the end."""
         segment = self.segments[self._index(step)]
         first, last = segment.lr_factor
         share = (step - segment.start_step) / (segment.end_step - segment.start_step)
@@ -146,7 +146,7 @@ class ClanSchedule:
         if not data["segments"]:
             raise ConfigError("the schedule has no segments. Give the file of a run that finished a round.")
         segments = (Segment(**{**item, "lr_factor": tuple(item["lr_factor"])}) for item in data["segments"])
-        # Schedules had no rate factor at first.
+        # The first schedule files had no factor on learning rates.
         return cls(tuple(data["genes"]), tuple(segments), data.get("rate_factor", 1.0))
 
     def _index(self, step: int) -> int:
@@ -156,7 +156,7 @@ class ClanSchedule:
 
 
 def gene_from_plain(plain: Mapping[str, Any]) -> Gene:
-    """The gene that ``dataclasses.asdict`` made plain and JSON brought back; fields of newer versions are dropped."""
+    """The gene from the JSON form of its ``dataclasses.asdict``; fields of newer versions are dropped."""
     known = {key: value for key, value in plain.items() if key in Gene.__dataclass_fields__}
     groups = known.get("groups")
     return Gene(**{**known, "bounds": tuple(known["bounds"]), "groups": tuple(groups) if groups else None})
@@ -165,7 +165,7 @@ def gene_from_plain(plain: Mapping[str, Any]) -> Gene:
 def _stretches(
     record: RoundRecord, shares: Sequence[float] | None, genes: Sequence[Gene]
 ) -> Iterator[tuple[int, int, dict[str, float], bool]]:
-    """(start, end, values, undone) of each phase, as its carriers trained it; an undone round's as consensus."""
+    """(start, end, values, undone) of each phase: its carriers' values, or the consensus if undone."""
     start = record.start_step
     for phase in record.phases:
         end = start + phase.num_steps
@@ -189,7 +189,7 @@ def _in_effect(
 
 
 def _carried(record: RoundRecord, shares: Sequence[float], gene: Gene) -> float:
-    """The mean, in the gene's scale, of its values in those who hold a share; a single one is returned untouched."""
+    """The mean, in the gene's scale, of the shareholders' values; equal values are returned untouched."""
     held = [(share, genome.values[gene.name]) for share, genome in zip(shares, record.genomes, strict=True) if share]
     if len({value for _, value in held}) == 1:
         return gene.expressed(held[0][1])

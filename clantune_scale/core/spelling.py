@@ -1,4 +1,4 @@
-"""The nearest right word to a wrong one, for errors that ask "did you mean"."""
+"""Finds the known word nearest to a misspelt one, for errors that ask "did you mean"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A schedule for another run, with other steps or another batch, by rules that the user names."""
+"""Adapts a schedule to a run with another number of steps or another batch, by rules that the user names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rate_factor(rule: RateRule, *, old_batch: int, new_batch: int) -> float:
 
     Args:
         rule: ``"linear"`` in the batch (Goyal et al. 2017, for SGD), ``"sqrt"`` (Malladi et al. 2022, for Adam
-            and its kin), or ``"none"``.
+            and its variants), or ``"none"``.
         old_batch: samples per step of the run that found the schedule.
         new_batch: samples per step of the run that replays it.
 
@@ -27,7 +27,7 @@ def rate_factor(rule: RateRule, *, old_batch: int, new_batch: int) -> float:
         ConfigError: for another rule, or a batch that is no positive number.
     """
     if rule not in _POWERS:
-        raise ConfigError(f"the rate rule is {rule!r}. Choose from: {', '.join(get_args(RateRule))}.")
+        raise ConfigError(f"the learning-rate rule is {rule!r}. Choose from: {', '.join(get_args(RateRule))}.")
     if old_batch < 1 or new_batch < 1:
         raise ConfigError(f"the batch goes from {old_batch} to {new_batch} samples. Give at least 1.")
     return float((new_batch / old_batch) ** _POWERS[rule])
@@ -38,7 +38,7 @@ def stretched(schedule: ClanSchedule, *, num_steps: int | None = None, factor: f
 
     The step axis is scaled linearly: a boundary at a share of the old run lies at the same share of the new
     one, rounded to a whole step. A segment that becomes shorter than half a step may vanish. Momentum and
-    betas are not changed, although they too count in steps: the user decides.
+    betas are not changed, although their time scales are in steps, too.
 
     Args:
         schedule: as it was found.

@@ -18,7 +18,7 @@ from clantune_scale.runtime.engine_protocol import EngineState
 def decide(
     strategy: Strategy, population: Population, fitness: Fitness, plan: RoundPlan, replica_group: ReplicaGroup
 ) -> Decision:
-    """The strategy's decision at the end of a round. Every rank makes its own, and all must be equal.
+    """The strategy's decision at the end of a round. Every rank computes it, and all results must be equal.
 
     Args:
         strategy: the rules.
@@ -28,7 +28,7 @@ def decide(
         replica_group: this rank's peers, with whom the decision is compared.
 
     Raises:
-        DivergenceError: if a peer decided otherwise.
+        DivergenceError: if a peer decided differently.
     """
     if plan.evolves:
         decision = replace_lost(strategy.evolve(population, plan, fitness), fitness)

@@ -23,7 +23,7 @@ _STRAGGLER = 1.5
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """One round's, each [members] float64; nan if a member has no value.
+    """One round's diagnostics, each [members] float64; nan if a member has no value.
 
     Attributes:
         learning_rate: of the first parameter group in the round's last step.
@@ -49,7 +49,7 @@ class Diagnostics:
         return _or_none(float(self.training_loss.mean()))
 
     def of(self, member: int) -> dict[str, Any]:
-        """One member's as plain data, None for a value that is missing."""
+        """One member's diagnostics as plain data, None for a missing value."""
         named = {
             "gradient_norm": self.gradient_norm,
             "drift": self.drift,
@@ -82,7 +82,7 @@ def gather_diagnostics(
 
     Args:
         view: the clan on this rank.
-        probe: that looked at the round's last steps.
+        probe: measured the gradients of the round's last steps.
         learning_rate: of this member's first parameter group in the round's last step.
         evaluation_s: this rank's seconds for its share of the window.
         nonfinite_counts: micro-batches of this rank whose loss or gradient was not finite.

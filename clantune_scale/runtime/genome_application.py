@@ -1,9 +1,8 @@
-"""From genome to effect: what each gene sets, written last before it counts, read back, and put back after.
+"""Applies a genome to an engine: writes each gene before the update, checks it afterwards, restores the old values.
 
-Optimizer genes are written into the optimizer's groups around its own update only. A scheduler that
-multiplies the last value (``ExponentialLR``) would otherwise take the gene in again at every step. Clip
-threshold, accumulation, dropout and the user's setters belong to nobody's schedule: they are set between
-steps and stay.
+Optimizer genes are in the optimizer's groups only during its update. Otherwise, a scheduler that multiplies the last
+value (``ExponentialLR``) would apply the gene again at every step. No schedule changes clip threshold, accumulation,
+dropout or the user's setters: they are set between steps and keep their values.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def bind_genes(
     *,
     quiet: Collection[str] = (),
 ) -> tuple[Gene, ...]:
-    """The genes of a config, each with its start read from the engine where it has no other.
+    """The genes of a config; a gene without an initial value starts from the engine's.
 
-    A gene that sets nothing in this engine is left out, with a :class:`NoEffectWarning` by name but for those in
-    ``quiet``, which nobody asked for; a setter that no gene calls gets one too.
+    A gene that sets nothing in this engine is left out with a :class:`NoEffectWarning`, or silently if ``quiet`` names
+    it. A setter that no gene calls gets a warning too.
 
     Raises:
         ConfigError: if a gene cannot be built (see :func:`clantune_scale.config.gene_catalogue.build_gene`).
@@ -62,7 +61,7 @@ def bind_genes(
                 warnings.warn(text, NoEffectWarning, stacklevel=2)
             continue
         if seen.missing:
-            text = f"gene {name!r} has no effect on {', '.join(seen.missing)}: no parameter group is called so."
+            text = f"gene {name!r} has no effect on {', '.join(seen.missing)}: no parameter group has that name."
             warnings.warn(text, NoEffectWarning, stacklevel=2)
         genes.append(build_gene(name, config, found=seen.found))
     return tuple(genes)
@@ -70,7 +69,7 @@ def bind_genes(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What an engine has for a gene: why it changes nothing, names of groups that are not there, the value now."""
+    """A gene's effect in an engine: the reason if it has none, missing parameter groups, the present value."""
 
     reason: str | None
     missing: list[str]
@@ -89,7 +88,7 @@ def _seen_by_member(
         seen.append(_Seen(reason, _missing_groups(target, config, backend), found))
     if getattr(backend, "pp_size", 1) == 1:
         return seen
-    # What one stage has, the member has: the largest of 0 and 1, and of values, which are mostly equal.
+    # The member has what one of its stages has: the maximum of flags, and of values, which are mostly equal.
     present = [
         [name not in one.missing for name in c.groups or []] for one, c in zip(seen, configs.values(), strict=True)
     ]
@@ -113,7 +112,7 @@ class Expression:
     Args:
         genes: the genome's genes.
         backend: the member's engine.
-        setters: by target, for genes that the user registered; a setter goes before what the package does.
+        setters: by target, for genes that the user registered; a setter replaces the package's own effect.
     """
 
     def __init__(self, genes: Sequence[Gene], backend: TunedEngine, setters: Mapping[str, Setter]) -> None:
@@ -127,7 +126,7 @@ class Expression:
         self._values: Mapping[str, float] = {}
 
     def express(self, values: Mapping[str, float], *, batch_factor: int = 1) -> None:
-        """Makes ``values`` (by gene name) the ones in effect from the next step on.
+        """Puts ``values`` (by gene name) into effect from the next step on.
 
         Args:
             values: this member's.
@@ -148,7 +147,7 @@ class Expression:
         return self._accumulation
 
     def restore(self) -> None:
-        """Groups, clip threshold, accumulation and dropout rates as they were found; setters are the user's."""
+        """Restores groups, clip threshold, accumulation and dropout rates; the user's setters are not called."""
         for group in self._backend.param_groups():
             group.pop(REFERENCE_KEY, None)
         self._backend.clip = self._clip
@@ -163,7 +162,7 @@ class Expression:
 
     @contextmanager
     def during_update(self, lr_factor: float = 1.0) -> Iterator[None]:
-        """The optimizer's groups hold the values inside and the scheduled ones again outside.
+        """Inside, the optimizer's groups hold the genes' values; on exit, the scheduled ones again.
 
         Args:
             lr_factor: the final decay's share (see ``Strategy.lr_factor``), of every group.
@@ -196,13 +195,13 @@ class Expression:
                 group.update(scheduled)
 
     def _rate_factor(self, group: dict[str, Any], scheduled: float, lr_factor: float) -> float:
-        """What the final decay makes of a group's rate."""
+        """The final decay's factor on a group's learning rate."""
         if replaces_schedule(self._in_groups, group, self._backend.param_groups()):
             return lr_factor
         return decay.under_ceiling(lr_factor, reference=group.get(REFERENCE_KEY, scheduled), scheduled=scheduled)
 
     def _read_back(self, groups: Sequence[dict[str, Any]], written: Sequence[dict[str, Any]]) -> None:
-        """The update was made with what was written: nothing wrote over it in between."""
+        """Checks that nothing overwrote the genes' values during the update."""
         for group, expected in zip(groups, written, strict=True):
             for gene in self._in_groups:
                 key, place = GROUP_KEYS[gene.target]
@@ -223,7 +222,7 @@ class Expression:
 
     @property
     def scheduled_rate(self) -> float:
-        """The first group's learning rate by the user's own schedule, where that is now."""
+        """The first group's present learning rate by the user's own schedule."""
         return float(self._backend.param_groups()[0]["lr"])
 
     def _set(self, gene: Gene, value: float) -> None:
@@ -233,7 +232,7 @@ class Expression:
             self._backend.clip = self._in_effect(gene, value)
         elif gene.target == "dropout":
             for module, name, rate in self._dropouts:
-                # A relative gene keeps the user's proportions between modules; torch refuses rates above 1.
+                # A relative gene keeps the user's proportions between modules; torch refuses values above 1.
                 setattr(module, name, min(rate * value, 1.0) if gene.relative else value)
 
 
@@ -252,22 +251,22 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
 
 
 def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
-    """The groups with these names (their ``"name"``, else their index); all where there are none given."""
+    """The groups with these names (their ``"name"``, else their index); all if no names are given."""
     if names is None:
         return list(groups)
     return [group for index, group in enumerate(groups) if str(group.get("name", index)) in names]
 
 
 def replaces_schedule(genes: Sequence[Gene], group: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether one of the genes leaves nothing of the user's own schedule in that group's learning rate."""
+    """Whether one of the genes replaces the user's own schedule in that group's learning rate."""
     absolute = [gene for gene in genes if gene.target == "lr" and not gene.relative]
     return any(group is chosen for gene in absolute for chosen in chosen_groups(groups, gene.groups))
 
 
 def _dropouts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
-    """Every place that holds a rate at which something is dropped: a module and the name of the rate in it.
+    """Every dropout rate of the model: a module and the name of its attribute.
 
-    Dropout modules call it ``p``; layers that drop by function, as Megatron-core's do, ``hidden_dropout``.
+    Dropout modules call it ``p``. Layers that drop by function, like Megatron-core's, call it ``hidden_dropout``.
     """
     return [
         (part, name)
@@ -278,7 +277,7 @@ def _dropouts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
 
 
 def _found(target: str, names: Sequence[str] | None, backend: TunedEngine) -> float | None:
-    """The value that the engine has for a target now, or None where it has none."""
+    """The value that the engine has for a target now, or None if it has none."""
     if target in GROUP_KEYS:
         key, place = GROUP_KEYS[target]
         for group in chosen_groups(backend.param_groups(), list(names) if names else None):
@@ -307,7 +306,7 @@ def _missing_groups(target: str, config: GeneConfig, backend: TunedEngine) -> li
 def _why_without_effect(
     target: str, config: GeneConfig, backend: TunedEngine, setters: Mapping[str, Setter]
 ) -> str | None:
-    """Why a gene would change nothing here, or None where it would (or where building it says more)."""
+    """Why a gene has no effect here; None if it has one, or if building it raises a better message."""
     if target in setters:
         return None
     if target in GROUP_KEYS:

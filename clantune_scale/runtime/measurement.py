@@ -20,7 +20,7 @@ class Measurement:
         window: the validation window that selection sees.
         evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
         backend: the member's engine.
-        phases: whose gradient sharing is suspended during an evaluation.
+        phases: suspends gradient sharing during an evaluation.
         replica_group: this rank's peers.
         uses_ema: whether the strategy averages weights.
 
@@ -61,7 +61,7 @@ class Measurement:
         """The clan's losses on the common window; all ranks of the clan call it.
 
         Args:
-            averaged: measure the averaged weights; the weights that train if the strategy uses no averages.
+            averaged: whether to measure the averaged weights, if the strategy uses them.
         """
         with self.averaged_weights() if averaged else nullcontext():
             return self.on(self._window)

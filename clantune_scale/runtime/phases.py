@@ -9,10 +9,10 @@ from clantune_scale.core.rounds import PhaseKind, Position, RoundClock, RoundPla
 
 
 class PhaseManager:
-    """Knows where the run stands and whether members share gradients there.
+    """Tracks the run's position and whether members share gradients there.
 
-    The flag is constant inside an accumulation window, because it moves with :meth:`advance` alone, which
-    the clan calls once per optimizer step, after it.
+    The flag is constant inside an accumulation window: only :meth:`advance` moves it, and the clan calls that once
+    after each optimizer step.
 
     Args:
         clock: finds the position of a step.
@@ -31,12 +31,12 @@ class PhaseManager:
 
     @property
     def averaged_before(self) -> bool:
-        """Whether the round before measured averaged weights; before the first there are none to restart."""
+        """Whether the round before measured averaged weights; true for the first round, which restarts none."""
         index = self.position.plan.index
         return index == 0 or self.clock.round(index - 1).uses_ema
 
     def team(self, member: int, population_size: int) -> tuple[int, ...]:
-        """The members with whom ``member`` averages its gradients in the next step, itself among them."""
+        """The members with whom ``member`` averages its gradients in the next step, including itself."""
         teams = self.position.phase.teams
         if self.is_sharing:
             return tuple(range(population_size))
@@ -50,7 +50,7 @@ class PhaseManager:
         self.position = self.clock.at(self.position.step)
 
     def resume(self, step: int, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
-        """Goes to where ``step`` optimizer steps are done, after the rounds that are over (``RoundClock.resume``)."""
+        """Moves to ``step`` completed optimizer steps, after finished rounds (``RoundClock.resume``)."""
         self.clock.resume(past, teams)
         self.position = self.clock.at(step)
 

@@ -51,7 +51,7 @@ class Summary:
 
 
 class Recorder:
-    """Writes events and lineage from what the clan does.
+    """Records what the clan does, as events and lineage.
 
     Every rank appends to the lineage (it is small, and decisions are equal). Only one rank writes events.
 
@@ -96,7 +96,7 @@ class Recorder:
         self.tracking.emit("warning", self._view.phases.position.step, message=message)
 
     def start(self) -> None:
-        """A new run begins."""
+        """Records the start of a new run."""
         view, topology = self._view, self._view.world.topology
         name = self.run_dir.name
         facts = {
@@ -124,7 +124,7 @@ class Recorder:
             (self.run_dir / "run.json").write_text(json.dumps(manifest, indent=1))
 
     def resume(self, opening: Opening, sources: Sequence[int] | None) -> None:
-        """The run goes on from a committed round.
+        """Records that the run goes on from a committed round.
 
         Args:
             opening: the round.
@@ -150,7 +150,7 @@ class Recorder:
         )
 
     def stop(self, round_name: str | None) -> None:
-        """The run stops; prints how to continue it.
+        """Records that the run stops, and prints how to continue it.
 
         Args:
             round_name: the round that was committed at this step, or None if that failed.
@@ -171,14 +171,14 @@ class Recorder:
         print(f"clan {self.run_dir.name} stopped after {self._view.phases.position.step} steps; {said}", flush=True)
 
     def phase_start(self, position: Position) -> None:
-        """A phase begins."""
+        """Records the start of a phase."""
         phase = position.phase
         self.tracking.emit(
             "phase_start", position.step, round=position.plan.index, phase=phase.kind.value, num_steps=phase.num_steps
         )
 
     def step(self, done: Position) -> None:
-        """An optimizer step is done; writes an event every ``tracking.print_every_steps``."""
+        """Counts an optimizer step; writes an event every ``tracking.print_every_steps``."""
         self._steps_since += 1
         if self._steps_since < self._view.config.tracking.print_every_steps and not done.ends_round:
             return
@@ -205,12 +205,12 @@ class Recorder:
         complaints: Sequence[str],
         scheduled_lr: float | None,
     ) -> None:
-        """A round is over.
+        """Records the end of a round.
 
         Args:
             plan: of the round.
             measured: the population of the round.
-            decision: that made the next population.
+            decision: from which the next population follows.
             diagnostics: of the round.
             seconds: by part of the round (kinds of phase, evaluation, transfer), wall-clock time.
             complaints: warnings about the data that members saw.
@@ -245,7 +245,7 @@ class Recorder:
         )
 
     def finish(self, summary: Summary, *, status: str) -> None:
-        """The run is over; records where its results are."""
+        """Records the end of the run, and where its results are."""
         self.tracking.emit(
             "run_end",
             self._view.phases.position.step,
@@ -307,7 +307,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """What the run was made with; a package that is not installed (a bare checkout) is left out."""
+    """The versions that the run used; a package that is not installed (a bare checkout) is left out."""
     found = {"python": platform.python_version()}
     for name in _VERSIONS:
         try:

@@ -46,14 +46,14 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 class ValidationWindow:
-    """A fixed set of examples, in batches that the ranks of a member share out.
+    """A fixed set of examples, in batches that are divided among the ranks of a member.
 
     Args:
-        dataset: map-style; the window is spread evenly over it, in its order.
-        num_samples: examples wanted; fewer where the dataset is smaller or batches do not share out evenly.
+        dataset: map-style; the window takes examples at even distances, in their order.
+        num_samples: examples wanted; fewer if the dataset is smaller or batches do not divide evenly among ranks.
         batch_size: examples per forward pass on one rank.
         dp_rank, dp_size: this rank's place in the member's data parallelism.
-        collate_fn: joins samples to a batch; torch's default where None.
+        collate_fn: joins samples to a batch; torch's default if None.
 
     Attributes:
         num_batches: in the window, over all ranks of the member.
@@ -83,7 +83,7 @@ class ValidationWindow:
             raise ConfigError(
                 f"eval_data has {len(dataset)} examples and the window takes {num_samples} at most, which leaves "
                 f"{available} for the {dp_size} data-parallel ranks of a member. "
-                f"Give at least {dp_size} examples, and clantune.fitness.num_samples the same."
+                f"Give at least {dp_size} examples, and set clantune.fitness.num_samples to at least {dp_size}."
             )
         # Every rank runs the same number of forward passes: under ZeRO 3 each one is a collective.
         size = min(batch_size, available // dp_size)
@@ -98,7 +98,7 @@ class ValidationWindow:
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Elements of a sample's first tensor of whole numbers (token ids), or None where it has none."""
+        """Elements of a sample's first tensor of whole numbers (token ids), or None if it has none."""
         sample = self._collate([self._dataset[0]])
         ids = (t for t in tensors_in(sample) if not t.is_floating_point() and t.dim() > 1)
         first = next(ids, None)
@@ -107,8 +107,8 @@ class ValidationWindow:
     def losses(self, backend: Evaluates, evaluate: Evaluate | None = None) -> np.ndarray:
         """[batches] float64: this member's mean loss on each batch; the same on all its ranks.
 
-        A member collective. What ``evaluate(engine, batch)`` returns takes the place of the model's loss. What
-        is drawn at random meanwhile is the same for every member and in every round.
+        A collective of the member. If ``evaluate`` is given, ``evaluate(engine, batch)`` replaces the model's loss.
+        Random draws during the evaluation are the same for every member and in every round.
         """
         values = []
         start = time.perf_counter()
@@ -120,17 +120,17 @@ class ValidationWindow:
                 values.append(loss.detach().to(backend.device, torch.float64).reshape(()))
         if backend.device.type == "cuda":
             torch.cuda.synchronize(backend.device)
-        # Before the ranks wait for each other: a slow host shows here as nowhere else.
+        # Timed before the ranks wait for each other, so that a slow host stands out.
         self.seconds = time.perf_counter() - start
         return _gathered(torch.stack(values), self._dp_size, backend.dp_group)
 
 
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch, numpy and Python draw from ``seed``; outside, training's streams are where they were.
+    """Inside, torch, numpy and Python draw from ``seed``; on exit, training's streams are restored.
 
-    A model or dataset that draws when it is evaluated (a diffusion step, an augmentation) would otherwise make
-    fitness a matter of luck, and training depend on when it was measured.
+    Otherwise, a model or dataset that draws during evaluation (a diffusion step, an augmentation) would add noise to
+    fitness, and training would depend on when fitness was measured.
     """
     python, numpy = random.getstate(), np.random.get_state()
     is_cpu = device.type == "cpu"

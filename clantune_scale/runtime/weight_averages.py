@@ -1,7 +1,7 @@
-"""Each member's exponential moving average of its weights: what its fitness is measured on.
+"""Each member's exponential moving average of its weights, on which fitness is measured.
 
-A single iterate's loss mixes how far training has come with how much noise the present rate leaves in the
-weights, and selection on it only ever lowers the rate. The average's loss is nearly free of that noise.
+A single iterate's loss depends on progress and on the noise that the present learning rate leaves in the weights.
+Selection on it can only lower the learning rate. The average's loss is nearly free of that noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class WeightEma:
     """An average of the fp32 masters, sharded as they are.
 
     Args:
-        masters: returns this rank's live fp32 masters, always the same tensors' worth.
+        masters: returns this rank's live fp32 masters, with the same shapes at every call.
         refresh: brings the weights that the model computes with up to date with the masters.
     """
 
@@ -27,15 +27,15 @@ class WeightEma:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """The average becomes the present weights."""
+        """Sets the average to the present weights."""
         torch._foreach_copy_(self.tensors, [master.detach() for master in self._masters()])
 
     @torch.no_grad()
     def update(self, num_steps: int, window_steps: int) -> None:
-        """Takes in the weights after a step: ``average += (weights - average) / min(0.9 num_steps, window)``.
+        """Adds the weights after a step: ``average += (weights - average) / min(0.9 num_steps, window)``.
 
         Args:
-            num_steps: optimizer steps done in the run; early on the window grows with it.
+            num_steps: optimizer steps done in the run; the window grows with it at first.
             window_steps: time constant of the average.
         """
         weight = min(1.0, 1.0 / max(1.0, min(0.9 * num_steps, window_steps)))

@@ -40,7 +40,7 @@ def test_rates_follow_the_batch_by_the_rule_that_was_named(rule, factor):
 def test_what_cannot_be_stretched_is_refused():
     with pytest.raises(ConfigError, match="stretched to 0 steps"):
         stretched(SCHEDULE, num_steps=0)
-    with pytest.raises(ConfigError, match="the rate rule is 'cubic'. Choose from: none, sqrt, linear"):
+    with pytest.raises(ConfigError, match="the learning-rate rule is 'cubic'. Choose from: none, sqrt, linear"):
         rate_factor("cubic", old_batch=1, new_batch=2)
     with pytest.raises(ConfigError, match="from 32 to 0 samples"):
         rate_factor("sqrt", old_batch=32, new_batch=0)

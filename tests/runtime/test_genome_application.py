@@ -349,7 +349,7 @@ def test_a_clip_gene_may_turn_clipping_on():
 
 def test_a_group_name_that_does_not_exist_warns_beside_one_that_does():
     backend = backend_with()
-    with pytest.warns(NoEffectWarning, match="gene 'lr:some' has no effect on nose: no parameter group is called so"):
+    with pytest.warns(NoEffectWarning, match="gene 'lr:some' has no effect on nose: no parameter group has that name"):
         (gene,) = genes_of({"lr:some": {"groups": ["head", "nose"]}}, backend)
     assert gene.groups == ("head", "nose")
 

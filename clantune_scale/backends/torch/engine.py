@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -27,7 +28,7 @@ from clantune_scale.transfer import MemberState
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-class LoopBackend:
+class LoopBackend(ABC):
     """A member whose loop calls ``optimizer.step()`` itself. Subclasses for FSDP2 and DDP share the gradients.
 
     A step ends when the optimizer's last step hook has run. With a scheduler, it ends when the following
@@ -88,7 +89,7 @@ class LoopBackend:
     def masters(self) -> list[torch.Tensor]:
         return [state.local(parameter) for _, parameter in self._trained]
 
-    def refresh(self) -> None:
+    def refresh(self) -> None:  # noqa: B027 - the default
         """Does nothing: the model computes with the masters."""
 
     def state(self) -> MemberState:
@@ -99,9 +100,9 @@ class LoopBackend:
         """By parameter, the first element that this rank's shard holds; left out for 0."""
         return {}
 
+    @abstractmethod
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """The context of one micro-batch's forward and backward. Gradients cross ranks in the step's last one only."""
-        raise NotImplementedError
 
     def clip_gradients(self) -> torch.Tensor:
         """[] the member's gradient norm before clipping. It clips to the present threshold, once per step."""
@@ -141,7 +142,7 @@ class LoopBackend:
             self.clip_gradients()
         self._check_order()
 
-    def _check_order(self) -> None:
+    def _check_order(self) -> None:  # noqa: B027 - the default
         """Compares the posting order of the clan's collectives over the ranks, in the first step and once per phase."""
 
     def after_step(self, callback: Callable[[], None]) -> None:
@@ -246,16 +247,17 @@ class LoopBackend:
     def random_streams(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:  # noqa: B027 - the default
         """Does nothing: PyTorch's parallelism draws from torch's own streams only."""
 
+    @abstractmethod
     def share_gradients(
         self,
         team: Callable[[], tuple[int, ...]],
         groups: GradientGroups,
         probe: GradientProbe | None = None,
     ) -> None:
-        raise NotImplementedError
+        """See :class:`~clantune_scale.runtime.engine_protocol.SharesGrads`."""
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """Weights and persistent buffers in host memory on the member's first rank, gathered one by one."""

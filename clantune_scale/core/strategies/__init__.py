@@ -1,4 +1,4 @@
-"""Strategies by name, and by import path for those that others write."""
+"""Finds strategies: built-in ones by name, others by import path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def strategy_class(name: str) -> type[Strategy]:
     """The class behind ``name``: a built-in's name, or ``"package.module:Class"``.
 
     Raises:
-        ConfigError: if there is no such strategy, or what is there is not one.
+        ConfigError: if there is no strategy of that name, or the object is not a strategy.
     """
     if name in STRATEGIES:
         return STRATEGIES[name]

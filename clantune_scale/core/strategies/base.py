@@ -1,4 +1,4 @@
-"""The interface of a strategy: the phases of a round, the first population, and how fitness becomes the next one."""
+"""The interface of a strategy: the phases of a round, the first population, and the next one by fitness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clantune_scale.core.rounds import RoundPlan
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What every strategy may know of the run, equal on all ranks.
+    """What every strategy may know about the run; equal on all ranks.
 
     Attributes:
         population_size: number of members.
@@ -43,7 +43,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Population:
-    """The clan's genomes and what the strategy remembers; plain data that JSON holds.
+    """The clan's genomes and the strategy's memory; plain, JSON-serializable data.
 
     Attributes:
         genomes: one per member.
@@ -59,14 +59,14 @@ class Population:
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows from a round's fitness; equal on every rank, because it is a pure function of it.
+    """What follows from a round's fitness. It is a pure function of it, and so equal on every rank.
 
     Attributes:
         population: the next round's.
         donors: ``donors[m]`` is the member whose training state member m receives; m itself if it
             keeps its own. A donor never receives: ``donors[donors[m]] == donors[m]``.
-        rolls_back: every member first returns to the last rollback snapshot.
-        takes_snapshot: whether the guard takes a rollback snapshot of the state that follows; ignored after a
+        rolls_back: whether every member first returns to the last rollback snapshot.
+        takes_snapshot: whether the guard takes a rollback snapshot of the resulting state; ignored after a
             rollback.
         mixing_weights: by member, the weight of its parameters in a mean that all members then take (after the
             transfers; optimizer states stay their own); sums to 1. None if nothing is averaged.
@@ -94,10 +94,10 @@ class Decision:
 
 
 class Strategy(ABC):
-    """Base of all strategies. Copy ``control.py`` to start one of your own.
+    """Base of all strategies. Copy ``control.py`` to write one.
 
     All methods are pure: they read their arguments and the run's facts and draw their randomness from
-    :func:`clantune_scale.core.mutation.normal` and its kin, so that every rank decides the same.
+    :func:`clantune_scale.core.mutation.normal` and similar functions, so that every rank decides the same.
 
     Attributes:
         facts: what the run is.
@@ -128,14 +128,15 @@ class Strategy(ABC):
         """
 
     def idle(self, population: Population) -> Decision:
-        """What follows from a round that does not evolve: everyone goes on, and the guard takes a snapshot."""
+        """The decision after a round that does not evolve: all members go on, and the guard takes a snapshot."""
         return Decision(population, tuple(range(self.facts.population_size)))
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
         """The population of a run that goes on with another number of members.
 
-        A member keeps the genome of the one whose state it takes. If several take the same one's, all but the first
-        carry it mutated, as clones do. Memory stays: a strategy whose memory counts members says its own.
+        A member takes the genome of the member whose state it takes. If several take the same state, all but the
+        first get its genome mutated, as clones do. The memory is passed on: a strategy overrides this method if its
+        memory depends on the number of members.
 
         Args:
             population: of the round that is over, one genome per member that there was.
@@ -143,7 +144,7 @@ class Strategy(ABC):
             plan: of the round that follows.
 
         Raises:
-            ClanError: if this strategy cannot go on so.
+            ClanError: if this strategy cannot go on with another number of members.
         """
         genomes = []
         for member, source in enumerate(sources):
@@ -160,10 +161,11 @@ class Strategy(ABC):
         return None
 
     def lr_factor(self, step: int) -> float:
-        """The final decay's share, 0 to 1, in the step after ``step`` completed ones.
+        """The final decay's factor, 0 to 1, in the step after ``step`` completed ones.
 
-        It bounds the user's own learning rates and does not multiply them: a rate is the smaller of what their
-        schedule says and of what it said at the decay's start times this (see :mod:`clantune_scale.core.decay`).
+        It bounds the user's own learning rates and does not multiply them. A learning rate is the smaller of two: the
+        user's scheduled one, and this factor times the scheduled one at the decay's start (see
+        :mod:`clantune_scale.core.decay`).
         """
         start, total = self.decay_start_step, self.facts.total_steps
         return 1.0 if start is None or total is None else decay.line(step, start_step=start, total_steps=total)

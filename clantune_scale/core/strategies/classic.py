@@ -1,8 +1,8 @@
-"""The seed's letter: cooperate, compete on common data, prune the weak, clone the strong, mutate the clones.
+"""The original clan-training proposal: cooperate, compete on common data, prune the weak, clone and mutate the strong.
 
-Kept for study and comparison. Measured at equal cost it solved none of 35 scheduling problems: loss at
-a round's end rewards whatever lowers the noise now, a smaller rate, and the competitive phase trains on
-a fraction of the batch at a rate meant for all of it. ``clan`` is the form that answers both.
+It is here for study and comparison. At equal cost it solved none of 35 scheduling problems, for two reasons. The loss
+at a round's end rewards less noise, and so a smaller learning rate. The competitive phase trains on a fraction of the
+batch at a learning rate for the whole batch. ``clan`` solves both problems.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class ClassicOptions:
     Attributes:
         selection: the rule that decides who is replaced by whom.
         fraction: truncation: share of the clan that is replaced each round, above 0 and at most 0.5.
-        tournament_size: tournament: members in each, the one that plays included, at least 2.
+        tournament_size: tournament: members in each tournament, including the member itself, at least 2.
         pressure: rank: expected copies of the fittest, above 1 and at most 2.
         temperature: boltzmann: in standard deviations of the members' losses, above 0.
         tau: standard deviation of the logarithm of a step size's change, at least 0.
-        min_step: smallest step size, in multiples of the gene's first one, above 0 and at most 1.
+        min_step: smallest step size, in multiples of the gene's initial one, above 0 and at most 1.
         max_step: largest step size, likewise, at least 1.
     """
 
@@ -66,7 +66,7 @@ class ClassicOptions:
 
 
 class Classic(Strategy):
-    """Clan training as the seed describes it, with self-adaptive mutation."""
+    """Clan training as first proposed, with self-adaptive mutation."""
 
     Options = ClassicOptions
 

@@ -1,7 +1,7 @@
-"""The honest baseline: rounds, evaluation and cloning of the fittest, with no mutation and no perturbation.
+"""A baseline: rounds, evaluation and cloning of the fittest, without mutation or perturbation.
 
-It gains what selection without tuning gains (MF-PBT showed that this can look like tuning).
-It is also the shortest complete strategy, and the one to copy for your own.
+It measures the gain of selection without tuning. MF-PBT showed that this gain can look like tuning.
+It is also the shortest complete strategy: copy it to write another.
 """
 
 from __future__ import annotations

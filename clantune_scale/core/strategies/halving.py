@@ -1,14 +1,14 @@
-"""Successive halving with warm start: members that drop out lend their ranks to those that go on.
+"""Successive halving with warm start: a retired member's ranks join a member that goes on.
 
-Karnin et al. 2013 and Jamieson and Talwalkar 2016 stop the worse half of all runs ever earlier, so that what is
-promising gets the budget. Here nobody stops: members start apart, each with values and gradients of its own; at a
-rung's end the fittest go on from where they are (nothing is trained again), and a retired member becomes a copy
-of one of them and joins its team, which shares gradients and splits the data. Every team therefore trains on a
-larger part of the clan's batch from rung to rung, no rank ever waits, and the last team, of all members, is plain
-data parallelism with the winner's genome.
+Successive halving (Karnin et al. 2013, Jamieson and Talwalkar 2016) stops the worse half of all runs at each rung, so
+that promising runs get the budget. Here no member stops. Each member starts with values and gradients of its own. At
+a rung's end the fittest go on from their states, and nothing is trained again. A retired member becomes a copy of one
+of them and joins its team, which shares gradients and splits the data. So every team trains on a larger part of the
+clan's batch from rung to rung, and no rank waits. The last team has all members. It is plain data parallelism with the
+winner's genome.
 
-A member on its own trains on a P-th of the clan's batch: what wins there is right for small batches, and the
-halving should be short.
+A member on its own trains on a P-th of the clan's batch. The winner there suits small batches, so the halving should
+be short.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class HalvingOptions:
     """Options of ``halving``.
 
     Attributes:
-        budgets: share of the run that each rung gets, from S0 on; each above 0, together 1.
-        survival: for each rung but the last, the share of its teams that goes on to the next, 0 to 1 and one
-            team at least: 1 lets pass whoever is sane, 0 keeps only the fittest.
-        factor: the first values lie within this factor of what the user configured, either way (the odds
-            within it where a scale is logit); at least 1, or 0 for all of the gene's bounds. Genes on a
+        budgets: share of the run that each rung gets, in order; each above 0, together 1.
+        survival: for each rung but the last, the share of its teams that goes on to the next, 0 to 1, and at
+            least one team: 1 keeps every team whose loss is finite and does not rise, 0 only the fittest.
+        factor: the first values lie within this factor of the configured ones, up or down (their odds do if
+            the scale is logit); at least 1, or 0 for all of the gene's bounds. Genes on a
             linear scale take all of their bounds in any case.
-        max_rise: a member whose loss rises above that at its rung's start by more than this share of it
-            retires at the next evaluation; above 0.
-        decay: of learning rates over the last rung: with ``"linear"``, none is above a line from what the user's own
-            schedule said at the rung's start to zero at the run's end; ``"none"`` leaves them to that schedule.
+        max_rise: a member retires at the next evaluation if its loss has risen by more than this share of its loss
+            at the rung's start; above 0.
+        decay: of learning rates over the last rung: ``"linear"`` bounds them by a line from the user's scheduled value
+            at the rung's start to zero at the run's end; ``"none"`` leaves them to the user's schedule.
         num_reports: rounds (evaluations) in the last rung, if they are not shorter than the user's; at least 1.
     """
 
@@ -91,7 +91,7 @@ class Halving(Strategy):
         if len(set(ends) | {0}) < len(ends) + 1:
             raise ConfigError(
                 f"strategy 'halving' has {len(ends)} rungs that end after {ends} steps. "
-                f"Each needs a step at least: raise total_steps, or the smallest of options.budgets."
+                f"Each needs at least one step: raise total_steps, or the smallest of options.budgets."
             )
         self._ends = ends
 
@@ -117,10 +117,10 @@ class Halving(Strategy):
         return self._last_start if self.options.decay == "linear" else None
 
     def init(self, start: Fitness) -> Population:
-        """Every member by itself: member 0 as the user configured it, the others stratified over the genes' ranges.
+        """Each member in its own team: member 0 as the user configured it, others stratified over the genes' ranges.
 
-        Each gene's range is cut into as many strata as there are other members, evenly in its scale, and a
-        permutation of its own deals them out (a Latin hypercube): no part of a range goes unseen.
+        Each gene's range is cut into as many strata as there are other members, evenly in its scale. A permutation
+        per gene assigns them to members (a Latin hypercube), so that every part of a range is tried.
         """
         size = self.facts.population_size
         initial = Genome.initial(self.facts.genes)
@@ -137,18 +137,18 @@ class Halving(Strategy):
         return Population(genomes, memory, teams=tuple(range(size)))
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
-        """Refused: how many entrants leave at which step follows from how many there were.
+        """Refused: the number of teams that leave at each step depends on the number at the start.
 
         Raises:
             ClanError: always.
         """
         raise ClanError(
             f"halving began with {len(population.genomes)} members and cannot go on with {len(sources)}: its rungs "
-            f"follow from their number. Go on with as many, or start anew."
+            f"follow from their number. Launch with {len(population.genomes)} members, or start a new run."
         )
 
     def evolve(self, population: Population, plan: RoundPlan, fitness: Fitness) -> Decision:
-        """Retires who is broken and, at a rung's end, the less fit; their members join the teams that go on.
+        """Retires failing teams and, at a rung's end, the less fit ones; their members join the teams that go on.
 
         Raises:
             EvaluationError: if no member's losses are finite; the message names the round.
@@ -189,7 +189,7 @@ class Halving(Strategy):
         return max(1, math.ceil(share * num_entrants - 1e-9))  # 0.3 x 10 is a hair above 3
 
     def _rises(self, loss: float, reference: float | None) -> bool:
-        """The proxy check on the slope: whether the loss has gone up since the rung's start, and by too much."""
+        """Whether the loss has risen by more than ``max_rise`` since the rung's start."""
         return reference is not None and loss > reference + self.options.max_rise * abs(reference)
 
 

@@ -1,29 +1,30 @@
-"""Hyperparameter-divergent ensemble training (HDET; Cheng et al. 2026, arXiv 2604.24708): spread, average, shift.
+"""Hyperparameter-divergent ensemble training (HDET; Cheng et al. 2026, arXiv 2604.24708): perturb, average, shift.
 
-Members share gradients throughout and differ in their rates. A round (the paper's sync interval) does, for member r
-of N, and for every explored gene by itself:
+Members always share gradients and differ in their learning rates and other optimizer genes. A round (the paper's sync
+interval) does the following for member r of N, and for each explored gene separately:
 
 1. value_r = start x base x rho_r, with rho_r = 1 + alpha (pi(r) - (N-1)/2) / max((N-1)/2, 0.5) and a permutation pi
-   of its own, so that no two genes are dealt alike. ``start`` is what the user configured; a relative gene's is 1,
-   and the user's own schedule goes on beneath it.
+   per gene. ``start`` is the configured value. For a relative gene it is 1, a factor on the user's own schedule.
 2. All take the mean of all members' parameters.
-3. w = softmax(s), with s_r = (mean loss - loss_r) / sigma: the fitter, the heavier.
+3. w = softmax(s), with s_r = (mean loss - loss_r) / sigma: a fitter member has a larger weight.
 4. delta = sum_r w_r (rho_r - 1): above 0 if the higher values did better.
 5. v <- beta v + (1 - beta) delta.
 6. base <- base (1 + lambda v) + gamma (1 - base).
 
-Signs and units. The paper's delta and v are in units of the rate itself, ours are shares of the base, as its ratios
-are: base (1 + lambda v) is its base + lambda v. Its gamma is the decay of the schedule that it has switched off by
-then, hence base (1 - gamma); here the user's schedule still runs, a second decay on top would be one too many, and
-gamma draws the base back to 1, that schedule, from either side: the paper's base (1 - gamma), plus gamma times 1.
-Both terms keep the base above 0 while lambda alpha < 1; only lambda alpha < gamma would keep it below
-gamma / (gamma - lambda alpha), and in any case it is clamped to the gene's bounds.
+Signs and units. The paper's delta and v are in units of the learning rate. Here they are shares of the base, like the
+ratios: base (1 + lambda v) equals the paper's base + lambda v. The paper's gamma replaces the decay of a schedule that
+is switched off by then, hence its base (1 - gamma). Here the user's schedule still runs, and a second decay would be
+one too many. So gamma draws the base back to 1, which is that schedule, from either side: the paper's
+base (1 - gamma), plus gamma times 1. Both terms keep the base above 0 while lambda alpha < 1. Only
+lambda alpha < gamma would keep it below gamma / (gamma - lambda alpha). The base is also clamped to the gene's bounds.
 
-Where the published code departs from the paper, this follows the paper: without adaptation members still spread and
-are averaged; gamma cannot turn round and let rates grow; sigma is 0.1; and a member whose loss is not finite has
-weight 0 in every sum, its parameters too, and gets a fit one's optimizer state. Where this departs from both: losses
-are of the common validation window and not of each member's own batches; and genes that cooperation does not express
-(dropout, say) are left as they were configured, because no member could show what they do.
+The published code departs from the paper in four points. This strategy follows the paper in them. Without adaptation,
+members are still perturbed and averaged. Gamma cannot change its sign and let learning rates grow. Sigma is 0.1. A
+member whose loss is not finite has weight 0 in every sum, also of parameters, and gets a fit member's optimizer state.
+
+This strategy departs from both in two points. Losses are of the common validation window and not of each member's own
+batches. Genes that cooperation does not express (for example, dropout) keep their configured values, because no
+member's loss could show their effect.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from clantune_scale.core.strategies.selection import survivors
 
 @dataclass(frozen=True)
 class HDETOptions:
-    """Options of ``hdet``; the defaults are the paper's, but for ``pull``, which it has no equal of.
+    """Options of ``hdet``; the defaults are the paper's, except for ``pull``, which the paper does not have.
 
     Attributes:
         spread: alpha, the largest relative distance of a member from the base, above 0 and below 1.
@@ -77,7 +78,7 @@ class HDETOptions:
 
 
 class HDET(Strategy):
-    """Spread, shared gradients, averages.
+    """Perturbed genes, shared gradients, averaged weights.
 
     ``Population.memory`` holds ``base`` and ``velocity`` by gene, both relative to what the user configured.
     """
@@ -91,13 +92,13 @@ class HDET(Strategy):
         self._explored = [g for g in facts.genes if g.kind == "optimizer" and (g.scale != "linear" or g.initial > 0)]
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
-        """Only cooperation; the run's last round ends in an average as every other does."""
+        """Only cooperation; the run's last round ends in an average like every other."""
         end = round_end(start_step, self.facts.round_length_steps, self.facts.total_steps)
         explores = tuple(gene.name for gene in self._explored)
         return RoundPlan(index, start_step, phases(end - start_step, 0, keeps=True), explores=explores)
 
     def init(self, start: Fitness) -> Population:
-        """All spread around what the user configured."""
+        """All members perturbed around the configured values."""
         names = [gene.name for gene in self._explored]
         return self._population({"base": dict.fromkeys(names, 1.0), "velocity": dict.fromkeys(names, 0.0)}, 0)
 
@@ -136,11 +137,11 @@ class HDET(Strategy):
         return {"base": base, "velocity": velocity}
 
     def resized(self, population: Population, sources: Sequence[int], plan: RoundPlan) -> Population:
-        """Everyone at a multiple of the base, which is the clan's and no member's."""
+        """Perturbs all members anew around the base, which belongs to the clan and not to a member."""
         return self._population(population.memory, plan.index)
 
     def _population(self, memory: Mapping[str, Any], round_: int) -> Population:
-        """The members of a round, each gene's multipliers dealt by a permutation of its own."""
+        """The members of a round, each gene's multipliers assigned by a permutation of its own."""
         size, initial = self.facts.population_size, Genome.initial(self.facts.genes)
         values = [dict(initial.values) for _ in range(size)]
         rho = multipliers(size, self.options.spread)
@@ -160,7 +161,7 @@ def multipliers(population_size: int, spread: float) -> list[float]:
 def softmax_weights(losses: Sequence[float], temperature: float) -> list[float]:
     """[members] weights that sum to 1, heavier for lower losses; 0 for a loss that is not finite.
 
-    The mean loss in s_r = (mean - loss_r) / sigma cancels in the softmax; the lowest takes its place, so that no
+    The mean loss in s_r = (mean - loss_r) / sigma cancels in the softmax. The lowest loss replaces it, so that no
     exponential overflows.
     """
     lowest = min(loss for loss in losses if math.isfinite(loss))

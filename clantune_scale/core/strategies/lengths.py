@@ -1,4 +1,4 @@
-"""Where rounds end and what phases fill them: the arithmetic that all strategies share."""
+"""The ends of rounds and the phases in them: the arithmetic that all strategies share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from clantune_scale.core.rounds import Phase, PhaseKind
 def round_end(start_step: int, length_steps: int, boundary_step: int | None) -> int:
     """The step at which a round of about ``length_steps`` ends.
 
-    No round crosses ``boundary_step`` (the end of the run, say), and a remainder before it that is
-    shorter than half a round is taken in, because so short a round could not be measured.
+    No round crosses ``boundary_step`` (for example, the end of the run). A remainder before it that is shorter than
+    half a round is added to the round, because a round that short could not be measured.
 
     Args:
         start_step: optimizer steps done before the round.
         length_steps: the length it should have, at least 1.
-        boundary_step: None, or already passed, if nothing stands in the way.
+        boundary_step: None or a passed step if there is no boundary.
     """
     end = start_step + length_steps
     if boundary_step is not None and start_step < boundary_step and boundary_step - end < length_steps / 2:
@@ -23,7 +23,7 @@ def round_end(start_step: int, length_steps: int, boundary_step: int | None) -> 
 
 
 def competitive_steps(length_steps: int, duty_cycle: float) -> int:
-    """Steps of a round's competitive phase: its share of the round, but neither none nor all of it.
+    """Steps of a round's competitive phase: its share of the round, at least one step and not all of them.
 
     0 if ``duty_cycle`` is 0 or the round has a single step.
     """

@@ -1,7 +1,7 @@
-"""Members that are lost, whatever the strategy thinks: they are replaced by the fittest.
+"""Replaces lost members by clones of the fittest, whatever the strategy decided.
 
-A strategy may keep a member whose loss is not finite (truncation replaces a fixed share) or has spiked far out of the
-clan. Neither comes back by training on, and its ranks would be spent on nothing.
+A strategy may keep a member whose loss is not finite (truncation replaces a fixed share) or lies far outside the
+clan's. Neither recovers by more training, and its ranks would be wasted.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import numpy as np
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.strategies.base import Decision, Population
 
-#: A spike lies this many times the others' range, and this many of its standard errors, above the worst of the others.
+#: A spike is above the worst of the others by this many times their range and this many of its standard errors.
 SPIKE_FACTOR = 10.0
 
 
 def lost_members(fitness: Fitness) -> dict[int, str]:
     """Why, by member: those whose loss is not finite, and one that is far outside the others' losses.
 
-    With fewer than three members whose losses are finite nothing is called a spike: of two that differ it cannot be
-    said which one went wrong.
+    With fewer than three finite losses there is no spike: two losses that differ do not show which one went wrong.
     """
     mean, error = fitness.mean, fitness.standard_error
     lost = {int(m): "its loss is not finite" for m in np.flatnonzero(~fitness.is_finite)}
@@ -39,7 +38,7 @@ def lost_members(fitness: Fitness) -> dict[int, str]:
 
 
 def replace_lost(decision: Decision, fitness: Fitness) -> Decision:
-    """The decision, with every lost member that it would keep made a clone of the fittest, genome included.
+    """The decision, in which lost members that it would keep become clones of the fittest, including genomes.
 
     Left unchanged if the clan rolls back or averages its weights (both replace every state), or if
     members compete in teams, whose states must stay alike.

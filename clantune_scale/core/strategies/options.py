@@ -1,4 +1,4 @@
-"""From the free-form ``options`` of a strategy to its typed dataclass, with the nearest right name in every refusal."""
+"""Reads a strategy's free-form ``options`` into its typed dataclass; errors name the nearest known option."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def remedy(given: str, known: Iterable[str]) -> str:
 
 
 def read_options(cls: type[Options], given: Mapping[str, Any], *, strategy: str) -> Options:
-    """An instance of the options dataclass ``cls``, its types checked (its ranges it checks itself).
+    """An instance of the options dataclass ``cls``, its types checked; it checks ranges itself.
 
     Raises:
         ConfigError: for an unknown option, or a value of another type.

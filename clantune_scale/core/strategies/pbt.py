@@ -1,13 +1,17 @@
 """Population-based training (Jaderberg et al. 2017): members train on their own; the weak copy the strong and explore.
 
-The rules are DeepMind's and Ray Tune's (``ray.tune.schedulers.pbt``), and decisions on equal scores and equal draws
-are equal to Ray Tune's. What differs, and why: rounds are synchronous; members see the same data, so that they can
-be compared; values stay inside their genes' bounds, where Ray Tune's may leave them; odds are perturbed where a
-gene's scale is logit; an integer gene moves by one at least; and a member whose loss is not finite is replaced
-always, which Ray Tune leaves as it is.
+The rules are DeepMind's and Ray Tune's (``ray.tune.schedulers.pbt``). Equal scores and equal draws give Ray Tune's
+decisions. These points differ:
 
-With ``full_batch`` every member trains on as much data as the clan would: that is PBT as published, and
-``population_size`` times the cost of the plain run.
+- Rounds are synchronous.
+- Members see the same data, so that they can be compared.
+- Values stay inside their genes' bounds. Ray Tune's may leave them.
+- The odds are perturbed if a gene's scale is logit.
+- An integer gene moves by at least one.
+- A member whose loss is not finite is always replaced. Ray Tune keeps it.
+
+With ``full_batch`` every member trains on as much data as the clan would. This is PBT as published, and it costs
+``population_size`` times as much as the plain run.
 """
 
 from __future__ import annotations
@@ -37,14 +41,13 @@ class PBTOptions:
 
     Attributes:
         exploit: ``"truncation"`` (the weakest quantile copies random members of the fittest) or ``"ttest"``
-            (each member meets a random other, and copies it if that is better with significance).
+            (each member draws a random other, and copies it if it is significantly better).
         quantile: truncation: share of the clan that is replaced, above 0 and at most 0.5.
         p_value: ttest: largest two-sided p-value of Welch's test that lets a member copy, between 0 and 1.
-        resample_probability: that an explored gene is drawn anew over its bounds, 0 to 1.
+        resample_probability: probability that an explored gene is drawn anew over its bounds, 0 to 1.
         factors: otherwise one of these multiplies it; each above 0.
-        start: what members but the first start with: values ``"explored"`` from the configured ones (as a
-            copy's would be), ``"resampled"`` over the bounds (as the paper's, where these are priors), or
-            ``"equal"``.
+        start: first values of all members but the first: ``"explored"`` from the configured ones, like a copy's;
+            ``"resampled"`` over the bounds, like the paper's from its priors; or ``"equal"``.
         full_batch: whether each member trains on the clan's whole batch, or on its own share of it.
     """
 
@@ -117,9 +120,10 @@ class PBT(Strategy):
 
 
 def truncation(fitness: Fitness, quantile: float, seed: int, round_: int) -> tuple[int, ...]:
-    """Donors by Ray Tune's quantiles: each of the weakest ``ceil(quantile P)`` copies a random one of as many best.
+    """Donors by Ray Tune's quantiles: each of the weakest ``ceil(quantile P)`` copies a random one of as many fittest.
 
-    P counts the members whose loss is finite, and the quantiles never overlap. The others copy too.
+    P counts the members whose loss is finite, and the quantiles never overlap. The members whose loss is not finite
+    copy, too.
     """
     order = survivors(fitness, round_)
     count = math.ceil(len(order) * quantile)
@@ -136,9 +140,9 @@ def truncation(fitness: Fitness, quantile: float, seed: int, round_: int) -> tup
 def ttest(fitness: Fitness, p_value: float, seed: int, round_: int) -> tuple[int, ...]:
     """Donors by the paper's test: a member copies a random other that is better, by Welch's t-test over the batches.
 
-    Whoever copies a member that itself copies gets what that one got, which was found better still: all copies
-    are made at once, and of states that were measured. A member whose loss is not finite copies whom it met,
-    or the fittest if that one is no better off.
+    All copies are made at once, of measured states. If the copied member copies another, which was better still, both
+    take that one's state. A member whose loss is not finite copies the member that it drew, or the fittest if that
+    one's loss is not finite either.
     """
     best, finite = survivors(fitness, round_)[0], fitness.is_finite
     taken = list(range(fitness.num_members))
@@ -155,7 +159,7 @@ def ttest(fitness: Fitness, p_value: float, seed: int, round_: int) -> tuple[int
 def is_better(fitness: Fitness, first: int, second: int, p_value: float) -> bool:
     """Whether ``first`` has the lower mean loss, with a two-sided p-value of Welch's t-test below ``p_value``.
 
-    Losses without any spread differ with certainty or not at all; a single batch gives no evidence.
+    Losses without variance differ with certainty or not at all. A single batch gives no evidence.
     """
     a, b = fitness.losses[first], fitness.losses[second]
     if not a.mean() < b.mean() or len(a) < 2:
@@ -175,9 +179,9 @@ def explored(
     Args:
         gene: whose value it is.
         value: the donor's.
-        resample_probability: of the former.
-        factors: for the latter.
-        draws: two numbers between 0 and 1: which of both, and what.
+        resample_probability: probability of a new draw.
+        factors: from which the random factor is drawn.
+        draws: two numbers between 0 and 1: the first chooses between the two, the second gives the value.
     """
     if draws[0] < resample_probability:
         low, high = (gene.encode(bound) for bound in gene.bounds)
@@ -186,7 +190,7 @@ def explored(
 
 
 def perturbed(gene: Gene, value: float, factor: float) -> float:
-    """``value`` times ``factor``, reflected at the bounds; a whole number moves by one at least."""
+    """``value`` times ``factor``, reflected at the bounds; a whole number moves by at least one."""
     if not gene.integer:
         return gene.decode(gene.reflect(times(gene, value, factor)))
     whole = gene.expressed(value)

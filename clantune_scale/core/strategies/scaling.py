@@ -10,8 +10,8 @@ from clantune_scale.core.genome import Gene
 def times(gene: Gene, value: float, factor: float) -> float:
     """``factor`` times ``value``, in scale units and not yet inside the bounds.
 
-    The odds are multiplied if the scale is logit: 1.2 times a momentum of 0.9 is none, and 1.2 times its odds
-    of 9 is a momentum of 0.915.
+    If the scale is logit, the odds are multiplied. 1.2 times a momentum of 0.9 is above 1. 1.2 times its odds of 9 is a
+    momentum of 0.915.
 
     Args:
         gene: whose scale it is.
@@ -22,5 +22,5 @@ def times(gene: Gene, value: float, factor: float) -> float:
 
 
 def ratio(gene: Gene, value: float, reference: float) -> float:
-    """The factor that makes ``value`` of ``reference``: of the odds if the scale is logit."""
+    """The factor from ``reference`` to ``value``; between their odds if the scale is logit."""
     return value / reference if gene.scale == "linear" else math.exp(gene.encode(value) - gene.encode(reference))

@@ -1,4 +1,4 @@
-"""Who survives and who is replaced by whom: the selection rules of ``classic``, as pure functions of fitness."""
+"""The selection rules of ``classic``, as pure functions of fitness: who survives, and who is replaced by whom."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def truncation(fitness: Fitness, fraction: float, seed: int, round_: int) -> tup
 
 
 def tournament(fitness: Fitness, size: float, seed: int, round_: int) -> tuple[int, ...]:
-    """Each member meets ``size`` - 1 random others, and takes the state of the fittest if that is fitter than itself.
+    """Each member draws ``size`` - 1 random others, and takes the state of the fittest if that is fitter than itself.
 
-    A donor that itself lost passes on what it took, so that the state copied is always a survivor's.
+    A donor that lost its own tournament passes on the state that it took, so every copied state is a survivor's.
     """
     mean, population = fitness.mean, fitness.num_members
     best = survivors(fitness, round_)[0]
@@ -90,15 +90,17 @@ def boltzmann(fitness: Fitness, temperature: float, seed: int, round_: int) -> t
 
 
 def root(member: int, beaten_by: Sequence[int]) -> int:
-    """The member at the end of a chain of takers: whose state ``member`` ends up with."""
+    """The member whose state ``member`` gets, at the end of a chain of copies."""
     while beaten_by[member] != member:
         member = beaten_by[member]
     return member
 
 
 def _resample(weights: np.ndarray, order: list[int], u: float) -> tuple[int, ...]:
-    """Systematic resampling (stochastic universal sampling, Baker 1987): a survivor keeps its place, its
-    further copies go to those that got none, the weakest of them first."""
+    """Systematic resampling (stochastic universal sampling, Baker 1987).
+
+    A survivor keeps its place. Its further copies go to members without one, the weakest first.
+    """
     size = len(weights)
     edges = np.cumsum(weights[order]) / weights.sum() * size
     edges[-1] = size

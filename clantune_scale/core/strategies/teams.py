@@ -1,4 +1,4 @@
-"""Who leads a team, and where members go whose team is given up."""
+"""Leaders of teams, and the next teams of members whose team is dissolved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def leaders_of(teams: Sequence[int], order: Sequence[int]) -> list[tuple[int, int]]:
-    """(team, its fittest member), from the fittest team on; a team without a finite loss has none and is left out.
+    """(team, its fittest member), from the fittest team on; a team without a finite loss is left out.
 
     Args:
         teams: by member.
@@ -19,11 +19,11 @@ def leaders_of(teams: Sequence[int], order: Sequence[int]) -> list[tuple[int, in
 
 
 def join(teams: tuple[int, ...], staying: Sequence[int]) -> tuple[int, ...]:
-    """By member, its next team: one that stays keeps its members, the rest go one by one to the smallest.
+    """By member, its next team. A team that stays keeps its members; the others go one by one to the smallest team.
 
     Args:
         teams: by member.
-        staying: the teams that go on, from the fittest on; of equally small ones the fitter gets the next member.
+        staying: the teams that go on, from the fittest on; the fitter of equally small ones gets the next member.
     """
     sizes = {team: teams.count(team) for team in staying}
     joined = list(teams)
