@@ -2,14 +2,17 @@
 
 Members that share every gradient and differ in a learning rate or a weight decay make updates that differ in known
 factors. With theta_0 at the round's start, theta_c the centre's weights and W = sum_s lr_s lambda_s theta_c(s) the
-decay that the centre has had, member i is, to first order in the spread,
+decay that the centre has had, member i is, to first order in the perturbation,
 
     theta_i = theta_0 + k_i (theta_c - theta_0 - (lambda_i / lambda_c - 1) W),      k_i = lr_i / lr_c
 
-The derivation: the member's update in step s is -k_i lr_s (u_s + lambda_i theta_i(s)), and all that is not the same
-for all members is theta_i(s) in the decay, for which theta_c(s) stands. What that neglects is lr x lambda x steps
-times the distance between the two. Averages are linear in the weights and start alike, so the same holds for them,
-with an anchor and a W of their own (:func:`reads`, :func:`decay_reach`).
+The derivation: the member's update in step s is -k_i lr_s (u_s + lambda_i theta_i(s)). Members differ only in
+theta_i(s) in the decay, and theta_c(s) stands for it. The error is lr x lambda x steps times the distance between the
+two. Averages are linear in the weights and start alike, so the same holds for them, with an anchor and a W of their own
+(:func:`reads`, :func:`decay_reach`).
+
+The training loss of a round on the line is the centre's. Real members' mean is higher, by second order in their
+distance. If a threshold of the strategy falls between the two, the two forms of a run part from that round on.
 """
 
 from __future__ import annotations
@@ -120,10 +123,10 @@ class Line:
 def obstacle(
     plan: RoundPlan, genomes: Sequence[Genome], genes: Sequence[Gene], *, knows_decay: bool = True
 ) -> str | None:
-    """Why one model cannot stand for all members in this round; None where it can.
+    """Why one model cannot stand for all members in this round; None if it can.
 
-    It trains at the centre while members cooperate, and takes the members' turns, one after the other from one
-    state, where they compete.
+    It trains at the centre while members cooperate. If they compete, it takes their turns, one after the other from
+    one state.
 
     Args:
         plan: of the round.
@@ -149,7 +152,7 @@ def obstacle(
 
 
 def successor(decision: Decision) -> tuple[float, ...] | None:
-    """[members] weights of the one state that all members go on from; None where they go on from different ones."""
+    """[members] weights of the one state that all members go on from; None if they go on from different ones."""
     members = range(len(decision.donors))
     if decision.mixing_weights is not None:
         shares = zip(decision.donors, decision.mixing_weights, strict=True)
@@ -168,7 +171,7 @@ def averaging_weight(num_steps: int, window_steps: int) -> float:
 def reads(plan: RoundPlan) -> list[float]:
     """[steps] the share that the weights after each of the round's steps have in the average at its end.
 
-    What is missing to 1 is the share of the average that there was at the start.
+    The rest, to 1, is the share of the average at the start.
     """
     shares, left = [], 1.0
     for num_steps in range(plan.end_step, plan.start_step, -1):
@@ -237,5 +240,5 @@ def _ratio(
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The arithmetic mean; values that are all equal untouched, because equal members train as one, to the last bit."""
+    """The arithmetic mean. Equal values are left as they are: equal members train as one, to the last bit."""
     return values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)

@@ -43,14 +43,14 @@ class ReferenceClan:
         num_micro_batches: of a member in a step, before any gene or ``batch_factor``.
         clip: largest global norm of the gradient that is applied; 0 for no clipping.
         setters: by target, (module, value) for genes that the user registers.
-        members: ``"groups"`` trains them all; ``"line"`` computes them from one (``reference_line.py``), the only one
-            in ``members`` then.
+        members: ``"groups"`` trains them all; ``"line"`` computes them from one (``line.py``), the only one in
+            ``members`` then.
 
     Attributes:
         num_steps: optimizer steps done.
         population: the genomes in effect and the strategy's memory.
         lineage: the rounds so far.
-        decisions: one per round, None where nothing evolved.
+        decisions: one per round, None if nothing evolved.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ReferenceClan:
         self._values: list[dict[str, float]] = []
         self._training_losses: list[list[float]] = [[] for _ in range(size)]
         self._before_phase: list[Saved] | None = None
-        self._last_good = self._save()
+        self._snapshot = self._save()
 
     def run(self, num_steps: int) -> None:
         """Trains on for ``num_steps`` optimizer steps."""
@@ -96,7 +96,7 @@ class ReferenceClan:
             self.step()
 
     def step(self) -> None:
-        """One optimizer step of every member, and the round's end where it falls."""
+        """One optimizer step of every member, and the round's end if the step is its last."""
         position = self.clock.at(self.num_steps)
         if position.starts_phase:
             self._begin_phase(position)
@@ -150,7 +150,7 @@ class ReferenceClan:
             (loss * (share / plan.num_micro_batches)).backward()
 
     def _teams(self, phase: Phase) -> list[list[Member]]:
-        """The members who share gradients with each other: all of them, a team's, or nobody."""
+        """The members that share gradients with each other: all of them, a team's, or none."""
         if phase.kind is PhaseKind.COOPERATIVE:
             return [self.members]
         if phase.teams is None:
@@ -168,7 +168,7 @@ class ReferenceClan:
                     parameter.grad.copy_(mean)
 
     def _update(self, member: Member, values: Mapping[str, float], step: int) -> None:
-        """Clips, applies the member's own optimizer genes for the update alone, steps the user's schedule."""
+        """Clips, applies the member's own optimizer genes only for the update, steps the user's schedule."""
         if member.clip > 0:
             torch.nn.utils.clip_grad_norm_(member.parameters, member.clip)
         with self._optimizer_genes(member, values, step):
@@ -177,7 +177,7 @@ class ReferenceClan:
             member.scheduler.step()
 
     def _end_round(self, plan: RoundPlan) -> None:
-        """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
+        """Evaluate, undo phases that keep nothing, decide, record, roll back or transfer, average, regroup."""
         fitness = replace(self.evaluate(averaged=plan.uses_ema), training_loss=self._read_training_loss())
         if self._before_phase is not None:
             self._load(self._before_phase)
@@ -188,13 +188,13 @@ class ReferenceClan:
         self.lineage.append(RoundRecord.of(plan, self.population.genomes, fitness, decision))
         self.decisions.append(decision if plan.evolves else None)
         if decision.rolls_back:
-            self._load(self._last_good)
+            self._load(self._snapshot)
         if self._line is None:
             self._transfer(decision)
         else:
             self._line.go_on(decision, rolled_back=not plan.phases[-1].keeps)
         if decision.takes_snapshot and not decision.rolls_back:
-            self._last_good = self._save()
+            self._snapshot = self._save()
         self.population = decision.population
         self.clock.regroup(plan.index + 1, self.population.teams)
 

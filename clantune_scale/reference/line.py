@@ -1,8 +1,8 @@
 """The reference clan's members on the line: one model in place of P, slowly and obviously.
 
 While members cooperate, the model trains at the centre and each member's weights are computed at the round's end
-(:mod:`clantune_scale.core.line`). Where they compete, they take turns: each trains the whole phase from one snapshot,
-on the same batches, and all go on from the state of the one that the decision names.
+(:mod:`clantune_scale.core.line`). If they compete, they take turns: each trains the whole phase from one snapshot, on
+the same batches. All go on from the state of the one that the decision names.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class OnTheLine:
         groups = model.optimizer.param_groups
         self._groups = [str(group.get("name", index)) for index, group in enumerate(groups)]
         places = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        # A parameter that the optimizer does not have stays where it is, whatever its group.
+        # A parameter that the optimizer does not have does not move, whatever its group.
         self._group_of = [places.get(id(p), 0) for p in model.parameters]
         self._line = self._still()
         self._points: Points | None = None
         self._turns: list[Saved] | None = None
 
     def begin_round(self, plan: RoundPlan, genomes: Sequence[Genome]) -> None:
-        """Finds the centre, and keeps what the points need.
+        """Finds the centre, and saves the tensors that the points need.
 
         Raises:
             ConfigError: if one model cannot stand for all members in this round.
@@ -91,7 +91,7 @@ class OnTheLine:
             )
 
     def step(self, position: Position, values: Sequence[Values]) -> None:
-        """One optimizer step of the centre; where members compete, the phase's last one takes all their turns.
+        """One optimizer step of the centre; if members compete, the phase's last one takes all their turns.
 
         Args:
             position: of the step.
@@ -123,7 +123,7 @@ class OnTheLine:
         """The model goes to the one state that all members have from now on.
 
         Args:
-            decision: of the round; where it restores, the model is there already.
+            decision: of the round. If it rolls back, the model is in the snapshot's state already.
             rolled_back: whether members are back in the state from which they took their turns.
 
         Raises:
@@ -169,7 +169,7 @@ class OnTheLine:
         """Each team trains the phase from the same snapshot. Members with equal genomes are one team.
 
         The user's schedule and the random stream are set back with the snapshot, because every turn is the same
-        stretch of the run: they end as if there had been one.
+        stretch of the run. They end as after a single turn.
         """
         # Without teams all read the same batches, and equal genomes end in equal states: the first of them trains.
         teams = phase.teams or tuple(values.index(own) for own in values)

@@ -179,7 +179,7 @@ def test_genes_are_in_effect_where_they_belong():
     assert clan.members[1].optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # only inside the update
 
 
-def test_the_guard_restores_the_last_good_state_after_a_blow_up_and_training_recovers():
+def test_the_guard_rolls_back_after_a_blow_up_and_training_recovers():
     clan = clan_of(strategy_of("clan", LR, total=120), optimizer=lambda p: torch.optim.SGD(p, lr=30.0))
     start = weights(clan.members[0])
     initial = clan.evaluate().mean[0]

@@ -38,7 +38,7 @@ class BatchedClan:
         population: the genomes in effect and the strategy's memory.
         clock: its rounds.
         lineage: the rounds so far.
-        decisions: one per round, None where nothing evolved.
+        decisions: one per round, None if nothing evolved.
         num_trained: samples whose gradient was computed, over all members.
         num_evaluated: examples whose loss was computed for decisions, over all members.
         failure: why its strategy gave up; the other clans go on, and this one is no longer asked.
@@ -132,7 +132,7 @@ class BatchedClans:
             clan.clock.regroup(0, clan.population.teams)
         self._before_phase: State | None = None
         self._training_losses: list[torch.Tensor] = []
-        self._last_good = self.state.save() if any(strategy.guards for strategy in strategies) else None
+        self._snapshot = self.state.save() if any(strategy.guards for strategy in strategies) else None
 
     def run(self, num_steps: int) -> None:
         """Trains on for ``num_steps`` optimizer steps."""
@@ -140,7 +140,7 @@ class BatchedClans:
             self.step()
 
     def step(self) -> None:
-        """One optimizer step of every member of every clan, and the round's end where it falls."""
+        """One optimizer step of every member of every clan, and the round's end if the step is its last."""
         position = self.clans[0].clock.at(self.num_steps)
         if position.starts_phase:
             self._begin_phase(position)
@@ -208,7 +208,7 @@ class BatchedClans:
         self._sharing = Sharing.of(phases, self.num_members)
 
     def _begin_line(self, plan: RoundPlan) -> list[Sequence[Genome]]:
-        """[clans] the genomes that rows train with in this round: the centre's where a clan is on the line."""
+        """[clans] the genomes that rows train with in this round: the centre's if a clan is on the line."""
         is_one = (self.state.weights == self.state.weights[:, :1]).flatten(1).all(dim=1).tolist()
         lines: list[Line | None] = [
             line_of(clan.population.genomes, clan.strategy.facts.genes, clan.clock.at(self.num_steps).plan)
@@ -234,7 +234,7 @@ class BatchedClans:
         return self._sharing.shared(torch.autograd.grad(total, self._leaves))
 
     def _end_round(self, plan: RoundPlan) -> None:
-        """Evaluate, go back where nothing is kept, decide, record, restore or transfer, average, regroup."""
+        """Evaluate, undo phases that keep nothing, decide, record, roll back or transfer, average, regroup."""
         if self._line_round is not None:
             self._line_round.part(self.state)
             self._line_round = None
@@ -248,20 +248,20 @@ class BatchedClans:
     def _apply(self, plan: RoundPlan, decisions: Sequence[Decision]) -> None:
         """Carries out what the clans decided."""
         restores = torch.tensor([decision.rolls_back for decision in decisions])
-        if self._last_good is not None and bool(restores.any()):
-            self.state.load(self._last_good, restores)
+        if self._snapshot is not None and bool(restores.any()):
+            self.state.load(self._snapshot, restores)
         self.state.transfer(torch.tensor([decision.donors for decision in decisions]))
         mixes = torch.tensor([decision.mixing_weights is not None for decision in decisions])
         if bool(mixes.any()):
-            alone = (1.0, *[0.0] * (self.num_members - 1))
-            weights = torch.tensor([decision.mixing_weights or alone for decision in decisions], dtype=torch.float64)
+            only_own = (1.0, *[0.0] * (self.num_members - 1))
+            weights = torch.tensor([decision.mixing_weights or only_own for decision in decisions], dtype=torch.float64)
             self.state.mix(weights.to(self.state.weights.dtype), mixes)
         keeps = torch.tensor([decision.takes_snapshot for decision in decisions]) & ~restores
-        if self._last_good is not None and bool(keeps.any()):
-            self._last_good.load(self.state, keeps)
+        if self._snapshot is not None and bool(keeps.any()):
+            self._snapshot.load(self.state, keeps)
         for clan, decision in zip(self.clans, decisions, strict=True):
             clan.population = decision.population
-            # A round that does not evolve is measured for the record alone.
+            # A round that does not evolve is measured only for the record.
             clan.num_evaluated += plan.evolves * len(self._model.validation[0]) * self.num_members
             clan.clock.regroup(plan.index + 1, clan.population.teams)
 

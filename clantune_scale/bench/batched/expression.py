@@ -105,6 +105,6 @@ def _table(values: Sequence[Values], target: str) -> torch.Tensor:
 
 
 def _column(values: Sequence[Values], target: str) -> torch.Tensor:
-    """[clans, members, 1], or [clans, 1, 1] where no clan's members differ."""
+    """[clans, members, 1], or [clans, 1, 1] if no clan's members differ."""
     table = _table(values, target).unsqueeze(-1)
     return table[:, :1] if bool((table == table[:, :1]).all()) else table

@@ -18,7 +18,7 @@ class Reading:
 
     Attributes:
         positions: [clans x members, samples] int64, in the step's stream of samples.
-        shares: [clans x members, samples] float64, each sample's weight in its member's mean loss; None where all
+        shares: [clans x members, samples] float64, each sample's weight in its member's mean loss; None if all
             members read equally many.
         num_parts: batches of the model that the stream takes.
         num_samples: [clans] samples that each clan's members train on in a step, together.

@@ -1,4 +1,7 @@
-"""Members on the line, as rows: all rows of a clan train as its centre, and part at the round's end."""
+"""Members on the line, as rows: all rows of a clan train as its centre and part at the round's end.
+
+The training loss is then the centre's, and not the members' mean (see :mod:`clantune_scale.core.line`).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class LineRound:
         self._rates = _column([[p.rates[0] for p in own] if own else [1.0] * size for own in points], dtype)
         self._decays = _column([[p.decays[0] for p in own] if own else [0.0] * size for own in points], dtype)
         self._start = state.weights.clone()
-        # Where the average would be at the round's end, had the weights stayed where they are.
+        # The average at the round's end, had the weights not moved.
         self._anchor = torch.lerp(state.weights, state.average, kept_share(plan)) if plan.uses_ema else None
         self._sums = [torch.zeros_like(state.weights) for _ in range(1 + plan.uses_ema)]
         sources = [only_the_last(plan), reads(plan)][: len(self._sums)]
@@ -77,7 +80,7 @@ class LineRound:
 
 
 def line_of(genomes: Sequence[Genome], genes: Sequence[Gene], plan: RoundPlan) -> Line | None:
-    """The clan's line in a round; None where its members do not part on one, or cannot be computed from one model."""
+    """The clan's line in a round; None if its members do not part on one, or cannot be computed from one model."""
     if any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases) or obstacle(plan, genomes, genes):
         return None
     line = Line.of(genomes, genes, ONE_GROUP)

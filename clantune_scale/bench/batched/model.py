@@ -40,7 +40,7 @@ class BatchedModel(Protocol):
 
         Args:
             parameters: [models, ...] each.
-            batch: [models, samples, ...] each; of ``validation``'s kind where there is nothing random.
+            batch: [models, samples, ...] each; or of ``validation``'s kind, without what is random in training.
             knobs: [models] each; what genes set besides the optimizer (dropout, say), by target.
         """
 
@@ -60,7 +60,7 @@ def vectorized(
 
 
 def constant(step: int) -> float:
-    """The schedule of those who have none."""
+    """The schedule of a run without one."""
     return 1.0
 
 
@@ -79,7 +79,7 @@ class Settings:
         knobs: the model's own, by name.
 
     Raises:
-        ConfigError: for an optimizer, or one of its hyperparameters, that there is not.
+        ConfigError: for an unknown optimizer or hyperparameter.
     """
 
     optimizer: str = "adamw"

@@ -1,9 +1,9 @@
 """AdamW and SGD with momentum over rows of weights, every member with hyperparameters of its own.
 
 Each repeats torch's arithmetic in torch's order, so that a batched clan and one of torch's optimizers agree
-to rounding. Hyperparameters have the shape [clans, members, 1], or [clans, 1, 1] where a clan's members
-agree; an update that they all share is then computed once per clan. They are float64, and what follows
-from them is rounded last: 1 - beta2 would lose half its digits in float32.
+to rounding. Hyperparameters have the shape [clans, members, 1], or [clans, 1, 1] if a clan's members agree.
+An update that they all share is then computed once per clan. Hyperparameters are float64 and are rounded
+last: 1 - beta2 would lose half its digits in float32.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ OPTIMIZERS: dict[str, RowOptimizer] = {"adamw": AdamW(), "sgd": Momentum()}
 
 
 def _widen(state: State, num_members: int) -> None:
-    """Gives every member slots of its own where what arrives differs between them."""
+    """Gives every member its own slots if gradients or hyperparameters differ between members."""
     if num_members > 1:
         state.slots = {name: widened(slot, num_members) for name, slot in state.slots.items()}
         state.num_updates = widened(state.num_updates, num_members)

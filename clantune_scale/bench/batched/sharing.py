@@ -14,7 +14,7 @@ class Sharing:
 
     Args:
         num_members: of a clan.
-        mixing: [clans, members, members], each row a member's weights on all members' gradients; None where
+        mixing: [clans, members, members], each row a member's weights on all members' gradients; None if
             every clan shares among all its members.
     """
 

@@ -127,5 +127,5 @@ def _taken(rows: torch.Tensor, donors: torch.Tensor) -> torch.Tensor:
 def _select(here: torch.Tensor, saved: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
     if bool(here.all()):
         return saved.clone()
-    # Where one of them is stored once and the other by member, the result is by member.
+    # If one of them is stored once and the other by member, the result is by member.
     return torch.where(here, saved, current)

@@ -2,5 +2,5 @@
 
 A scheduling problem is a task, an optimizer and a starting configuration that trains. ``python -m
 clantune_scale.bench.schedules`` runs problems x methods x seeds and writes one table; ``LOG.md`` beside this
-file says what was tried and what came of it.
+file has the experiments and their results.
 """

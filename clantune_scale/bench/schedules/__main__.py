@@ -21,9 +21,9 @@ from clantune_scale.errors import ClanError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 where it went through, 2 where it was asked for what there is not."""
+    """Runs the benchmark. Returns 0, or 2 if a name or a file is wrong."""
     options = _parser().parse_args(arguments)
-    # These models are small: more threads than one cost more than they bring, and denormal numbers the most.
+    # These models are small: a second thread costs more than it brings, and denormal numbers are slow.
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     try:
@@ -70,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         "--members",
         choices=["groups", "line"],
         default="groups",
-        help="who carries the strategies' members out; -line after a strategy's name says it for that row",
+        help="whether all members train (groups) or one model stands for them (line); NAME-line sets it for one row",
     )
     add("--variants", nargs="*", type=Path, default=[], help="JSON files: row name to strategy, options, ...")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", choices=sorted(TUNING_SEEDS), default="a", help="the tuning seeds to run on")
     which.add_argument("--report", action="store_true", help="run on the reporting seeds, and say so in the table")
     add("--out", type=Path, default=Path("schedule-benchmark"), help="folder of the table and the figures")
-    add("--figures", action="store_true", help="draw every method's rates")
+    add("--figures", action="store_true", help="draw every method's learning rates")
     return parser
 
 

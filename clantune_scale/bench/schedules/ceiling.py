@@ -1,8 +1,8 @@
-"""``python -m clantune_scale.bench.schedules.ceiling``: how far one right learning rate would get, known beforehand.
+"""``python -m clantune_scale.bench.schedules.ceiling``: how far one learning rate gets, chosen with hindsight.
 
-For each start the best single rate, on test loss and the same seeds that it is scored on, with all else as the start
-has it, under the start's own schedule and under warm-up and linear decay. A method that moves nothing but rates and
-may not look ahead should not be expected to do better; one that moves other genes, or averages weights, may.
+For each start it finds the single learning rate with the best test loss, on the seeds that score it. Everything else
+stays as the start has it, under the start's own schedule and under warm-up and linear decay. A method that moves only
+learning rates and cannot look ahead should not do better. One that moves other genes, or averages weights, may.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from clantune_scale.bench.schedules.suite import load
 from clantune_scale.bench.schedules.trial import run_trial
 from clantune_scale.errors import ClanError
 
-#: Rates that are tried, in octaves from the oracle's.
+#: Learning rates that are tried, in octaves from the oracle's.
 OCTAVES = tuple(half / 2 for half in range(-10, 3))
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the best single rate reaches from a start.
+    """What the best single learning rate reaches from a start.
 
     Attributes:
         s1: its score.
-        rate: the rate.
-        schedule: the curve that it is the peak of.
+        rate: the learning rate, the peak of its curve.
+        schedule: the curve's name.
     """
 
     s1: float
@@ -43,15 +43,15 @@ class Ceiling:
 
 
 def ceilings(problem: Problem, seeds: Sequence[int]) -> list[Ceiling]:
-    """[starts]: what the best single rate reaches from each.
+    """[starts]: what the best single learning rate reaches from each.
 
     Args:
         problem: whose starts they are.
-        seeds: of weights and data; the rate is chosen by the test loss on these, and scored on them.
+        seeds: of weights and data; the learning rate is chosen by the test loss on these, and scored on them.
     """
     oracle = oracle_of(problem)
     reference, _ = reference_losses_of(problem, seeds)
-    # Starts that differ in nothing but their rate, which is replaced here, are one and the same.
+    # The learning rate is replaced here, so starts that differ only in it are one.
     kinds = list({repr(start.changes): start for start in problem.starts}.values())
     found: dict[str, list[tuple[float, float, str]]] = {repr(start.changes): [] for start in kinds}
     for schedule in dict.fromkeys((problem.schedule, "warmup-linear")):
@@ -65,7 +65,7 @@ def ceilings(problem: Problem, seeds: Sequence[int]) -> list[Ceiling]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line per problem; 0 where it went through, 2 where it was asked for what there is not."""
+    """Prints a line per problem. Returns 0, or 2 if a name is wrong."""
     parser = argparse.ArgumentParser(prog="python -m clantune_scale.bench.schedules.ceiling", description=__doc__)
     parser.add_argument("--problems", nargs="+", default=["study"], help="as for the benchmark")
     which = parser.add_mutually_exclusive_group()

@@ -28,7 +28,7 @@ def wsd(share: float) -> float:
 
 
 def inverse_square_root(share: float) -> float:
-    """The transformer's: 1 at the end of the warm-up, which it needs."""
+    """The transformer's curve: 1 at the end of the warm-up, which it needs."""
     return math.sqrt(WARMUP / max(share, WARMUP))
 
 

@@ -1,4 +1,4 @@
-"""Who competes: a strategy with its options and the clan it runs in, by a name for the table."""
+"""The rows of the table: a strategy with its options and its clan, by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Method:
         duty_cycle: the user's.
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
         genes: in place of the default ones and the problem's.
-        members: who carries members out: all of them (``"groups"``), or one model in rounds that allow it (``"line"``).
+        members: ``"groups"`` trains all members; ``"line"`` computes them from one model in rounds that allow it.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Method:
         return build(self.strategy, facts, self.options)
 
 
-#: A run as its start configures it: one member, no rounds to speak of, no gene that writes a clip where there is none.
+#: A run as its start configures it: one member, one round, no genes (a clip gene would write a clip).
 FIXED = Method("fixed", "control", population_size=1, round_length_steps=1_000_000, genes=())
 WARMUP_LINEAR = replace(FIXED, name="warmup-linear", schedule="warmup-linear")
 WARMUP_COSINE = replace(FIXED, name="warmup-cosine", schedule="warmup-cosine")
@@ -86,7 +86,7 @@ POPULATION_PEERS = {
 }
 
 
-#: What a strategy's name ends with for the row whose members are on the line.
+#: A strategy's name with this ending is the row with its members on the line.
 LINE = "-line"
 
 
@@ -134,7 +134,7 @@ def read_variants(path: Path) -> list[Method]:
     """The methods in a JSON file: row names to fields of :class:`Method`.
 
     Raises:
-        ConfigError: for a field that there is not.
+        ConfigError: for an unknown field.
     """
     known = {item.name for item in fields(Method)} - {"name"}
     methods = []

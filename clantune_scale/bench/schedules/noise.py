@@ -1,6 +1,6 @@
-"""What chance over seeds may have done to a score, by one rule for all methods and starts.
+"""How much of a score is chance over seeds, by one rule for all methods and starts.
 
-Seeds are shared: run s of a method, of its start's default and of the oracle saw the same weights and data, so that
+Seeds are shared: run s of a method, of its start's default and of the oracle saw the same weights and data. So
 differences are taken seed by seed.
 """
 
@@ -15,7 +15,7 @@ ERRORS = 2.0
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; nan for a single value, or where one is not finite."""
+    """Of the mean; nan for a single value, or if one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
@@ -24,7 +24,7 @@ def standard_error(values: Sequence[float]) -> float:
 def has_room(default: Sequence[float], oracle: Sequence[float]) -> bool:
     """Whether the oracle is better than the default by more than noise.
 
-    Elsewhere S1 is a ratio of two noises: a method can be asked for no more than not to do harm.
+    Otherwise S1 is a ratio of two noises, and a method can only be asked to do no harm.
 
     Args:
         default: [seeds] test losses of the start kept as it is.
@@ -36,7 +36,7 @@ def has_room(default: Sequence[float], oracle: Sequence[float]) -> bool:
 
 
 def s1_error(losses: Sequence[float], default: Sequence[float], oracle: Sequence[float]) -> float:
-    """Standard error of S1, a ratio of means, over seeds (first order); nan where it has none.
+    """Standard error of S1, a ratio of means, over seeds (first order); nan if it has none.
 
     Args:
         losses: [seeds] of the method.

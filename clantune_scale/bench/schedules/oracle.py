@@ -26,7 +26,7 @@ GRID_SEEDS = (1000, 1001)
 SHARES = (0.5, 0.65, 0.8, 0.9)
 #: Share of its progress that the grid's best point may lose on another seed, and how many points are tried at most.
 EDGE, MOST_TRIED = 0.25, 10
-#: Rates tried around the oracle's where a run is shorter.
+#: Learning rates tried around the oracle's in a shorter run.
 _SHORTER_RATES = (0.56, 1.0, 1.78)
 _ROWS = 192
 
@@ -45,14 +45,14 @@ class Oracle:
     """What the grid says of a problem.
 
     Attributes:
-        problem: its name where this was computed.
+        problem: its name at the time of the search.
         best: the point with the lowest mean test loss.
         loss: of that point.
         initial_loss: test loss before training.
-        constant_rate: the best constant rate, the problem's own weight decay kept, picked on test loss.
+        constant_rate: the best constant learning rate with the problem's own weight decay, picked on test loss.
         constant_losses: by rate of the grid, with that weight decay.
         losses_by_share: test loss of the oracle's schedule in a part of the run, by its share.
-        grid: by point, its mean test loss; infinite where training diverged.
+        grid: by point, its mean test loss; infinite if training diverged.
     """
 
     problem: str
@@ -67,7 +67,7 @@ class Oracle:
     def trained_rate(self, factor: float, rates: Sequence[float]) -> float:
         """``factor`` times the best constant rate, lowered along ``rates`` to one that trains.
 
-        A rate trains where it takes away a tenth of the initial loss; below the best one all are taken to.
+        A learning rate trains if it takes away a tenth of the initial loss. All below the best one are taken to train.
         """
         wanted = factor * self.constant_rate
         if factor <= 1:
@@ -80,7 +80,7 @@ class Oracle:
         return max(trains)
 
     def to_json(self) -> dict:
-        """Plain data; what diverged is null."""
+        """Plain data; null for runs that diverged."""
         return finite(asdict(self))
 
     @classmethod
@@ -152,8 +152,8 @@ def search(problem: Problem) -> Oracle:
 def oracle_runs(problem: Problem, oracle: Oracle, seeds: Sequence[int]) -> list[float]:
     """[seeds]: test losses of the best point of the grid that trains on these seeds as it did on the grid's.
 
-    The best rate is often the last one before divergence, and on other seeds, or another processor, beyond it. A
-    point that loses a quarter of its progress on one of them is none that anybody could have chosen; the next best is
+    The best learning rate is often the last one before divergence. On other seeds, or another processor, it may
+    diverge. Nobody would have chosen a point that loses a quarter of its progress on one seed, so the next best is
     taken.
 
     Raises:
@@ -171,12 +171,12 @@ def oracle_runs(problem: Problem, oracle: Oracle, seeds: Sequence[int]) -> list[
 
 
 def fixed_losses(problem: Problem, points: Sequence[Choice], seeds: Sequence[int]) -> list[float]:
-    """[points]: mean test loss over ``seeds`` of plain runs; infinite where one diverged."""
+    """[points]: mean test loss over ``seeds`` of plain runs; infinite if one diverged."""
     return [statistics.fmean(losses) for losses in fixed_runs(problem, points, seeds)]
 
 
 def fixed_runs(problem: Problem, points: Sequence[Choice], seeds: Sequence[int]) -> list[list[float]]:
-    """[points][seeds]: test losses of plain runs; infinite where one diverged."""
+    """[points][seeds]: test losses of plain runs; infinite if one diverged."""
     losses: list[float] = []
     size = max(1, _ROWS // len(seeds))
     for first in range(0, len(points), size):

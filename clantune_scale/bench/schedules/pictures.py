@@ -1,4 +1,4 @@
-"""Pictures of the rates that methods chose, against the oracle's."""
+"""Pictures of the learning rates that methods chose, and of the oracle's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POINTS = 200
 
 def draw_rates(trial: Trial, problem: Problem, oracle: Oracle, path: Path) -> Path:
     """Every run's learning rate over the steps, coloured by start, and the oracle's; writes a PNG."""
-    # The object interface leaves pyplot's state alone, and matplotlib takes a second to import.
+    # The object interface does not touch pyplot's state. Matplotlib takes a second to import, so it is imported here.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

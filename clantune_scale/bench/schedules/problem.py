@@ -33,7 +33,7 @@ class Start:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: The study's starts: the best constant rate, and half a decade and a decade below and above it.
+#: The study's starts: the best constant learning rate, and half a decade and a decade below and above it.
 STARTS = tuple(Start(f"{factor:g}x", factor) for factor in (0.1, 0.32, 1.0, 3.2, 10.0))
 
 
@@ -53,12 +53,12 @@ class Grid:
 
 
 def quarter_decades(lowest: float, count: int = 13) -> tuple[float, ...]:
-    """``count`` rates from 10 ** ``lowest`` on, a factor 10 ** 0.25 apart."""
+    """``count`` learning rates from 10 ** ``lowest`` on, a factor 10 ** 0.25 apart."""
     return tuple(10 ** (lowest + 0.25 * i) for i in range(count))
 
 
 class Problem(ABC):
-    """A task to schedule; a :class:`~clantune_scale.bench.batched.BatchedModel` with what a benchmark asks besides.
+    """A task to schedule: a :class:`~clantune_scale.bench.batched.BatchedModel` with the settings of its benchmark.
 
     Derive from it, set what differs, and name an instance, or a list of them, with ``--problems module:NAME``.
     Everything is a pure function of its arguments.
@@ -72,9 +72,9 @@ class Problem(ABC):
         grid: the oracle's.
         starts: of its runs.
         extra_genes: of the clans that run on it, besides the default ones, by name in the catalogue of genes.
-        num_samples: different training samples that there are; infinite where every one is new.
-        validation: the common window, tensors [examples, ...]; selection sees nothing else, and in a short run not all
-            of it (``trial.window``).
+        num_samples: different training samples; infinite if every one is new.
+        validation: the common window, tensors [examples, ...]; selection sees nothing else, and in a short run only
+            a part of it (``trial.window``).
         test: likewise, only for the report.
         knows_length: whether strategies are told ``total_steps``.
     """

@@ -45,8 +45,8 @@ class ReferenceLosses:
     def s1(self, start: int, loss: float) -> float:
         """(L_default - L) / (L_default - L_oracle).
 
-        Where the start is as good as the oracle, to a thousandth of the whole progress, that thousandth
-        stands for the difference, so that chance does not decide; 1 where both diverge.
+        If the start is as good as the oracle, to a thousandth of the whole progress, that thousandth stands for the
+        difference, so that chance does not decide. 1 if both diverge.
         """
         default, least = self.default_losses[start], MIN_GAP * (self.initial_loss - self.oracle_loss)
         if not math.isfinite(default):
@@ -62,7 +62,7 @@ class ReferenceLosses:
         return has_room(self.default_runs[start], self.oracle_runs)
 
     def s1_error(self, start: int, losses: Sequence[float]) -> float:
-        """Standard error of S1 over seeds, of ``losses`` [seeds]; nan where runs are not known one by one."""
+        """Standard error of S1 over seeds, of ``losses`` [seeds]; nan if runs are not known one by one."""
         return s1_error(losses, self.default_runs[start], self.oracle_runs) if self.default_runs else math.nan
 
     def is_worse(self, start: int, losses: Sequence[float]) -> bool:
@@ -70,13 +70,13 @@ class ReferenceLosses:
         return not self.default_runs or is_worse(losses, self.default_runs[start])
 
     def gap(self, loss: float) -> float:
-        """What is missing to the oracle, as a share of its whole progress."""
+        """The distance to the oracle, as a share of its whole progress."""
         return (loss - self.oracle_loss) / (self.initial_loss - self.oracle_loss)
 
     def step_efficiency(self, loss: float) -> float:
         """Share of the run in which the oracle's schedule reaches ``loss``, between the shares that were tried.
 
-        The least share tried stands for all below it, 1 for all that the oracle does not reach sooner.
+        The least share tried stands for all below it. 1 if the oracle does not reach it sooner.
         """
         shares = sorted(self.losses_by_share)
         points = [(share, self.losses_by_share[share]) for share in shares] + [(1.0, self.oracle_loss)]
@@ -147,7 +147,7 @@ class Score:
 
     @property
     def num_harmed_beyond_noise(self) -> int:
-        """Those of them that differ from their default by more than two standard errors over seeds."""
+        """Harmed cases that differ from their default by more than two standard errors over seeds."""
         pairs = zip(self.s1, self.is_worse, strict=True)
         return sum(s1 < HARMED and worse for own, w in pairs for s1, worse in zip(own, w, strict=True))
 

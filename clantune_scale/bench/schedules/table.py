@@ -41,31 +41,31 @@ class Result:
         return "\n".join([head, *_summary(self.scores, self._starts()), "", *_by_problem(self), "", FOOTNOTE, ""])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything: every run's loss, cost and rates, besides what the table says; null for what diverged."""
+        """Everything: every run's loss, cost and rates, besides the numbers of the table; null for what diverged."""
         record = {
-            "schema": 1,
+            "schema": 2,
             "seeds": list(self.seeds),
             "is_report": self.is_report,
-            "yardsticks": [asdict(reference) for reference in self.references],
+            "references": [asdict(reference) for reference in self.references],
             "scores": [asdict(score) for score in self.scores],
             "trials": [[asdict(trial) for trial in trials] for trials in self.trials],
         }
         return finite(record)
 
     def _starts(self) -> list[str]:
-        """Names of the starts, where all problems have the same."""
+        """Names of the starts, if all problems have the same."""
         names = {reference.starts for reference in self.references}
         return list(names.pop()) if len(names) == 1 else []
 
 
 FOOTNOTE = (
     "S1 = (default - loss) / (default - oracle), on test data, means over seeds and their standard error; solved at "
-    "0.9. With room: the starts that the oracle beats by more than two standard errors (over seeds, paired); "
-    "elsewhere S1 is a ratio of noises, and stands in brackets. Harmed: S1 below -0.05; in brackets those more than "
+    "0.9. With room: the starts that the oracle beats by more than two standard errors (over seeds, paired). "
+    "Otherwise S1 is a ratio of noises, in brackets. Harmed: S1 below -0.05; in brackets those more than "
     "two standard errors worse than their default. Step efficiency: the share of the run in which the oracle's "
-    "schedule gets as far. Gap: what is missing to the oracle, in shares of its progress. Cost: gradient evaluations "
-    "in plain runs, a sample's loss counted as a third of one; evaluations that decide are in it, those for the "
-    "record alone are not."
+    "schedule gets as far. Gap: the distance to the oracle, in shares of its progress. Cost: gradient evaluations "
+    "in plain runs, a sample's loss counted as a third of one; evaluations that decide count, those that are only "
+    "for the record do not."
 )
 
 
@@ -102,7 +102,7 @@ def _by_problem(result: Result) -> list[str]:
 
 
 def _starts(score: Score, problem: int) -> str:
-    """Every start's S1 with its standard error, in brackets where there was no room."""
+    """Every start's S1 with its standard error, in brackets if there was no room."""
     cells = []
     for s1, error, room in zip(score.s1[problem], score.s1_errors[problem], score.has_room[problem], strict=True):
         cell = _s1(s1) + (f"±{error:.2f}" if math.isfinite(error) and s1 > -10 else "")

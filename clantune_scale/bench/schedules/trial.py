@@ -18,10 +18,10 @@ from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
 from clantune_scale.bench.schedules.peers.single import run_single
 from clantune_scale.bench.schedules.problem import Problem
 
-#: Share of a sample's gradient that its loss alone costs: the backward pass is twice the forward one.
+#: Cost of a sample's loss without its gradient, as a share of the gradient's: the backward pass is twice the forward.
 FORWARD_SHARE = 1 / 3
 #: Largest share of a run's training samples that a validation window holds. More would make evaluations of a short
-#: run cost more than its training; who evaluates chooses the window, so this is what a careful user does.
+#: run cost more than its training. The user chooses the window, and a careful user would choose so.
 WINDOW_SHARE = 1 / 240
 #: Smallest window: an example for each of the batches that noise is measured over.
 FEWEST_EXAMPLES = 16
@@ -32,16 +32,16 @@ class TrialRun:
     """How one run went.
 
     Attributes:
-        loss: of its champion on the test data; infinite where that is not a number.
+        loss: of its champion on the test data; infinite if that is not a number.
         cost: gradient evaluations of training and of evaluations that decide, in plain runs of equal length.
         rates: (step, learning rate), the members' geometric mean.
-        restores: rounds whose training was lost to the guard.
+        rollbacks: rounds that the guard rolled back.
     """
 
     loss: float
     cost: float
     rates: tuple[tuple[int, float], ...]
-    restores: int
+    rollbacks: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _batch_of_runs(
 
 
 def window(problem: Problem) -> list[torch.Tensor]:
-    """The validation examples that decisions are made on, tensors [examples, ...]: all where a run is long enough."""
+    """The validation examples that decisions are made on, tensors [examples, ...]: all if the run is long enough."""
     affordable = int(WINDOW_SHARE * problem.total_steps * problem.batch_size)
     return [column[: max(FEWEST_EXAMPLES, affordable)] for column in problem.validation]
 
@@ -144,7 +144,7 @@ def _single_runs(
 def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
     """[clans]: the test loss of the member, and of its weights or their average, that validation prefers.
 
-    Averages count where the last round kept them up to date, as in a real run.
+    Averages count if the last round kept them up to date, as in a real run.
     """
     is_averaging = clans.clans[0].clock.at(max(clans.num_steps - 1, 0)).plan.uses_ema
     roles = (False, True) if is_averaging else (False,)

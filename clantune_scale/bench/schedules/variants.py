@@ -1,4 +1,4 @@
-"""Other rules for the move of ``clan``'s centre, to be measured against its own; ``LOG.md`` has what came of them.
+"""Other rules for the move of ``clan``'s centre, to be measured against its own; ``LOG.md`` has the results.
 
 Name it in a variants file as the strategy ``clantune_scale.bench.schedules.variants:ClanVariant``.
 """
@@ -59,7 +59,7 @@ class VariantOptions(ClanOptions):
 class ClanVariant(ClanStrategy):
     """``clan`` with another way from losses to moves.
 
-    ``Population.memory`` has ``radius`` besides what ``clan`` keeps: by gene, the largest change that is
+    ``Population.memory`` has ``radius`` besides ``clan``'s own fields: by gene, the largest change that is
     trusted, as a share of the gene's own.
     """
 
@@ -116,18 +116,18 @@ class ClanVariant(ClanStrategy):
 
 
 def _fewer(donors: Sequence[int], fitness: Fitness, churn: float) -> tuple[int, ...]:
-    """``donors``, where all but a share of the clan, its weakest, keep their own states."""
+    """``donors``, but only a share of the clan, its weakest, takes another's state."""
     weakest = fitness.ranking[fitness.num_members - round(churn * fitness.num_members) :]
     return tuple(donor if member in weakest else member for member, donor in enumerate(donors))
 
 
 def _minimum(slope: float, curvature: float) -> float:
-    """Of a parabola in log lr; endlessly far downhill where it has none."""
+    """Of a parabola in log lr; endlessly far downhill if it has none."""
     return -slope / (2 * curvature) if curvature > 0 else -math.copysign(math.inf, slope)
 
 
 def _fits(offsets: np.ndarray, losses: np.ndarray) -> np.ndarray | None:
-    """[batches, 2 x genes]: slopes and curvatures of each validation batch; None where they are not determined."""
+    """[batches, 2 x genes]: slopes and curvatures of each validation batch; None if they are not determined."""
     columns = regressors(offsets, quadratic=True)
     fits = [least_squares(columns, (batch - batch[0]).tolist()) for batch in losses.T]
     return None if any(fit is None for fit in fits) else np.array(fits)[:, 1:]

@@ -13,9 +13,9 @@ _DECOUPLED = ("AdamW", "Lion", "Muon")
 
 
 def decay_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> DecayRule | None:
-    """The rule of one of the optimizer's groups; None where it is not known to be linear in the decay.
+    """The rule of one of the optimizer's groups; None if it is not known to be linear in the decay.
 
-    A decay that Adam takes in with the gradient is divided by a root of its own square: no linear rule holds.
+    Adam divides a decay that it takes in with the gradient by a root of its own square, so no linear rule holds.
     """
     if group.get("decoupled_weight_decay") or type(optimizer).__name__.endswith(_DECOUPLED):
         return DecayRule()

@@ -1,9 +1,9 @@
-"""The arithmetic of the line on lists of tensors: what a round keeps, and how a point is written.
+"""The arithmetic of the line on lists of tensors: what a round stores, and how a point is written.
 
 Every operation is elementwise, so that the tensors may be one rank's shards. ``clantune_scale.core.line`` has the
-formulas. Beyond the model and its running average, a round keeps the start of the weights and the anchor of the
-average if learning rates vary, and the decay of both if weight decays vary. A round that only observes keeps the
-average's alone. While points are written, the centre's weights are held too, at a time when there are no gradients.
+formulas. Beyond the model and its running average, a round stores the start of the weights and the anchor of the
+average if learning rates vary, and the decay of both if weight decays vary. A round that only observes stores only the
+average's. While points are written, the centre's weights are stored too, at a time when there are no gradients.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Points:
     Create it before the round's first step. Averages are right at the round's end, for which their anchor is made.
 
     Args:
-        weights: returns the live weights, always the same tensors' worth: fp32 masters where there are any.
-        average: their running average, kept up to date by the caller; None where the round has none. In fp32 or more.
+        weights: returns the live weights, always the same tensors' worth: fp32 masters if there are any.
+        average: their running average, kept up to date by the caller; None if the round has none. In fp32 or more.
         group_of: [parameters] index of each one's parameter group.
         line: where members lie.
         plan: of the round.
-        rules: [groups] how a decay reaches the weights; None where no decay varies.
+        rules: [groups] how a decay reaches the weights; None if no decay varies.
         moves_weights: whether weights can be written too; an observer, whose training goes on from the centre, saves
             a start and a decay.
-        device: where the round's start and the held centre are kept; None for where the weights are.
+        device: of the stored start and centre; None for the weights' own.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Points:
 
     @torch.no_grad()
     def before_update(self, offset: int, rates: Sequence[float], decays: Sequence[float]) -> None:
-        """Takes in what the centre's weight decay does in the step that follows; nothing where no decay varies.
+        """Takes in what the centre's weight decay does in the step that follows; nothing if no decay varies.
 
         Args:
             offset: of the step in its round, from 0.
@@ -116,7 +116,7 @@ class Points:
                 average.copy_(value)
 
     def _values(self, point: Point, centre: Tensors | None, averaged: bool) -> Iterator[torch.Tensor]:
-        """One tensor at a time, in the precision that sums have."""
+        """One tensor at a time, in the precision of sums."""
         if averaged:
             assert self._average is not None, "this round has no averages"
             centre, anchors, decays = self._average, self._anchor, self._average_decay
@@ -137,7 +137,7 @@ class Points:
 
     @torch.no_grad()
     def _keep_start(self, kept: float) -> None:
-        """The weights at the round's start, and where the average would be at its end had they stayed there."""
+        """Stores the weights at the round's start, and the average at its end had they not moved."""
         weights = self._weights()
         if self._moves_weights:
             self._start = [self._kept(weight) for weight in weights]

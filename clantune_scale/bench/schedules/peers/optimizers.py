@@ -28,7 +28,7 @@ class Setup:
 
     Attributes:
         optimizer: one of torch's kind.
-        factor: on its learning rate in the step after so many; None where nothing is to be set from outside.
+        factor: on its learning rate in the step after so many; None if nothing is to be set from outside.
         evaluates: called before weights are evaluated.
     """
 

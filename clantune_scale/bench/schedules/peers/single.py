@@ -21,7 +21,7 @@ class SingleRun:
     """What came of a run.
 
     Attributes:
-        loss: on the test data; infinite where it is not a number.
+        loss: on the test data; infinite if it is not a number.
         num_trained: samples whose gradient was computed.
         rates: (step, learning rate in effect).
     """

@@ -179,7 +179,7 @@ class ClanPlanner:
         cooperative = phases(length, 0, keeps=True)
         if not self.can_explore:
             return RoundPlan(index, start_step, cooperative, evolves=False)
-        # One window for all these rounds, or the average would follow where they happen to end.
+        # One window for all these rounds, or the average would depend on the rounds' ends.
         window = max(1, round(self._options.final_window * (total - freeze)))
         is_last = start_step + length == total
         return RoundPlan(index, start_step, cooperative, uses_ema=True, ema_window_steps=window, evolves=is_last)

@@ -1,4 +1,4 @@
-"""The default: one centre for the clan, members spread around it, a parabola through their losses.
+"""The default: one centre for the clan, members perturbed around it, a parabola through their losses.
 
 The original clan-training proposal (``classic.py``) truncates, clones and mutates. Measurements led to this form:
 
