@@ -39,7 +39,7 @@ def test_survivors_of_a_death_inside_a_phase_go_on_as_a_resumed_run(tmp_path):
         3, jobs.train, str(tmp_path), jobs.block(tmp_path), 3, faults=[Fault(1, "forward", 7)], preload=jobs.PRELOAD
     )
     assert [rank.code for rank in ended] == [0, -9, 0], ended[0].text
-    assert [rank.num_lives for rank in ended] == [2, 1, 2]
+    assert [rank.num_starts for rank in ended] == [2, 1, 2]
     (lost,) = jobs.events(tmp_path, "member_lost")
     assert list(lost["members"]) == ["1"] and lost["left"] == [0, 2] and lost["generation"] == 1
     assert lost["step"] == 5 and lost["seconds"] > 0 and "member" in lost["reason"]
@@ -75,7 +75,7 @@ def test_who_serves_the_store_and_writes_the_record_may_die(tmp_path):
 def test_a_users_error_ends_its_member_and_no_other(tmp_path):
     ended = lived(tmp_path, Fault(1, "forward", 7, "raise"))
     assert [rank.code for rank in ended] == [0, 1, 0], ended[0].text
-    assert [rank.num_lives for rank in ended] == [2, 1, 2]
+    assert [rank.num_starts for rank in ended] == [2, 1, 2]
     assert "InjectedError: a fault that was asked for" in ended[1].text
 
 
@@ -112,7 +112,7 @@ def test_with_too_few_members_the_run_stops(tmp_path):
 @pytest.mark.slow
 def test_where_no_member_may_die_one_ends_the_run(tmp_path):
     ended = lived(tmp_path, Fault(1, "forward", 7), min_members=None)
-    assert [rank.code for rank in ended] == [1, -9, 1] and [rank.num_lives for rank in ended] == [1, 1, 1]
+    assert [rank.code for rank in ended] == [1, -9, 1] and [rank.num_starts for rank in ended] == [1, 1, 1]
     assert f"CLANTUNE_RESUME={tmp_path / 'run'}" in ended[0].text
 
 
@@ -139,7 +139,7 @@ def test_members_die_one_after_the_other(tmp_path):
     faults = [Fault(3, "forward", 7), Fault(0, "forward", 8, generation=1)]
     ended = lived(tmp_path, *faults, members=4)
     assert [rank.code for rank in ended] == [-9, 0, 0, -9], ended[1].text
-    assert [rank.num_lives for rank in ended] == [2, 3, 3, 1]
+    assert [rank.num_starts for rank in ended] == [2, 3, 3, 1]
     told = [event["left"] for event in jobs.events(tmp_path, "member_lost")]
     # The first was told after the round from which the second generation resumed: its event is behind that round.
     assert told[-1] == [1, 2]
