@@ -25,4 +25,4 @@ def test_ranks_meet_on_one_store():
 
 def test_the_command_says_what_it_measured(capsys):
     worlds.main(["--population", "4", "--pp", "2", "--samples", "3", "--arrivals", "0"])
-    assert "4 members x (dp 1 x pp 2 x tp 1) = 8 ranks: 3 sampled ranks right" in capsys.readouterr().out
+    assert "4 members x (dp 1 x pp 2 x tp 1) = 8 ranks: 3 sampled ranks passed" in capsys.readouterr().out
