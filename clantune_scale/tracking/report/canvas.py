@@ -128,11 +128,7 @@ def members(axes: Axes, run: Run, values: np.ndarray, *, holds: bool = False, jo
         holds: whether a value holds for its whole round (a gene), or was read at its end (a loss).
         joined: whether lines join the marks, where there are marks.
     """
-    points = (
-        (lambda replica_group: held(run, replica_group))
-        if holds
-        else (lambda replica_group: (run.end_steps, replica_group))
-    )
+    points = (lambda column: held(run, column)) if holds else (lambda column: (run.end_steps, column))
     if run.num_members <= thin.MAX_LINES:
         for member in range(run.num_members):
             x, y = thin.thin_line(*points(values[:, member]))
