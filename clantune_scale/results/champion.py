@@ -124,6 +124,8 @@ def save(run: MeasuredRun, folder: Path | None = None) -> Path:
     folder = folder or run.run_dir / f"champion-step-{view.phases.position.step:08d}"
     part = folder.with_name(f".{folder.name}.partial")
     forms = view.config.checkpoint.champion or ["safetensors"]
+    if view.has_one_state:
+        member = 0
     write_weights(view, run.weights(member, averaged=run.measurement.has_averages), part, forms)
     if view.member == member and view.world.at.member_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)

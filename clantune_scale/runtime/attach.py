@@ -24,6 +24,8 @@ from clantune_scale.results.champion_formats import check_forms
 from clantune_scale.runtime.clan import Clan
 from clantune_scale.runtime.engine_protocol import Backend
 from clantune_scale.runtime.genome_application import Setter, bind_genes
+from clantune_scale.runtime.line.members import TrainStep
+from clantune_scale.runtime.line.refusals import require_line
 from clantune_scale.runtime.validation_window import Evaluate
 
 AnyClan = TypeVar("AnyClan", bound=Clan)
@@ -63,6 +65,7 @@ def attach_to(
     collate_fn: Callable[[list], Any] | None = None,
     total_steps: int | None = None,
     num_samples: int | None = None,
+    train_step: TrainStep | None = None,
 ) -> AnyClan:
     """Hooks a clan onto a member's engine, with a window on ``eval_data`` as the block's ``fitness`` says.
 
@@ -78,14 +81,16 @@ def attach_to(
         collate_fn: joins validation samples to a batch; torch's default where None.
         total_steps: optimizer steps of the whole run, where the block does not say.
         num_samples: of the training data, for the default genes; None where nobody knows.
+        train_step: does one optimizer step, for members on the line; None if the loop takes its steps from the clan.
 
     Raises:
         ConfigError: if the genes, the data or the engine cannot be used.
         TopologyError: if ranks do not form the clan.
     """
+    is_line = block.members == "line"
     if batch is None:
         batch = BatchPlan.of_members(
-            block.population_size,
+            1 if is_line else block.population_size,
             micro_batch=backend.micro_batch_size,
             accumulation=backend.accumulation,
             dp_size=backend.dp_size,
@@ -99,6 +104,8 @@ def attach_to(
         num_steps=expected_steps(total_steps, block.round_length),
     )
     genes, strategy = _rules(block, backend, setters or {}, total_steps=total_steps, is_once=is_once)
+    if is_line:
+        require_line(block, strategy, genes, backend, setters=setters or {})
     clan = kind(
         world=world,
         backend=backend,
@@ -109,6 +116,7 @@ def attach_to(
         window=make_window(backend, block.fitness, eval_data, collate_fn=collate_fn),
         evaluate=evaluate,
         setters=setters,
+        train_step=train_step,
     )
     clan.start()
     return clan
@@ -117,8 +125,9 @@ def attach_to(
 def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None:
     """Refuses, on all ranks, an engine that does not fit the clan or its config."""
     world.arrange(pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank))
-    check_world(world, backend.device)
-    check_parameters(world, backend)
+    if block.members == "groups":
+        check_world(world, backend.device)
+        check_parameters(world, backend)
     check_forms(block.checkpoint.champion, backend.engine, backend)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from clantune_scale.core.line import DecayRule
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.transfer import MemberState
 
@@ -115,6 +116,18 @@ class UpdateHooks(Protocol):
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
         """Shows each training forward's arguments and each loss that goes backward."""
 
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        """The context of one micro-batch's forward and backward in :meth:`clan.steps`.
+
+        Gradients cross ranks in a step's last one only.
+        """
+
+    def clear_gradients(self) -> None:
+        """Drops gradients that a loop has not zeroed yet, before a step that the loop does not know of."""
+
+    def show_norm(self, probe: GradientProbe) -> None:
+        """Shows ``probe`` the gradient norm before clipping, in the steps in which it is active."""
+
     def detach(self) -> None:
         """Takes every hook off the engine again."""
 
@@ -189,6 +202,12 @@ class EngineState(Protocol):
 
     def masters(self) -> list[torch.Tensor]:
         """This rank's live fp32 weights: what the optimizer updates."""
+
+    def groups_of_masters(self) -> list[int]:
+        """[masters] the index of each one's parameter group."""
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""
 
     def refresh(self) -> None:
         """Brings the weights that the model computes with up to date with the masters (member collective)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
+
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.runtime.engine_protocol import MeasuredEngine
@@ -68,9 +70,16 @@ class Measurement:
 
     def on(self, window: ValidationWindow) -> Fitness:
         """The clan's losses on a window, with the present weights; all ranks of the clan call it."""
+        return Fitness.from_losses(self._replica_group.gather(self.losses(window)))
+
+    def losses(self, window: ValidationWindow | None = None) -> np.ndarray:
+        """[batches] of the present weights, on this rank's member only; a collective of that member.
+
+        Args:
+            window: the one that selection sees if None.
+        """
         with self._phases.suspended():
-            losses = window.losses(self._backend, self._evaluate)
-        return Fitness.from_losses(self._replica_group.gather(losses))
+            return (window or self._window).losses(self._backend, self._evaluate)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

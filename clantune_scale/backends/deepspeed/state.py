@@ -55,6 +55,17 @@ def masters(engine: Any) -> list[torch.Tensor]:
     return _MASTERS[kind](engine.optimizer)
 
 
+def groups_of_masters(engine: Any) -> list[int]:
+    """[masters] the index of each one's parameter group."""
+    kind, inner = optimizer_kind(engine), engine.basic_optimizer
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        return [int(engine.optimizer.sub_group_to_group_id[place]) for place in range(len(masters(engine)))]
+    if kind in ("plain", "FP16_UnfusedOptimizer"):
+        trained = [[p for p in group["params"] if p.requires_grad] for group in inner.param_groups]
+        return [index for index, group in enumerate(trained) for _ in group]
+    return list(range(len(masters(engine))))
+
+
 @torch.no_grad()
 def gradient_norm(engine: Any) -> float:
     """The member's gradient norm if the user's optimizer updates the parameters directly. Shared parts count once.

@@ -25,11 +25,6 @@ class MegatronClan(Clan):
     backend: MegatronBackend
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps that are done, skipped ones among them."""
-        return self.backend.num_steps
-
-    @property
     def num_microbatches(self) -> int:
         """Micro-batches of the next step, to pass to Megatron's schedule."""
         return self.backend.accumulation

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
 from clantune_scale.config.default_genes import update_rule
+from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError, EvaluationError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
@@ -22,6 +23,7 @@ from clantune_scale.gradients.hooks import evaluation_mode, replace_method
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.engine_protocol import GradientGroups
+from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
 
@@ -88,6 +90,19 @@ class LoopBackend(ABC):
 
     def masters(self) -> list[torch.Tensor]:
         return [state.local(parameter) for _, parameter in self._trained]
+
+    def groups_of_masters(self) -> list[int]:
+        places = {id(p): index for index, group in enumerate(self.param_groups()) for p in group["params"]}
+        return [places[id(parameter)] for _, parameter in self._trained]
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        return [decay_rule(self._optimizer, group) for group in self.param_groups()]
+
+    def clear_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def show_norm(self, probe: GradientProbe) -> None:
+        self._probe = probe
 
     def refresh(self) -> None:  # noqa: B027 - the default
         """Does nothing: the model computes with the masters."""
@@ -263,7 +278,7 @@ class LoopBackend(ABC):
         """Weights and persistent buffers in host memory on the member's first rank, gathered one by one."""
         wanted = {_plain_name(name) for name in self.module.state_dict()}
         buffers = [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
-        is_first = dist.get_rank() == 0
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
         weights: dict[str, torch.Tensor] = {}
         for name, tensor in self._trained + self._frozen + [(n, b) for n, b in buffers if n in wanted]:
             with torch.no_grad():
