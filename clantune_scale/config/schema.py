@@ -197,6 +197,11 @@ class FaultsConfig(Block):
 class LineConfig(Block):
     """Members on the line: one model from which every member's weights are computed."""
 
+    go_on_from: Literal["fittest", "centre"] = "fittest"
+    """Where training goes on after a round: `fittest` (the weights are moved to the best point), or `centre` (weights
+    are never written but to measure them, and one array less is stored; an optimizer whose state holds a copy of the
+    weights, as schedule-free ones do, has it so in any case)."""
+
     store: Literal["device", "host"] = "device"
     """Where the arrays of a round lie: `device` (beside the weights), or `host` (copied over at the round's end)."""
 

@@ -19,7 +19,9 @@ from clantune_scale.transfer.state import local
 
 @torch.no_grad()
 def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """[] float32, or float64 if any gradient is: the 2-norm of all gradients, equal on every rank of the member (a member collective).
+    """[] the 2-norm of all gradients, equal on every rank of the member (a member collective).
+
+    It is float32, or float64 if any gradient is.
 
     Args:
         parameters: the same on every rank of the member, in the same order.

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,8 +42,7 @@ class MeasuredRun:
 
     def weights(self, member: int, *, averaged: bool) -> ChampionWeights:
         """A member's weights, to be written."""
-        in_place: AbstractContextManager[Any] = self.measurement.averaged_weights() if averaged else nullcontext()
-        return ChampionWeights(member, averaged, in_place, self.run_dir)
+        return ChampionWeights(member, averaged, self.measurement.weights(averaged=averaged), self.run_dir)
 
 
 def choose(run: MeasuredRun) -> Summary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +197,7 @@ class BuiltClan:
         asked = num_samples or len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
         window = make_window(self.backend, self.config.fitness, dataset, num_samples=asked, collate_fn=collate_fn)
         is_averaged = self._summary is not None and self._summary.averaged
-        with self.measurement.averaged_weights() if is_averaged else nullcontext():
+        with self.measurement.weights(averaged=is_averaged):
             losses: list[float] = self.measurement.on(window).mean.tolist()
         # On the line all members have one state.
         return losses * (self.config.population_size // len(losses))

@@ -153,6 +153,7 @@ class Clan(BuiltClan):
         if progress.phase_snapshot is not None:
             progress.phase_snapshot.restore(self.state())
             progress.phase_snapshot = None
+        trained = self.members.trained(measured.genomes, plan)
         decision = decide(self.strategy, measured, self.fitness, plan, self.world.replica_group)
         if decision.rolls_back and progress.rollback_snapshot is not None:
             progress.rollback_snapshot.restore(self.state())
@@ -167,6 +168,7 @@ class Clan(BuiltClan):
             measured,
             decision,
             diagnostics,
+            trained=trained,
             seconds=self._clock.empty(),
             complaints=self._batches.compare(),
             scheduled_lr=self.expression.scheduled_rate,

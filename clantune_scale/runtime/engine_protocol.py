@@ -203,6 +203,16 @@ class EngineState(Protocol):
     def masters(self) -> list[torch.Tensor]:
         """This rank's live fp32 weights: what the optimizer updates."""
 
+    @property
+    def moves_with_weights(self) -> bool:
+        """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights that the optimizer wants to be evaluated and saved.
+
+        They are others than those that train for optimizers with an evaluation mode (schedule-free ones).
+        """
+
     def groups_of_masters(self) -> list[int]:
         """[masters] the index of each one's parameter group."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class Measurement:
         Args:
             averaged: whether to measure the averaged weights, if the strategy uses them.
         """
-        with self.averaged_weights() if averaged else nullcontext():
+        with self.weights(averaged=averaged):
             return self.on(self._window)
 
     def on(self, window: ValidationWindow) -> Fitness:
@@ -80,6 +80,10 @@ class Measurement:
         """
         with self._phases.suspended():
             return (window or self._window).losses(self._backend, self._evaluate)
+
+    def weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Inside, the model computes with its averaged weights, or with those that its optimizer wants evaluated."""
+        return self.averaged_weights() if averaged and self.ema is not None else self._backend.inference_weights()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import torch
 
 from clantune_scale.core.consensus import values_in_effect
 from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data.watch import LossMeter
@@ -118,6 +119,9 @@ class Members(Protocol):
     def go_on(self, decision: Decision, plan: RoundPlan) -> None:
         """Gives each member the state that the decision gives it. If it rolls back, the clan has done so already."""
 
+    def trained(self, genomes: tuple[Genome, ...], plan: RoundPlan) -> tuple[Genome, ...]:
+        """[members] the genome that each one's state was trained with, for the lineage; called before :meth:`go_on`."""
+
     def abort_phase(self) -> bool:
         """Goes back to the phase's start if the phase cannot be saved half done; returns whether it did."""
 
@@ -197,6 +201,9 @@ class InGroups:
         self._transfers.run(self._parts.state(), decision.donors, round_index=plan.index)
         if decision.mixing_weights is not None:
             self._transfers.average(self._parts.state(), decision.mixing_weights, round_index=plan.index)
+
+    def trained(self, genomes: tuple[Genome, ...], plan: RoundPlan) -> tuple[Genome, ...]:
+        return genomes
 
     def abort_phase(self) -> bool:
         return False

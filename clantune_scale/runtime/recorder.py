@@ -19,6 +19,7 @@ import torch
 from clantune_scale.checkpoint.manifest import FOLDER, committed
 from clantune_scale.checkpoint.opening import VARIABLE, Opening
 from clantune_scale.core.consensus import consensus
+from clantune_scale.core.genome import Genome
 from clantune_scale.core.lineage import RoundRecord
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
@@ -205,6 +206,7 @@ class Recorder:
         decision: Decision,
         diagnostics: Diagnostics,
         *,
+        trained: tuple[Genome, ...],
         seconds: Mapping[str, float],
         complaints: Sequence[str],
         scheduled_lr: float | None,
@@ -216,13 +218,14 @@ class Recorder:
             measured: the population of the round.
             decision: from which the next population follows.
             diagnostics: of the round.
+            trained: [members] the genomes that their states were trained with.
             seconds: by part of the round (kinds of phase, evaluation, transfer), wall-clock time.
             complaints: warnings about the data that members saw.
             scheduled_lr: the learning rate of the user's schedule, if there is one.
         """
         view, progress = self._view, self._progress
         progress.num_samples += sum(_samples_of(view, phase, measured) for phase in plan.phases)
-        progress.lineage.append(RoundRecord.of(plan, measured.genomes, progress.fitness, decision))
+        progress.lineage.append(RoundRecord.of(plan, trained, progress.fitness, decision))
         for complaint in complaints:
             self.tracking.emit("warning", plan.end_step, message=complaint)
         self.tracking.emit(

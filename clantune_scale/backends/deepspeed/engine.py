@@ -129,6 +129,11 @@ class DeepSpeedBackend:
     def masters(self) -> list[torch.Tensor]:
         return training_state.masters(self.engine)
 
+    moves_with_weights = True
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def groups_of_masters(self) -> list[int]:
         return training_state.groups_of_masters(self.engine)
 

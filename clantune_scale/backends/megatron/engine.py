@@ -107,6 +107,11 @@ class MegatronBackend:
     def masters(self) -> list[torch.Tensor]:
         return [master.detach() for master in state.masters(self._optimizer)]
 
+    moves_with_weights = True
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def groups_of_masters(self) -> list[int]:
         return [index for index, group in enumerate(self.param_groups()) for _ in group["params"]]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.genome import Genome
 from clantune_scale.core.line import Line, obstacle, successor
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies import Decision
@@ -47,6 +48,8 @@ class OnTheLine:
         self._size = parts.view.config.population_size
         self._line: Line | None = None
         self._points: Points | None = None
+        self._moves = parts.view.config.line.go_on_from == "fittest" and self._backend.moves_with_weights
+        self._decays_of: int | None = None
         self.turns: Turns | None = None
         # Between a round's end and the decision.
         self._ended_points: Points | None = None
@@ -76,7 +79,9 @@ class OnTheLine:
     def updating(self) -> Iterator[None]:
         position = self._parts.view.phases.position
         with self._parts.expression.during_update(self._parts.lr_factor()):
-            if self._points is not None and self._points.sums_decays:
+            # Once in a step, which several optimizers may make together.
+            if self._points is not None and self._points.sums_decays and self._decays_of != position.step:
+                self._decays_of = position.step
                 groups = self._backend.param_groups()
                 self._points.before_update(
                     position.step - position.plan.start_step,
@@ -120,12 +125,13 @@ class OnTheLine:
     def fitness(self, *, averaged: bool) -> Fitness:
         if self.turns is not None:
             turns = self.turns
-            return Fitness.from_losses([turns.ended[turns.contestant_of(m)].losses for m in range(self._size)])
+            ended = [turns.ended[turns.contestant_of(member)].losses for member in range(self._size)]
+            return Fitness.from_losses(np.stack(ended))
         measurement = self._parts.measurement
         if self._points is None:
-            with measurement.averaged_weights() if averaged else nullcontext():
-                return Fitness.from_losses([measurement.losses()] * self._size)
-        return Fitness.from_losses(self._losses_at_points(self._points, averaged))
+            with measurement.weights(averaged=averaged):
+                return Fitness.from_losses(np.stack([measurement.losses()] * self._size))
+        return Fitness.from_losses(np.stack(self._losses_at_points(self._points, averaged)))
 
     def take_turns(self) -> Iterator[list[Any]]:
         """Ends the first turn and goes through the others: yields each step's micro-batches, to be trained on.
@@ -204,12 +210,18 @@ class OnTheLine:
                 "members are to go on from different states, and one model has one. "
                 'Choose a strategy that gives all members one state ("clan"), or set members to "groups".'
             )
-        if points is not None:
+        if points is not None and self._moves:
             assert line is not None
             points.go_on_from(line.mixed(weights))
             self._backend.refresh()
         elif turns is not None:
             self._go_on_from_turn(turns, weights)
+
+    def trained(self, genomes: tuple[Genome, ...], plan: RoundPlan) -> tuple[Genome, ...]:
+        if self._moves or self._line is None or plan.phases[-1].kind is PhaseKind.COMPETITIVE:
+            return genomes
+        centre = self._line.centre
+        return tuple(Genome({**own.values, **centre}, own.step_sizes) for own in genomes)
 
     def abort_phase(self) -> bool:
         """A phase of turns is not saved half done: its start is put back, and with it the place in the data."""
@@ -243,6 +255,7 @@ class OnTheLine:
             line=self._line,
             plan=plan,
             rules=rules,
+            moves_weights=self._moves,
             device=torch.device("cpu") if parts.view.config.line.store == "host" else None,
         )
 
@@ -283,7 +296,7 @@ class OnTheLine:
         if is_whole:  # the run's own meter counts from the round's start
             training = (training[0] - turns.losses_before[0], training[1] - turns.losses_before[1])
         plan = parts.view.phases.clock.at(turns.start_step).plan
-        with parts.measurement.averaged_weights() if plan.uses_ema else nullcontext():
+        with parts.measurement.weights(averaged=plan.uses_ema):
             losses = parts.measurement.losses()
         rate = parts.expression.learning_rate(parts.view.strategy.lr_factor(plan.end_step - 1))
         turns.end_turn(losses, parts.state, self._backend, training, rate)

@@ -107,7 +107,9 @@ def twin(name: str, *genes: Gene, num_steps: int, module=network, **options):
 @pytest.mark.parametrize("genes", [(LR,), (LR, DECAY)], ids=["rate", "rate and decay"])
 def test_a_run_without_a_process_group_equals_the_reference_twin(genes, store, tmp_path):
     names = {gene.name: {"max_change": gene.max_change} for gene in genes}
-    run = Run(tmp_path, genes=names, total_steps=120, strategy={"name": "clan", "options": TRIAL}, line={"store": store})
+    run = Run(
+        tmp_path, genes=names, total_steps=120, strategy={"name": "clan", "options": TRIAL}, line={"store": store}
+    )
     run.train(60)
     reference = twin("clan", *run.clan.genes, num_steps=60, total=120, **TRIAL)
     kinds = {phase.kind for record in reference.lineage for phase in record.phases}
