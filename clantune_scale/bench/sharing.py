@@ -1,4 +1,4 @@
-"""What a clan costs a step: a step of plain data parallelism against those of clans in groups and on the line, in turns.
+"""What a clan costs a step: plain data parallelism against clans in groups and on the line, in turns.
 
 ``python -m clantune_scale.bench.sharing`` starts three sets of as many ranks over gloo: plain DeepSpeed on all of
 them, a clan of two members in groups, and a clan on the line. Each pair of measurements takes some steps of plain data
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from clantune_scale.config.schema import ClanConfig, StrategyConfig, TrackingCon
 
 KINDS = ("flat", "cooperative", "competitive", "line")
 MICRO_BATCH = 8
+Form = Literal["groups", "line"]
 
 
 class Blocks(nn.Module):
@@ -81,7 +82,7 @@ class SharingRank:
         members: in groups or on the line.
     """
 
-    def __init__(self, setting: SharingSetting, stage: int, directory: str | None, members: str = "groups") -> None:
+    def __init__(self, setting: SharingSetting, stage: int, directory: str | None, members: Form = "groups") -> None:
         import clantune_scale
 
         torch.manual_seed(0)
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _ds_config(setting: SharingSetting, stage: int, directory: str | None, members: str) -> dict[str, Any]:
+def _ds_config(setting: SharingSetting, stage: int, directory: str | None, members: Form) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": 1.0,

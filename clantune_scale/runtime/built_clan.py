@@ -103,7 +103,6 @@ class BuiltClan:
             self.view, self.progress, self.expression, self.measurement, self._probe, lambda: self.state()
         )
         self.members: Members = OnTheLine(parts, train_step) if is_line else InGroups(parts, self.transfers)
-        self._is_driven = not is_line
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False

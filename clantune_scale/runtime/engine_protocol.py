@@ -122,6 +122,10 @@ class UpdateHooks(Protocol):
         Gradients cross ranks in a step's last one only.
         """
 
+    @property
+    def own_step(self) -> Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object] | None:
+        """One optimizer step on the (args, kwargs) of forward passes, as the loop does it; None if it is not known."""
+
     def clear_gradients(self) -> None:
         """Drops gradients that a loop has not zeroed yet, before a step that the loop does not know of."""
 

@@ -232,9 +232,6 @@ def attach_engine(
         )
     examples = require_examples(arguments.get("eval_data"), function)
     backend = PipelineBackend(engine) if _is_pipeline(engine.module) else DeepSpeedBackend(engine)
-    train_step = arguments.get("train_step")
-    if isinstance(backend, PipelineBackend):
-        train_step = train_step or backend.train_step
     clan = engine.clan = attach_to(
         backend,
         EngineClan,
@@ -246,7 +243,7 @@ def attach_engine(
         collate_fn=arguments.get("collate_fn"),
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
-        train_step=train_step,
+        train_step=arguments.get("train_step"),
     )
     return clan
 

@@ -140,6 +140,9 @@ class MegatronBackend:
         """Nothing: Megatron's schedule runs all micro-batches of a step in one call."""
         return nullcontext()
 
+    # The number of micro-batches, the schedule's arguments and the scheduler's increment are the loop's.
+    own_step = None
+
     def clear_gradients(self) -> None:
         self.engine.zero_grad_buffer()
         self._optimizer.zero_grad()
