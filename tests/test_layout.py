@@ -139,3 +139,10 @@ def test_a_config_does_not_climb_to_what_uses_it():
         if module.startswith("clantune_scale.config"):
             up = [t for t in targets if not t.startswith(("clantune_scale.config", "clantune_scale.core"))]
             assert set(up) <= {"clantune_scale.errors"}, f"{module} imports {up}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "config").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_a_config_talks_to_no_other_process(path):
+    assert not _imports(path) & {"torch"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from clantune_scale.config.schema import ClanConfig, GeneConfig
 
@@ -64,50 +64,3 @@ def update_rule(optimizer: Any) -> str:
     if is_decoupled is None:
         is_decoupled = any(ADAMW in kind for kind in kinds)
     return ADAMW if is_decoupled else kinds[0].replace(ADAMW, "adam")
-
-
-class OptimizedEngine(Protocol):
-    """What default genes depend on in a member's engine.
-
-    Attributes:
-        device: of the parameters, a ``torch.device``.
-        pp_size: pipeline stages of the member.
-    """
-
-    @property
-    def device(self) -> Any: ...
-
-    @property
-    def pp_size(self) -> int: ...
-
-    def update_rule(self) -> str:
-        """How the optimizer updates, by :func:`update_rule`."""
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-
-
-def genes_for(config: ClanConfig, backend: OptimizedEngine, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
-    """The genes of a run with this block on a member's engine, the same on all its ranks."""
-    rule, decays = optimizer_facts(backend)
-    return genes_of(config, sees_samples_once=sees_samples_once, optimizer=rule, weight_decays=decays)
-
-
-def optimizer_facts(backend: OptimizedEngine) -> tuple[str, list[float]]:
-    """(update rule, weight decays) of a member's optimizer, the same on all its ranks.
-
-    Pipeline stages hold groups of their own, one of them perhaps none with a decay, and all ranks of a member must
-    bind the same genes: they agree on the largest decay, and on AdamW if none of them has another rule.
-    """
-    rule = backend.update_rule()
-    decays = [float(group.get("weight_decay", 0.0)) for group in backend.param_groups()]
-    if backend.pp_size == 1:
-        return rule, decays
-    import torch
-    import torch.distributed as dist
-
-    everyone = torch.tensor([max(decays, default=0.0), float(rule not in (ADAMW, ""))], dtype=torch.float64)
-    everyone = everyone.to(backend.device)
-    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
-    largest, is_other = everyone.tolist()
-    return "mixed" if is_other else ADAMW, [largest]

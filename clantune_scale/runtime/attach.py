@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from clantune_scale.config.batch import BatchPlan
-from clantune_scale.config.default_genes import genes_for
+from clantune_scale.config.default_genes import ADAMW, genes_of
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import expected_steps, sees_samples_once
@@ -22,7 +24,7 @@ from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
 from clantune_scale.results.champion_formats import check_forms
 from clantune_scale.runtime.clan import Clan
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import Backend, TunedEngine
 from clantune_scale.runtime.genome_application import Setter, bind_genes
 from clantune_scale.runtime.validation_window import Evaluate
 
@@ -139,7 +141,26 @@ def _rules(
         total_steps: optimizer steps of the whole run, or None.
         is_once: whether no sample is seen twice, which default genes depend on.
     """
-    configs = genes_for(block, backend, sees_samples_once=is_once)
+    rule, decays = optimizer_facts(backend)
+    configs = genes_of(block, sees_samples_once=is_once, optimizer=rule, weight_decays=decays)
     genes = bind_genes(configs, backend, setters, quiet=configs.keys() - block.genes.keys())
     facts = block.facts(genes, total_steps=total_steps, sees_samples_once=is_once)
     return genes, build(block.strategy.name, facts, block.strategy.options)
+
+
+def optimizer_facts(backend: TunedEngine) -> tuple[str, list[float]]:
+    """(update rule, weight decays) of a member's optimizer, the same on all its ranks (a member collective).
+
+    Each pipeline stage has parameter groups of its own, and a stage may have none with a decay. All ranks of a member
+    must bind the same genes. So they agree on the largest decay, and on AdamW if no stage has another rule.
+    """
+    rule = backend.update_rule()
+    decays = [float(group.get("weight_decay", 0.0)) for group in backend.param_groups()]
+    if backend.pp_size == 1:
+        return rule, decays
+    everyone = torch.tensor(
+        [max(decays, default=0.0), float(rule not in (ADAMW, ""))], dtype=torch.float64, device=backend.device
+    )
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+    largest, is_other = everyone.tolist()
+    return "mixed" if is_other else ADAMW, [largest]

@@ -148,8 +148,8 @@ def _scheduled() -> dict[str, Any]:
     """A member with Megatron's schedule and its calculator, driven by hand."""
     from megatron.core import num_microbatches_calculator as calculator
 
-    from clantune_scale.config.default_genes import optimizer_facts
     from clantune_scale.config.schema import GeneConfig
+    from clantune_scale.runtime.attach import optimizer_facts
     from clantune_scale.runtime.genome_application import Expression, bind_genes
     from tests import megatron_shim
 
