@@ -9,9 +9,11 @@ them. The table of rounds and the lines of steps are not messages: they go to st
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.extras import is_installed, missing
 from clantune_scale.errors import (
     CheckpointError,
     ClanError,
@@ -70,12 +72,25 @@ _LAZY = {
     "join": "clantune_scale.distributed.join",
     "load_config": "clantune_scale.config.deepspeed_file",
 }
+# What an extra's package is needed for. Without it the name can still be imported, also by ``import *``.
+_NEEDS = {"attach_megatron": "megatron.core", "initialize": "deepspeed"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEEDS and not is_installed(_NEEDS[name]):
+        return _refusal(name)
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    """Stands for a function whose engine is not installed: calling it raises the error that names the extra."""
+
+    def refuse(*_args: Any, **_keywords: Any) -> Any:
+        raise missing(_NEEDS[name], needed_by=f"clantune_scale.{name}()")
+
+    return refuse
 
 
 def __dir__() -> list[str]:
