@@ -29,11 +29,11 @@ from clantune_scale.errors import (
 
 if TYPE_CHECKING:
     from clantune_scale.backends.deepspeed.attach import initialize
+    from clantune_scale.backends.join import join
     from clantune_scale.backends.megatron.attach import attach_megatron
     from clantune_scale.backends.torch.attach import attach
     from clantune_scale.config.deepspeed_file import load_config
     from clantune_scale.core.schedule import ClanSchedule
-    from clantune_scale.distributed.join import join
     from clantune_scale.results.replay import ClanScheduleLR
     from clantune_scale.runtime.recorder import Summary
 
@@ -69,7 +69,7 @@ _LAZY = {
     "attach": "clantune_scale.backends.torch.attach",
     "attach_megatron": "clantune_scale.backends.megatron.attach",
     "initialize": "clantune_scale.backends.deepspeed.attach",
-    "join": "clantune_scale.distributed.join",
+    "join": "clantune_scale.backends.join",
     "load_config": "clantune_scale.config.deepspeed_file",
 }
 # What an extra's package is needed for. Without it the name can still be imported, also by ``import *``.

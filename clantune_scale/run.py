@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require("deepspeed", needed_by="clantune_scale.run")
     _, block = extract(load_ds_config(_config_path(options.arguments)))
     if block is not None and block.enabled:
-        from clantune_scale.distributed.join import join
+        from clantune_scale.backends.join import join
 
         join(block)
     # The launcher's --local_rank comes before the script's own arguments.

@@ -18,7 +18,6 @@ from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import expected_steps, sees_samples_once
 from clantune_scale.core.strategies import Strategy, build
-from clantune_scale.data.loaders import make_window
 from clantune_scale.distributed.self_check import check_parameters, check_world
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
@@ -26,6 +25,7 @@ from clantune_scale.results.champion_formats import check_forms
 from clantune_scale.runtime.clan import Clan
 from clantune_scale.runtime.engine_protocol import Backend, TunedEngine
 from clantune_scale.runtime.genome_application import Setter, bind_genes
+from clantune_scale.runtime.loaders import make_window
 from clantune_scale.runtime.validation_window import Evaluate
 
 AnyClan = TypeVar("AnyClan", bound=Clan)
@@ -120,7 +120,7 @@ def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None
     """Refuses, on all ranks, an engine that does not fit the clan or its config."""
     world.arrange(pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank))
     check_world(world, backend.device)
-    check_parameters(world, backend)
+    check_parameters(world, backend.module)
     check_forms(block.checkpoint.champion, backend.engine, backend)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from clantune_scale.checkpoint.manifest import FOLDER, committed
 from clantune_scale.checkpoint.opening import VARIABLE, Opening
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.lineage import RoundRecord
@@ -26,6 +25,7 @@ from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.tracking import KILLED, Tracking
 from clantune_scale.tracking.events import SCHEMA, cut_events, to_plain
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 from clantune_scale.tracking.uri import redact_command
 
 _VERSIONS = ("clantune-scale", "torch", "deepspeed", "mlflow", "numpy", "scipy")
@@ -157,8 +157,8 @@ class Recorder:
         """
         if not self._view.world.is_clan_leader:
             return
-        rounds = self.run_dir / FOLDER
-        known = committed(rounds)
+        rounds = self.run_dir / ROUNDS
+        known = committed_rounds(rounds)
         where = rounds / known[0] if known else None
         if round_name is None:
             self.warn("the state at the end could not be committed")

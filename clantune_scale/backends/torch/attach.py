@@ -11,12 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from clantune_scale.backends.join import join
 from clantune_scale.backends.torch.ddp import DDPBackend
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp import FSDPBackend, data_parallel_size
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, clipping_of, split_batch, with_arguments
-from clantune_scale.config.deepspeed_file import load_config
-from clantune_scale.distributed.join import join, require_block
+from clantune_scale.config.deepspeed_file import load_config, require_block
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.arguments import LoopArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples

@@ -18,10 +18,9 @@ from clantune_scale.config.default_genes import update_rule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError, EvaluationError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
-from clantune_scale.gradients.hooks import evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode, replace_method
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
 

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from clantune_scale.errors import ConfigError
+from clantune_scale.gradients.clip import local
 from clantune_scale.transfer import MemberState
-from clantune_scale.transfer.state import Piece, grow_optimizer, local, merged, plain
+from clantune_scale.transfer.state import Piece, grow_optimizer, merged, plain
 
 Named = Sequence[tuple[str, torch.Tensor]]
 
