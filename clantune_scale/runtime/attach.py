@@ -74,24 +74,18 @@ def attach_to(
         world: from joining.
         block: for the members that are present.
         eval_data: map-style dataset on which selection compares members.
-        batch: how the clan's batch is divided; the engine's own on every member where None.
+        batch: how the clan's batch is divided; the engine's own on every member if None.
         evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
         setters: by target, for genes that the user registers.
-        collate_fn: joins validation samples to a batch; torch's default where None.
-        total_steps: optimizer steps of the whole run, where the block does not say.
-        num_samples: of the training data, for the default genes; None where nobody knows.
+        collate_fn: joins validation samples to a batch; torch's default if None.
+        total_steps: optimizer steps of the whole run, if the block does not say.
+        num_samples: of the training data, for the default genes; None if it is not known.
 
     Raises:
         ConfigError: if the genes, the data or the engine cannot be used.
         TopologyError: if ranks do not form the clan.
     """
-    if batch is None:
-        batch = BatchPlan.of_members(
-            block.population_size,
-            micro_batch=backend.micro_batch_size,
-            accumulation=backend.accumulation,
-            dp_size=backend.dp_size,
-        )
+    batch = batch or _own_batch(backend, block.population_size)
     total_steps = block.total_steps or total_steps
     _check_engine(world, backend, block)
     is_once = sees_samples_once(
@@ -114,6 +108,16 @@ def attach_to(
     )
     clan.start()
     return clan
+
+
+def _own_batch(backend: Backend, population_size: int) -> BatchPlan:
+    """The clan's batch if every member trains on the batch that its engine was made with."""
+    return BatchPlan.of_members(
+        population_size,
+        micro_batch=backend.micro_batch_size,
+        accumulation=backend.accumulation,
+        dp_size=backend.dp_size,
+    )
 
 
 def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None:

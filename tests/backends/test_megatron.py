@@ -194,17 +194,22 @@ def _scheduled() -> dict[str, Any]:
         _step(model, optimizer, [_windows(0, 4)])
     except ClanError as error:
         found["forgotten"] = str(error)
-    state = backend.state()
-    saved = state.scalars["schedule"]
-    scheduler.num_steps = 20
-    state.load_scalars({"optimizer": state.scalars["optimizer"], "schedule": saved})
-    found["schedule"] = (scheduler.num_steps, optimizer.param_groups[0]["lr"] == scheduler.get_lr({}))
+    found["schedule"] = _loaded_again(backend, optimizer, scheduler)
     backend.detach()
     expression.restore()
     found["restored"] = (
         [layer.hidden_dropout for layer in model.module.decoder.layers], backend.clip, backend.accumulation,
     )  # fmt: skip
     return found
+
+
+def _loaded_again(backend: Any, optimizer: Any, scheduler: Any) -> tuple[int, bool]:
+    """The schedule's step after its state was loaded, and whether the optimizer has the rate of that step."""
+    state = backend.state()
+    saved = state.scalars["schedule"]
+    scheduler.num_steps = 20
+    state.load_scalars({"optimizer": state.scalars["optimizer"], "schedule": saved})
+    return scheduler.num_steps, optimizer.param_groups[0]["lr"] == scheduler.get_lr({})
 
 
 def test_genes_go_after_the_schedule_and_keep_each_groups_share():

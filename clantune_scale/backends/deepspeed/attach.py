@@ -18,7 +18,7 @@ from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.data.sampler import require_samples
+from clantune_scale.data.sampler import ClanDataLoader, require_samples
 from clantune_scale.distributed import world
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ConfigError, TopologyError
@@ -84,15 +84,19 @@ def initialize(
         "collate_fn": collate_fn,
         "mesh_param": mesh_param,
     }
-    given = config if config is not None else config_params
-    given = given if given is not None else getattr(args, "deepspeed_config", None)
-    if given is None:
-        raise ConfigError("there is no DeepSpeed config. Pass config=..., or --deepspeed_config FILE to the script.")
-    ds_config, block = extract(load_ds_config(given))
+    ds_config, block = extract(load_ds_config(_given_config(args, config, config_params)))
     if block is None or not block.enabled:
         passed["args"] = _without_config(args)
         return _initialize_engine(**passed, training_data=training_data, config=ds_config)
     return _initialize_clan(passed, ds_config, block, training_data, eval_data, num_workers, arguments)
+
+
+def _given_config(args: Any, config: Any, config_params: Any) -> Any:
+    """The config, from the first place of DeepSpeed's three that has one."""
+    for given in (config, config_params, getattr(args, "deepspeed_config", None)):
+        if given is not None:
+            return given
+    raise ConfigError("there is no DeepSpeed config. Pass config=..., or --deepspeed_config FILE to the script.")
 
 
 def _initialize_clan(
@@ -151,11 +155,16 @@ def _initialize_clan(
         loader = engine.clan.loader(
             training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
         )
-        if isinstance(backend, PipelineBackend):
-            backend.feed(loader)
-        else:
-            engine.training_dataloader = loader
+        _feed(backend, loader)
     return engine, optimizer, loader, scheduler
+
+
+def _feed(backend: DeepSpeedBackend, loader: ClanDataLoader) -> None:
+    """Puts the clan's loader in the place of the one that the engine would read from."""
+    if isinstance(backend, PipelineBackend):
+        backend.feed(loader)
+    else:
+        backend.engine.training_dataloader = loader
 
 
 def _is_pipeline(model: Any) -> bool:
