@@ -61,7 +61,8 @@ def initialize(
     Args:
         args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port, mpu,
             dist_init_required, collate_fn, config, mesh_param, config_params: as DeepSpeed documents them.
-        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it.
+        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it. A batch
+            reaches the engine by keyword if it is a mapping, by position if it is a tuple or list, else as it is.
         num_workers: worker processes of the loader that is made from ``training_data``.
         {arguments}
 

@@ -100,7 +100,7 @@ def attach(
         clan = clantune_scale.attach(model, optimizer, scheduler, config=config, eval_data=validation)
         for step in clan.steps(clan.loader(dataset), until=num_steps):
             for batch in step:
-                (model(batch) / len(step)).backward()
+                (model(*batch) / len(step)).backward()
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -108,8 +108,12 @@ def attach(
 
     A loop of another form works too. It calls ``optimizer.step()`` after ``clan.backend.accumulation`` micro-batches,
     and ``scheduler.step()`` once after each if there is a scheduler. A round's end (evaluation, cloning) happens inside
-    the call that ends the step. The clan sees losses that the model returns, or that a returned mapping or object has
-    as ``loss``. A model that returns logits trains too; give ``evaluate`` then.
+    the call that ends the step.
+
+    A validation batch reaches the model as ``model(**batch)`` if it is a mapping, as ``model(*batch)`` if it is a tuple
+    or list, and else as ``model(batch)``, on the device of the parameters. The clan reads the loss that the model
+    returns, or that a returned mapping or object has as ``loss``. A model that returns logits trains too; give
+    ``evaluate`` then.
 
     Args:
         model: what the loop calls; ``torch.compile`` may be around it or in it.
