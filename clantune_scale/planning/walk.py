@@ -10,14 +10,14 @@ from clantune_scale.core.strategies import Strategy
 
 @dataclass(frozen=True)
 class Walk:
-    """From a run's first step to its last.
+    """A run from its first step to its last.
 
     Attributes:
-        phases: in order, with the steps of each that the run takes; of its last one maybe not all.
-        num_rounds: that begin.
-        num_ended: that end, each with an evaluation.
-        num_evaluations: of the validation window by every member: before the first round, at each one's end, and
-            for the champion once or, where averaged weights are kept to the end, twice.
+        phases: in order, each with the steps of it that the run takes. The run may end inside its last phase.
+        num_rounds: rounds that begin.
+        num_ended: rounds that end, each with an evaluation.
+        num_evaluations: of the validation window by every member. There is one before the first round, one at each
+            round's end, and one for the champion: two if averaged weights are kept to the end.
     """
 
     phases: tuple[tuple[Phase, int], ...]
@@ -32,7 +32,7 @@ class Walk:
 
 
 def walk_through(strategy: Strategy, num_steps: int) -> Walk:
-    """Walks through the rounds of a run of ``num_steps``, for which the strategy was built."""
+    """Plans the rounds of a run of ``num_steps`` optimizer steps. The strategy was built for that length."""
     clock = RoundClock(strategy.plan)
     phases: list[tuple[Phase, int]] = []
     index = step = 0
