@@ -20,7 +20,7 @@ ALLOWED = {
     "megatron": ("backends/",),
     "mlflow": ("tracking/", "bench/"),
     "matplotlib": ("tracking/", "bench/"),
-    "pydantic": ("config", "ds_config.py", "tracking/events.py"),
+    "pydantic": ("config/", "tracking/events.py"),
 }
 PURE = ("torch", "pydantic", "deepspeed", "mlflow", "matplotlib", "safetensors")
 

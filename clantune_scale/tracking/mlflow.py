@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from clantune_scale.tracking.artifacts import Artifacts
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.events import iter_events, read_events
 from clantune_scale.tracking.lifecycle import KILLED
-from clantune_scale.tracking.system_metrics import start_monitor
 
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
@@ -115,7 +114,7 @@ class MlflowRecorder:
         assert self.parent is not None
         self._artifacts = Artifacts(self._client, self.parent, self._run_dir)
         if self._monitors_system:
-            self._monitor = start_monitor(self.parent, uri=self._uri, step=lambda: self._step_now)
+            self._monitor = _start_monitor(self.parent, uri=self._uri, step=lambda: self._step_now)
 
     def _resume(self, event: Event) -> None:
         """Continues the MLflow runs of the previous launch. If this store has none, makes them from the events file."""
@@ -214,6 +213,35 @@ class MlflowRecorder:
         params = [Param(_key(key), str(value)[:_MAX_PARAM_LENGTH]) for key, value in _flat(settings)]
         for start in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             self._client.log_batch(run, params=params[start : start + _MAX_PARAMS_PER_BATCH], synchronous=True)
+
+
+def _start_monitor(run: str, *, uri: str, step: Callable[[], int]) -> Any:
+    """Starts MLflow's ``SystemMetricsMonitor`` on a separate thread. It watches this host until ``finish()``.
+
+    MLflow's environment variables (``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL`` and others) say how often it samples.
+    GPUs need the package ``nvidia-ml-py``. Without it they are left out.
+
+    Args:
+        run: id of the MLflow run that gets the metrics.
+        uri: tracking URI.
+        step: gives the run's optimizer step, which is the step of every other metric too.
+
+    Returns:
+        The monitor.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    # It would print "Started monitoring system metrics." in the middle of the user's terminal.
+    logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.WARNING)
+
+    class Monitor(SystemMetricsMonitor):
+        def publish_metrics(self, metrics: dict[str, float]) -> None:
+            self._logging_step = step()
+            super().publish_metrics(metrics)
+
+    monitor = Monitor(run, tracking_uri=uri)
+    monitor.start()
+    return monitor
 
 
 def upload(run_dir: Path, *, uri: str | None = None, experiment: str | None = None) -> str:

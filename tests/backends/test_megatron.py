@@ -286,3 +286,15 @@ def _gated(tp: int) -> torch.Tensor:
 def test_the_halves_of_a_gated_layer_are_joined_one_by_one():
     for replica_group in run_ranks(2, _gated, 2, preload=family.PRELOAD):
         assert torch.equal(replica_group, torch.arange(len(replica_group), dtype=replica_group.dtype))
+
+
+# Megatron-core warns of what is not installed beside it.
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_that_contradicts_the_configs_threshold_is_refused_with_both():
+    from clantune_scale.backends.megatron.attach import _require_same_clipping
+
+    said = r"the config says gradient_clipping: 1, and the optimizer has clip_grad=0.5. Build the optimizer with Optim"
+    with pytest.raises(ConfigError, match=said):
+        _require_same_clipping({"gradient_clipping": 1.0}, 0.5)
+    _require_same_clipping({"gradient_clipping": 0.5}, 0.5)
+    _require_same_clipping({}, 0.5)
