@@ -70,7 +70,7 @@ def forecast(
         genes: that the block's were resolved to.
         size: of the model.
         world_size: ranks of all members.
-        num_steps: optimizer steps of the run, in place of the config's own count where it has one.
+        num_steps: optimizer steps of the run, in place of the config's own count, if it has one.
         hardware, measured: where seconds are from; neither for none.
 
     Raises:

@@ -19,10 +19,10 @@ class ClanScheduleLR(LRScheduler):
     """A clan's schedule as a learning-rate scheduler of PyTorch.
 
     The step after n completed ones trains at ``base rate x gene(n) x min(own(n), own(f) x lr_factor(n))``, where the
-    final decay starts at f, and at ``gene(n) x lr_factor(n)`` where the gene is absolute; multiplied in the order in
-    which the clan did, so that equal rates are equal to the last bit. Weight decay, betas, momentum
-    and eps are set in the groups that their genes name. Relative genes multiply what a group held when the
-    scheduler was made. Its state is one integer.
+    final decay starts at f. If the gene is absolute, it trains at ``gene(n) x lr_factor(n)``. The order of factors is
+    the clan's, so that equal rates are equal to the last bit. Weight decay, betas, momentum and eps are set
+    in the groups that their genes name. Relative genes multiply what a group held when the scheduler was made. The
+    scheduler's state is one integer.
 
     For DeepSpeed, pass ``lr_scheduler=lambda optimizer: ClanScheduleLR(optimizer, schedule)``.
 
@@ -30,7 +30,7 @@ class ClanScheduleLR(LRScheduler):
         optimizer: whose groups it writes.
         schedule: what ``clantune schedule`` gives.
         own: your own schedule as a factor of the base rate by step, as in ``LambdaLR``: what the clan's run had
-            beside its genes; 1 where None.
+            beside its genes; 1 if None.
         last_epoch: completed steps less one where training resumes, as for every scheduler of PyTorch.
     """
 

@@ -85,7 +85,7 @@ def inject(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
         began = time.monotonic()
         here = folder / f"kill-{number}"
         here.mkdir()
-        # Every second workload's rounds are written beside training, where the point does not ask for its own moment.
+        # Every second workload's rounds are written beside training, unless the point asks for its own moment.
         first = injected[0]
         block = workload.block(here, asynchronous=place % 2 == 0 and first.point.partition(":")[0] not in _LEADERS)
         how, wrong = _stop_and_go_on(workload, injected, block, here, whole)
