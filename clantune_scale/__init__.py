@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from clantune_scale.backends.torch.attach import attach
     from clantune_scale.config.deepspeed_file import load_config
     from clantune_scale.core.schedule import ClanSchedule
+    from clantune_scale.results.champion import Summary
     from clantune_scale.results.replay import ClanScheduleLR
-    from clantune_scale.runtime.recorder import Summary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -65,7 +65,7 @@ __all__ = [
 _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
     "ClanScheduleLR": "clantune_scale.results.replay",
-    "Summary": "clantune_scale.runtime.recorder",
+    "Summary": "clantune_scale.results.champion",
     "attach": "clantune_scale.backends.torch.attach",
     "attach_megatron": "clantune_scale.backends.megatron.attach",
     "initialize": "clantune_scale.backends.deepspeed.attach",

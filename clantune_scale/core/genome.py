@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from clantune_scale.errors import ConfigError
 
@@ -154,3 +154,16 @@ class Genome:
             for name in sorted(table):
                 state.update(name.encode() + b"\0" + struct.pack("<d", table[name]))
         return state.hexdigest()
+
+
+def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
+    """The groups with these names (their ``"name"``, else their index); all if no names are given."""
+    if names is None:
+        return list(groups)
+    return [group for index, group in enumerate(groups) if str(group.get("name", index)) in names]
+
+
+def replaces_schedule(genes: Sequence[Gene], group: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the genes replaces the user's own schedule in that group's learning rate."""
+    absolute = [gene for gene in genes if gene.target == "lr" and not gene.relative]
+    return any(group is chosen for gene in absolute for chosen in chosen_groups(groups, gene.groups))

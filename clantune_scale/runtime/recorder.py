@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from clantune_scale.core.consensus import consensus
 from clantune_scale.core.lineage import RoundRecord
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
+from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.tracking import KILLED, Tracking
@@ -29,25 +30,6 @@ from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 from clantune_scale.tracking.uri import redact_command
 
 _VERSIONS = ("clantune-scale", "torch", "deepspeed", "mlflow", "numpy", "scipy")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended.
-
-    Attributes:
-        champion: the fittest member, or None if no loss was finite.
-        champion_loss: its mean loss on the validation window.
-        averaged: whether the champion's weights are its averaged ones, which were better than its last ones.
-        run_dir: the run's folder.
-        artifacts: by name, files on the host that wrote them (the champion's own for its weights).
-    """
-
-    champion: int | None
-    champion_loss: float
-    averaged: bool = False
-    run_dir: Path | None = None
-    artifacts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Recorder:
