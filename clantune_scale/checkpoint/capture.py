@@ -101,11 +101,11 @@ def pieces_of(state: MemberState) -> dict[str, list[list[Any]]] | None:
     known = state.logical() if state.logical is not None else None
     if known is None:
         return None
-    # Averaged weights are sharded as the masters are.
+    # Averaged weights, and what members on the line store of a round, are sharded as the masters are.
     for name, _ in state.tensors:
-        if name.startswith("average."):
-            masters = known["master." + name.removeprefix("average.")]
-            known[name] = [replace(piece, key=f"average/{piece.key}") for piece in masters]
+        kind, _, index = name.partition(".")
+        if kind == "average" or kind.startswith("line_"):
+            known[name] = [replace(piece, key=f"{kind}/{piece.key}") for piece in known[f"master.{index}"]]
     return {name: [list(astuple(piece)) for piece in pieces] for name, pieces in known.items()}
 
 

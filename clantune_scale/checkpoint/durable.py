@@ -51,6 +51,7 @@ class DurableRounds:
         view: the clan on this rank.
         progress: of the run.
         state: gives this rank's live training state.
+        prepare: makes what the state holds inside a round, before it is loaded; told whether the round had begun.
         stop: ends the run with a commit; called after SIGTERM.
         log: the run's events.
 
@@ -66,11 +67,13 @@ class DurableRounds:
         progress: RunProgress,
         *,
         state: Callable[[], MemberState],
+        prepare: Callable[[bool], None],
         stop: Callable[[], object],
         log: EventLog,
     ) -> None:
         self._view, self._progress, self._settings = view, progress, view.config.checkpoint
-        self._state, self._stop, self._log = state, stop, log
+        self._state, self._prepare, self._stop, self._log = state, prepare, stop, log
+        self._num_calls = 0
         self._everyone = Everyone(view.world, view.groups)
         self._facts = {"settings": fit.settings_of(view), "topology": asdict(view.world.topology)}
         self._lock: RunLock | None = None
@@ -89,7 +92,7 @@ class DurableRounds:
         self.opening = open_run(self._view.config, self._everyone, take=self._take, fault=self._fault)
         if self.opening.content is not None:
             fit.check_settings(self.opening.content["settings"], self._facts["settings"], self._settings.allow)
-            self._check_parameters(self._sources(self.opening.content))
+            self._check_parameters()
             if self._everyone.is_leader:
                 set_aside(self._folder, self.opening.name)
         return self.opening
@@ -103,7 +106,7 @@ class DurableRounds:
     def sources(self) -> list[int] | None:
         """By member, the member that it continues; None unless the number of members has changed."""
         content = self.opening.content
-        if content is None or len(content["holders"]) == self._view.config.population_size:
+        if content is None or len(content["losses"]) == self._view.config.population_size:
             return None
         return list(self._sources(content))
 
@@ -113,7 +116,7 @@ class DurableRounds:
         :meth:`ready` restores the random streams.
         """
         assert self.opening.content is not None
-        target = Target(self._view, self._progress, self._state)
+        target = Target(self._view, self._progress, self._state, self._prepare)
         numbers = restore_clan(target, self.opening.folder, self._sources(self.opening.content))
         self._places = list(numbers["samplers"])
         # An added member keeps the random streams of this launch: with its source's streams, its
@@ -134,7 +137,7 @@ class DurableRounds:
         """
         self.ready_data()
         if self._preemption is not None:
-            self._preemption.start(self._view.phases.position.step)
+            self._preemption.start(self._num_calls)
 
     def follow(self, sampler: ClanBatchSampler) -> ClanBatchSampler:
         """Saves a sampler's position with each round; in a resumed run it continues where its predecessor was.
@@ -156,9 +159,11 @@ class DurableRounds:
             return
         if (plan.index + 1) % every == 0:
             is_unmoved = decision.mixing_weights is None and all(m == d for m, d in enumerate(decision.donors))
+            is_unmoved = is_unmoved or self._view.has_one_state
             is_snapshot = is_unmoved if decision.rolls_back else decision.takes_snapshot
             capture = self._capture(begun=False, rollback_is_live=is_snapshot)
-            self._write(round_name(plan.index), capture, decision.donors, wait=not self._settings.asynchronous)
+            holders = [0] if self._view.has_one_state else decision.donors
+            self._write(round_name(plan.index), capture, holders, wait=not self._settings.asynchronous)
 
     def step_done(self) -> None:
         """Call it after each optimizer step, and after the start of the next phase. SIGTERM may end the run here.
@@ -169,23 +174,28 @@ class DurableRounds:
             SystemExit: with status 143 after SIGTERM, once the state is committed.
         """
         self._streams = None
-        step = self._view.phases.position.step
-        if self._preemption is None or not self._preemption.meets(step):
+        # Steps of this launch, and not of the run: turns take steps that the run does not count.
+        self._num_calls += 1
+        if self._preemption is None or not self._preemption.meets(self._num_calls):
             return
-        if self._preemption.is_due(step):
+        if self._preemption.is_due(self._num_calls):
             self._stop()
             self._preemption.leave()
         if self._made is not None:
             self._made.settle(wait=False)
 
-    def commit(self) -> str | None:
-        """Commits the present state, also inside a round, and waits; returns the round's name, or None on failure."""
+    def commit(self, *, begun: bool = True) -> str | None:
+        """Commits the present state, also inside a round, and waits; returns the round's name, or None on failure.
+
+        Args:
+            begun: whether the present phase has begun; false if it was put back to its start.
+        """
         step = self._view.phases.position.step
         self._writer.settle(wait=True)
         if self._everyone.from_leader(self._writer.last_step) != step:
             name = round_name(self._view.phases.position.plan.index, step)
-            members = range(self._view.config.population_size)
-            self._write(name, self._capture(begun=True, rollback_is_live=False), members, wait=True)
+            members = range(self._view.world.topology.population_size)
+            self._write(name, self._capture(begun=begun, rollback_is_live=False), members, wait=True)
         names = committed_rounds(self._folder)
         return self._everyone.from_leader(names[0] if self._writer.last_step == step else None)
 
@@ -214,12 +224,17 @@ class DurableRounds:
                 self._folder,
                 self._everyone,
                 self._view.world.at,
-                # Only the writing thread uses this group; training uses the engine's at the same time.
-                dist.new_group(backend="gloo", timeout=timedelta(seconds=self._view.world.timeout_s)),
+                self._writing_group(),
                 keep_last=self._settings.keep_last,
                 say=self._log.warn,
             )
         return self._made
+
+    def _writing_group(self) -> Any:
+        """Only the writing thread uses this group; training uses the engine's at the same time. None for one rank."""
+        if not dist.is_initialized():
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self._view.world.timeout_s))
 
     def _write(self, name: str, capture: Capture, holders: Sequence[int], *, wait: bool) -> None:
         content = {
@@ -236,11 +251,12 @@ class DurableRounds:
         if self._writer.begin(name, capture, holders, content, wait=wait) and wait:
             self._writer.settle(wait=True)
 
-    def _check_parameters(self, sources: Sequence[int]) -> None:
+    def _check_parameters(self) -> None:
         """Raises one rank's error on all ranks: each stage of a pipeline has its own parameters."""
+        assert self.opening.content is not None
         problem = None
         try:
-            check_parameters(self._view, self.opening.folder, sources)
+            check_parameters(self._view, self.opening.folder, self._state_sources(self.opening.content))
         except CheckpointError as error:
             problem = str(error)
         problems = [said for said in self._everyone.gather(problem) if said is not None]
@@ -268,7 +284,11 @@ class DurableRounds:
         atexit.register(self._lock.release)
 
     def _fault(self, folder: Path, content: dict[str, Any]) -> str | None:
-        return fault_of(folder, content, self._view.world.at, self._sources(content), self._view.world.topology)
+        return fault_of(folder, content, self._view.world.at, self._state_sources(content), self._view.world.topology)
 
     def _sources(self, content: dict[str, Any]) -> Sequence[int]:
         return sources_of(content, self._view.config.population_size)
+
+    def _state_sources(self, content: dict[str, Any]) -> Sequence[int]:
+        """By member of the world, the saved member whose files it reads."""
+        return [0] if self._view.has_one_state else self._sources(content)

@@ -92,11 +92,13 @@ class Target:
         view: the clan on this rank.
         progress: of the run; its fields are set.
         state: gives this rank's live state, whose tensors are written in place.
+        prepare: makes what the state holds inside a round; told whether the round had begun.
     """
 
     view: RunView
     progress: RunProgress
     state: Callable[[], MemberState]
+    prepare: Callable[[bool], None]
 
     def ensure_rollback_snapshot(self, snapshot: Snapshot | None = None) -> None:
         """If the strategy guards its members, sets the rollback snapshot; of the live state if none is given."""
@@ -135,7 +137,8 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
         progress.population = view.strategy.resized(population, sources, view.phases.position.plan)
         lineage.resize(sources)
     progress.lineage, progress.num_samples = lineage, data["samples"]
-    numbers = _restore_rank(target, folder, sources[view.member])
+    target.prepare(data["begun"])
+    numbers = _restore_rank(target, folder, 0 if view.has_one_state else sources[view.member])
     return {**numbers, "begun": data["begun"]}
 
 

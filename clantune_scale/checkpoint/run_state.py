@@ -82,6 +82,9 @@ class RunView(Protocol):
     def member(self) -> int: ...
 
     @property
+    def has_one_state(self) -> bool: ...
+
+    @property
     def backend(self) -> SavedEngine: ...
 
     @property

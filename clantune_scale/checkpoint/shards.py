@@ -44,7 +44,9 @@ def save(tensors: Tensors, folder: Path, at: Coordinates, group: Any) -> list[Pa
         CheckpointError: on all ranks, with the first failed rank's reason.
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    with _as_error():
+    with warnings.catch_warnings(), _as_error():
+        # One process without a process group saves alone.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         named = {_key(name, at): tensor for name, tensor in tensors.items()}
         dcp.save(named, storage_writer=writer, process_group=group)
     own = sorted(folder.glob(f"__{at.member_rank}_*.distcp"))

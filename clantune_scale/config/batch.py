@@ -44,8 +44,9 @@ class BatchPlan:
 
     def describe(self) -> str:
         """One line for the terminal."""
+        members = f" = {self.population_size} members x {self.member_batch}" if self.population_size > 1 else ""
         text = (
-            f"batch {self.clan_batch} = {self.population_size} members x {self.member_batch} "
+            f"batch {self.clan_batch}{members} "
             f"(micro-batch {self.micro_batch} x accumulation {self.accumulation} x dp {self.dp_size})"
         )
         if self.counted > 1:

@@ -21,7 +21,7 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Difference = Literal[
     "population_size", "round_length", "duty_cycle", "seed", "total_steps", "strategy", "genes", "fitness",
-    "topology", "batch", "optimizer", "parameters", "nonfinite_mask",
+    "topology", "batch", "optimizer", "parameters", "nonfinite_mask", "members", "line",
 ]  # fmt: skip
 ChampionForm = Literal["safetensors", "dcp", "deepspeed"]
 
@@ -194,6 +194,18 @@ class FaultsConfig(Block):
     """Seconds that survivors, which start again, wait for each other before they go on without who is missing."""
 
 
+class LineConfig(Block):
+    """Members on the line: one model from which every member's weights are computed."""
+
+    go_on_from: Literal["fittest", "centre"] = "fittest"
+    """Where training goes on after a round: `fittest` (the weights are moved to the best point), or `centre` (weights
+    are never written but to measure them, and one array less is stored; an optimizer whose state holds a copy of the
+    weights, as schedule-free ones do, has it so in any case)."""
+
+    store: Literal["device", "host"] = "device"
+    """Where the arrays of a round lie: `device` (beside the weights), or `host` (copied over at the round's end)."""
+
+
 class ClanConfig(Block):
     """The whole ``clantune`` block."""
 
@@ -201,7 +213,11 @@ class ClanConfig(Block):
     """False turns the run into plain `deepspeed.initialize`."""
 
     population_size: Count
-    """Members of the clan; the launcher's ranks are divided among them. Required."""
+    """Members of the clan. Required."""
+
+    members: Literal["groups", "line"] = "groups"
+    """`groups`: the launcher's ranks are divided among the members. `line`: all ranks train one model, from which every
+    member's weights are computed at a round's end. The world, the engine and the data stay as they are."""
 
     round_length: Count = 20
     """Optimizer steps of a round (of the shortest one, if the strategy lets rounds grow)."""
@@ -231,6 +247,9 @@ class ClanConfig(Block):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What is kept of the weights."""
+
+    line: LineConfig = LineConfig()
+    """How members on the line are stored."""
 
     transfer: TransferConfig = TransferConfig()
     """How a member's state becomes another's."""

@@ -24,7 +24,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """[] float32: the 2-norm of all gradients, equal on every rank of the member (a member collective).
+    """[] the 2-norm of all gradients, equal on every rank of the member (a member collective).
+
+    It is float32, or float64 if any gradient is.
 
     Args:
         parameters: the same on every rank of the member, in the same order.
@@ -34,7 +36,9 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         gradient = parameter.grad
         if gradient is not None:
             groups = _sharded_over(gradient)
-            square = torch.linalg.vector_norm(local(gradient), dtype=torch.float32).square()
+            # Half precision is summed in float32; doubles and complex numbers have a precise norm of their own.
+            is_half = gradient.dtype in (torch.float16, torch.bfloat16)
+            square = torch.linalg.vector_norm(local(gradient), dtype=torch.float32 if is_half else None).square()
             squares[groups] = squares[groups] + square if groups in squares else square
     total = torch.zeros(())
     # One all-reduce for each set of groups and not one for each parameter.
@@ -54,7 +58,7 @@ def clip_grad_norm_(parameters: Iterable[torch.nn.Parameter], max_norm: float) -
         max_norm: the threshold; 0 turns clipping off.
 
     Returns:
-        [] float32: the norm before clipping.
+        [] the norm before clipping, from :func:`total_norm`.
     """
     parameters = list(parameters)
     norm = total_norm(parameters)

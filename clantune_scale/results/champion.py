@@ -6,10 +6,10 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Measures(Protocol):
     def fitness(self, *, averaged: bool) -> Fitness:
         """The members' losses with their last weights, or with their averaged ones."""
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Inside, each member's model computes with its averaged weights."""
+    def weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Inside, each member's model computes with its last weights, or with its averaged ones."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ class MeasuredRun:
 
     def weights(self, member: int, *, averaged: bool) -> ChampionWeights:
         """A member's weights, to be written."""
-        in_place: AbstractContextManager[Any] = self.measurement.averaged_weights() if averaged else nullcontext()
-        return ChampionWeights(member, averaged, in_place, self.run_dir)
+        return ChampionWeights(member, averaged, self.measurement.weights(averaged=averaged), self.run_dir)
 
 
 def choose(run: MeasuredRun) -> Summary:
@@ -158,6 +157,8 @@ def save(run: MeasuredRun, folder: Path | None = None) -> Path:
     folder = folder or run.run_dir / f"champion-step-{view.phases.position.step:08d}"
     part = folder.with_name(f".{folder.name}.partial")
     forms = view.config.checkpoint.champion or ["safetensors"]
+    if view.has_one_state:
+        member = 0
     write_weights(view, run.weights(member, averaged=run.measurement.has_averages), part, forms)
     if view.member == member and view.world.at.member_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from clantune_scale.config.deepspeed_file import ConfigSource
 from clantune_scale.runtime.genome_application import Setter
+from clantune_scale.runtime.line.members import TrainStep
 from clantune_scale.runtime.validation_window import Evaluate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,12 +52,16 @@ class LoopArguments(_Required, ClanArguments, total=False):
         collate_fn: joins validation samples to a batch; torch's default if None.
         total_steps: optimizer steps of the whole run, if the block does not say.
         num_samples: of the training data. Weight decay is a gene by default if no sample is seen twice.
+        train_step: for members on the line whose loop does not take its steps from ``clan.steps()``: does one optimizer
+            step, as the loop does, on the micro-batches that it gets, each the (args, kwargs) of a forward pass of the
+            model. Contestants of a competitive phase are trained with it, on batches that the loop has drawn.
     """
 
     micro_batch_size: int | None
     collate_fn: Callable[[list[Any]], Any] | None
     total_steps: int | None
     num_samples: int | None
+    train_step: TrainStep | None
 
 
 def shares(arguments: type[Any]) -> Callable[[Function], Function]:

@@ -25,6 +25,8 @@ from clantune_scale.results.champion_formats import check_forms
 from clantune_scale.runtime.clan import Clan
 from clantune_scale.runtime.engine_protocol import Backend, TunedEngine
 from clantune_scale.runtime.genome_application import Setter, bind_genes
+from clantune_scale.runtime.line.members import TrainStep
+from clantune_scale.runtime.line.refusals import require_line
 from clantune_scale.runtime.loaders import make_window
 from clantune_scale.runtime.validation_window import Evaluate
 
@@ -65,6 +67,7 @@ def attach_to(
     collate_fn: Callable[[list], Any] | None = None,
     total_steps: int | None = None,
     num_samples: int | None = None,
+    train_step: TrainStep | None = None,
 ) -> AnyClan:
     """Hooks a clan onto a member's engine, with a window on ``eval_data`` as the block's ``fitness`` says.
 
@@ -80,12 +83,13 @@ def attach_to(
         collate_fn: joins validation samples to a batch; torch's default if None.
         total_steps: optimizer steps of the whole run, if the block does not say.
         num_samples: of the training data, for the default genes; None if it is not known.
+        train_step: does one optimizer step, for members on the line; None if the loop takes its steps from the clan.
 
     Raises:
         ConfigError: if the genes, the data or the engine cannot be used.
         TopologyError: if ranks do not form the clan.
     """
-    batch = batch or _own_batch(backend, block.population_size)
+    batch = batch or _own_batch(backend, block)
     total_steps = block.total_steps or total_steps
     _check_engine(world, backend, block)
     is_once = sees_samples_once(
@@ -105,15 +109,16 @@ def attach_to(
         window=make_window(backend, block.fitness, eval_data, collate_fn=collate_fn),
         evaluate=evaluate,
         setters=setters,
+        train_step=train_step,
     )
     clan.start()
     return clan
 
 
-def _own_batch(backend: Backend, population_size: int) -> BatchPlan:
-    """The clan's batch if every member trains on the batch that its engine was made with."""
+def _own_batch(backend: Backend, block: ClanConfig) -> BatchPlan:
+    """The clan's batch if every engine trains on the batch that it was made with; members on the line share one."""
     return BatchPlan.of_members(
-        population_size,
+        1 if block.members == "line" else block.population_size,
         micro_batch=backend.micro_batch_size,
         accumulation=backend.accumulation,
         dp_size=backend.dp_size,
@@ -123,8 +128,9 @@ def _own_batch(backend: Backend, population_size: int) -> BatchPlan:
 def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None:
     """Refuses, on all ranks, an engine that does not fit the clan or its config."""
     world.arrange(pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank))
-    check_world(world, backend.device)
-    check_parameters(world, backend.module)
+    if block.members == "groups":
+        check_world(world, backend.device)
+        check_parameters(world, backend.module)
     check_forms(block.checkpoint.champion, backend.engine, backend)
 
 
@@ -149,7 +155,10 @@ def _rules(
     configs = genes_of(block, sees_samples_once=is_once, optimizer=rule, weight_decays=decays)
     genes = bind_genes(configs, backend, setters, quiet=configs.keys() - block.genes.keys())
     facts = block.facts(genes, total_steps=total_steps, sees_samples_once=is_once)
-    return genes, build(block.strategy.name, facts, block.strategy.options)
+    strategy = build(block.strategy.name, facts, block.strategy.options)
+    if block.members == "line":
+        require_line(block, strategy, genes, backend, setters=setters)
+    return genes, strategy
 
 
 def optimizer_facts(backend: TunedEngine) -> tuple[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,10 @@ from clantune_scale.results import champion
 from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.engine_protocol import Backend
 from clantune_scale.runtime.genome_application import Expression, Setter
+from clantune_scale.runtime.line.members import OnTheLine, TrainStep
 from clantune_scale.runtime.loaders import make_loader, make_sampler, make_window
 from clantune_scale.runtime.measurement import Measurement
+from clantune_scale.runtime.members import InGroups, MemberParts, Members
 from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.recorder import Recorder
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
@@ -50,6 +51,8 @@ class BuiltClan:
         window: the validation window that selection sees.
         evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
         setters: by target, for genes that the user registers.
+        train_step: does one optimizer step, for members on the line that take turns; None if the loop does not give
+            one.
 
     Attributes:
         progress: what the run has come to: population, fitness, snapshots, lineage.
@@ -58,6 +61,7 @@ class BuiltClan:
         transfers: copies of state between members.
         expression: of the genome in this member's engine.
         measurement: losses of all members on common examples, and averaged weights.
+        members: who carries the members out: groups of ranks, or one model.
         rounds: the run on disk.
         recorder: the run's events.
     """
@@ -74,13 +78,15 @@ class BuiltClan:
         window: ValidationWindow,
         evaluate: Evaluate | None = None,
         setters: Mapping[str, Setter] | None = None,
+        train_step: TrainStep | None = None,
     ) -> None:
         self.world, self.backend, self.config = world, backend, config
         self.genes, self.strategy, self.progress = genes, strategy, Progress()
         self.phases = PhaseManager(RoundClock(strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
         # A loss scaler expects non-finite gradients now and then, and handles them itself.
-        if config.faults.nonfinite_mask and backend.loss_scale() is None:
+        is_line = config.members == "line"
+        if config.faults.nonfinite_mask and backend.loss_scale() is None and not is_line:
             self.groups.mask = NonfiniteMask(world.member, config.population_size, self.groups.gradient)
         self.view = ClanView(world, backend, config, batch, genes, strategy, self.phases, self.groups)
         self.transfers = Transfers.of(world, self.groups, config.transfer, runs=Path(config.tracking.directory))
@@ -94,16 +100,33 @@ class BuiltClan:
             uses_ema=strategy.uses_ema,
         )
         self._batches, self._clock, self._probe = BatchWatch(world.replica_group), Stopwatch(), GradientProbe()
+        parts = MemberParts(
+            self.view, self.progress, self.expression, self.measurement, self._probe, lambda: self.state()
+        )
+        self.members: Members = OnTheLine(parts, train_step) if is_line else InGroups(parts, self.transfers)
+        self._is_driven = not is_line
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
         self.recorder = Recorder(self.view, self.progress, tokens_per_sample=self.measurement.tokens_per_sample)
-        self.rounds = DurableRounds(self.view, self.progress, state=self.state, stop=self.stop, log=self.recorder)
+        self.rounds = DurableRounds(
+            self.view,
+            self.progress,
+            state=self.state,
+            prepare=self.members.prepare,
+            stop=self.stop,
+            log=self.recorder,
+        )
 
     @property
     def member(self) -> int:
         """The index of this rank's member."""
         return self.world.member
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that are done, skipped ones among them."""
+        return self.backend.num_steps
 
     @property
     def population(self) -> Population:
@@ -135,6 +158,7 @@ class BuiltClan:
         state = self.backend.state()
         if self.measurement.ema is not None:
             state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(self.measurement.ema.tensors)]
+        state.tensors += self.members.tensors()
         return state
 
     def values(self, kind: PhaseKind) -> list[dict[str, float]]:
@@ -174,8 +198,10 @@ class BuiltClan:
         asked = num_samples or len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
         window = make_window(self.backend, self.config.fitness, dataset, num_samples=asked, collate_fn=collate_fn)
         is_averaged = self._summary is not None and self._summary.averaged
-        with self.measurement.averaged_weights() if is_averaged else nullcontext():
-            return self.measurement.on(window).mean.tolist()
+        with self.measurement.weights(averaged=is_averaged):
+            losses: list[float] = self.measurement.on(window).mean.tolist()
+        # On the line all members have one state.
+        return losses * (self.config.population_size // len(losses))
 
     def learning_rate(self, step: int) -> float:
         """This member's first learning rate with what it expresses now and the user's schedule as it is now."""
@@ -208,7 +234,8 @@ class BuiltClan:
         Returns:
             The name of the committed round, or None if it could not be written; the previous round stays then.
         """
-        name = self.rounds.commit()
+        was_aborted = self.members.abort_phase()
+        name = self.rounds.commit(begun=not was_aborted)
         self.recorder.stop(name)
         self.rounds.release()
         self.detach()

@@ -7,14 +7,17 @@ continue.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 from clantune_scale.checkpoint.opening import Opening
-from clantune_scale.core.rounds import PhaseKind, RoundPlan
+from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
+from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.built_clan import BuiltClan
 from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
-from clantune_scale.runtime.diagnostics import Diagnostics, gather_diagnostics
+from clantune_scale.runtime.diagnostics import Diagnostics
+from clantune_scale.runtime.steps import Step, endless, new_step, repeated_step
 from clantune_scale.transfer import Snapshot
 
 
@@ -50,24 +53,27 @@ class Clan(BuiltClan):
 
     def _hook(self) -> None:
         """Hooks the engine: gradients, the optimizer's update, the step's end, batches and losses."""
-        backend = self.backend
-        size = self.config.population_size
-        backend.share_gradients(lambda: self.phases.team(self.member, size), self.groups, self._probe)
-        backend.around_update(lambda: self.expression.during_update(self.lr_factor))
-        backend.after_step(self._after_step)
-        backend.watch(self._batches.on_batch, self._on_loss)
+        self.members.share_gradients()
+        self.backend.around_update(self.members.updating)
+        self.backend.after_step(self._after_step)
+        self.backend.watch(self._on_batch, self._on_loss)
+
+    def _on_batch(self, args: tuple, kwargs: dict) -> None:
+        if not self.members.in_turns:
+            self._batches.on_batch(args, kwargs)
+            self.members.on_batch(args, kwargs)
 
     def _on_loss(self, loss: Any) -> None:
-        self.progress.losses.add(loss)
+        self.members.meter.add(loss)
         if self.groups.mask is not None:
             self.groups.mask.observe(loss)
 
     def _start_anew(self) -> None:
-        """All members take member 0's state, are measured once, and get their first genomes."""
-        self.transfers.run(self.state(), [0] * self.config.population_size)
+        """All members take one state, are measured once, and get their first genomes."""
+        self.members.equalize()
         if self.measurement.ema is not None:
             self.measurement.ema.restart()
-        self.progress.fitness = self.measurement.fitness(averaged=False)
+        self.progress.fitness = self.members.fitness(averaged=False)
         self.progress.population = self.strategy.init(self.fitness)
         self._regroup(0, None)
         if self.strategy.guards:
@@ -80,7 +86,18 @@ class Clan(BuiltClan):
             self.groups.mask.end_step()
         if self.measurement.ema is not None and done.plan.uses_ema:
             self.measurement.ema.update(done.step + 1, done.plan.ema_window_steps)
+        if self.members.in_turns:
+            self.rounds.step_done()
+            return
+        self._require_driver()
+        self.members.step_done()
         self.recorder.step(done)
+        if done.ends_phase and not self.members.run_turns():
+            return  # clan.steps() takes the turns, and ends the phase
+        self._step_counted(done)
+
+    def _step_counted(self, done: Position) -> None:
+        """What follows a step of the run, with its turns if it was the last of a phase that has turns."""
         if done.ends_phase:
             self._clock.lap(done.phase.kind.value)
             if done.ends_round:
@@ -90,23 +107,57 @@ class Clan(BuiltClan):
         self._probe.is_active = self.phases.position.ends_phase
         self.rounds.step_done()
 
+    def steps(self, loader: Iterable[Any], *, until: int | None = None) -> Iterator[Step]:
+        """One :class:`Step` for each optimizer step, over ``loader`` again and again.
+
+        If members on the line take turns, the steps of the turns come between two steps of the run, on batches that
+        came before. :attr:`num_steps` does not count them.
+
+        Args:
+            loader: gives micro-batches; :meth:`loader` makes one that follows the phases.
+            until: optimizer steps of the whole run; None goes on without end.
+
+        Raises:
+            ClanError: if the loop's body took no optimizer step.
+        """
+        batches, self._is_driven = endless(loader), True
+        while until is None or self.num_steps < until:
+            done = self.phases.position
+            yield from new_step(self.backend, batches, self.members.hold)
+            if done.ends_phase and self.members.has_turns:
+                for repeated in self.members.take_turns():
+                    yield from repeated_step(self.backend, repeated)
+                self._step_counted(done)
+
+    def _require_driver(self) -> None:
+        """After the first step it is known how the loop gets its steps."""
+        if self._is_driven:
+            return
+        self._is_driven = True
+        if self.members.needs_driver:
+            raise ConfigError(
+                "this strategy lets members compete, and members on the line take turns in it, which this loop does "
+                "not give them. Loop over clan.steps(loader); or pass train_step=..., which does one optimizer step, "
+                'to attach(); or leave the competition out: "strategy": {"name": "clan", "options": {"trial_cost": 0}}.'
+            )
+
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, return to the phase snapshot if there is one, decide, transfer, record."""
         progress, measured = self.progress, self.population
-        fitness = self.measurement.fitness(averaged=plan.uses_ema)
+        fitness = self.members.fitness(averaged=plan.uses_ema)
         self._clock.lap("evaluation")
-        diagnostics = self._gather_diagnostics(plan)
+        diagnostics = self._diagnostics(plan)
+        self.members.close_round()
         progress.losses.begin_round()
         progress.fitness = replace(fitness, training_loss=diagnostics.clan_training_loss)
         if progress.phase_snapshot is not None:
             progress.phase_snapshot.restore(self.state())
             progress.phase_snapshot = None
+        trained = self.members.trained(measured.genomes, plan)
         decision = decide(self.strategy, measured, self.fitness, plan, self.world.replica_group)
         if decision.rolls_back and progress.rollback_snapshot is not None:
             progress.rollback_snapshot.restore(self.state())
-        self.transfers.run(self.state(), decision.donors, round_index=plan.index)
-        if decision.mixing_weights is not None:
-            self.transfers.average(self.state(), decision.mixing_weights, round_index=plan.index)
+        self.members.go_on(decision, plan)
         if self.strategy.guards and decision.takes_snapshot and not decision.rolls_back:
             progress.rollback_snapshot = Snapshot(self.state())
         progress.population = decision.population
@@ -117,6 +168,7 @@ class Clan(BuiltClan):
             measured,
             decision,
             diagnostics,
+            trained=trained,
             seconds=self._clock.empty(),
             complaints=self._batches.compare(),
             scheduled_lr=self.expression.scheduled_rate,
@@ -124,18 +176,11 @@ class Clan(BuiltClan):
         self._follow_plans()
         self.rounds.round_ended(plan, decision)
 
-    def _gather_diagnostics(self, plan: RoundPlan) -> Diagnostics:
+    def _diagnostics(self, plan: RoundPlan) -> Diagnostics:
         nonfinite_counts = self.progress.losses.read_nonfinite_counts()
         if self.groups.mask is not None:
             nonfinite_counts += self.groups.mask.read_nonfinite_counts()
-        return gather_diagnostics(
-            self.view,
-            self._probe,
-            learning_rate=self.learning_rate(plan.end_step - 1),
-            evaluation_s=self.measurement.seconds,
-            nonfinite_counts=nonfinite_counts,
-            losses=self.progress.losses.round_losses,
-        )
+        return self.members.diagnostics(plan, nonfinite_counts=nonfinite_counts)
 
     def _begin_phase(self, *, is_resumed: bool = False) -> None:
         """Expresses what the next phase lets members express; a resumed phase has begun before."""
@@ -143,14 +188,14 @@ class Clan(BuiltClan):
         phase = position.phase
         self._probe.is_active = position.ends_phase
         if is_resumed:
-            self.expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
+            self.members.begin_phase(position, is_resumed=True)
             return
         ema = self.measurement.ema
         if ema is not None and position.starts_round and position.plan.uses_ema and not self.phases.averaged_before:
             ema.restart()
         if not phase.keeps and self.progress.phase_snapshot is None:
             self.progress.phase_snapshot = Snapshot(self.state())
-        self.expression.express(self.values(phase.kind)[self.member], batch_factor=phase.batch_factor)
+        self.members.begin_phase(position, is_resumed=False)
         if phase.kind is PhaseKind.COOPERATIVE:
             agree_on_loss_scale(self.backend, self.world.replica_group)
         self._batches.begin(phase)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from clantune_scale.checkpoint.streams import RandomState
+from clantune_scale.core.line import DecayRule
 from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.transfer import MemberState
@@ -101,6 +102,18 @@ class UpdateHooks(Protocol):
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
         """Shows each training forward's arguments and each loss that goes backward."""
 
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        """The context of one micro-batch's forward and backward in :meth:`clan.steps`.
+
+        Gradients cross ranks in a step's last one only.
+        """
+
+    def clear_gradients(self) -> None:
+        """Drops gradients that a loop has not zeroed yet, before a step that the loop does not know of."""
+
+    def show_norm(self, probe: GradientProbe) -> None:
+        """Shows ``probe`` the gradient norm before clipping, in the steps in which it is active."""
+
     def detach(self) -> None:
         """Takes every hook off the engine again."""
 
@@ -165,6 +178,22 @@ class EngineState(Protocol):
 
     def masters(self) -> list[torch.Tensor]:
         """This rank's live fp32 weights: what the optimizer updates."""
+
+    @property
+    def moves_with_weights(self) -> bool:
+        """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights that the optimizer wants to be evaluated and saved.
+
+        They are others than those that train for optimizers with an evaluation mode (schedule-free ones).
+        """
+
+    def groups_of_masters(self) -> list[int]:
+        """[masters] the index of each one's parameter group."""
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""
 
     def refresh(self) -> None:
         """Brings the weights that the model computes with up to date with the masters (member collective)."""

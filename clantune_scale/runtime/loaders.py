@@ -31,7 +31,10 @@ def make_sampler(
 
     def plan(step: int) -> StepPlan:
         phase = view.phases.clock.at(step).phase
-        return StepPlan.of(phase, accumulation(phase.kind), view.member)
+        counts = accumulation(phase.kind)
+        if view.has_one_state:  # all ranks train one model, whatever the phase
+            return StepPlan(False, counts[0], counts[0])
+        return StepPlan.of(phase, counts, view.member)
 
     return ClanBatchSampler(
         num_samples,
@@ -40,7 +43,7 @@ def make_sampler(
         dp_size=view.backend.dp_size,
         dp_rank=view.backend.dp_rank,
         member=view.member,
-        population_size=view.config.population_size,
+        population_size=view.world.topology.population_size,
         plan=plan,
         shuffle=shuffle,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.distributed.groups import ReplicaGroup
@@ -63,14 +65,25 @@ class Measurement:
         Args:
             averaged: whether to measure the averaged weights, if the strategy uses them.
         """
-        with self.averaged_weights() if averaged else nullcontext():
+        with self.weights(averaged=averaged):
             return self.on(self._window)
 
     def on(self, window: ValidationWindow) -> Fitness:
         """The clan's losses on a window, with the present weights; all ranks of the clan call it."""
+        return Fitness.from_losses(self._replica_group.gather(self.losses(window)))
+
+    def losses(self, window: ValidationWindow | None = None) -> np.ndarray:
+        """[batches] of the present weights, on this rank's member only; a collective of that member.
+
+        Args:
+            window: the one that selection sees if None.
+        """
         with self._phases.suspended():
-            losses = window.losses(self._backend, self._evaluate)
-        return Fitness.from_losses(self._replica_group.gather(losses))
+            return (window or self._window).losses(self._backend, self._evaluate)
+
+    def weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Inside, the model computes with its averaged weights, or with those that its optimizer wants evaluated."""
+        return self.averaged_weights() if averaged and self.ema is not None else self._backend.inference_weights()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -54,6 +54,10 @@ class PhaseManager:
         self.clock.resume(past, teams)
         self.position = self.clock.at(step)
 
+    def rewind(self, step: int) -> None:
+        """Moves back to ``step`` completed optimizer steps, in the present round."""
+        self.position = self.clock.at(step)
+
     def advance(self) -> Position:
         """Moves on by one optimizer step; returns the position that was just completed."""
         completed = self.position

@@ -18,8 +18,9 @@ import torch
 
 from clantune_scale.checkpoint.opening import VARIABLE, Opening
 from clantune_scale.core.consensus import consensus
+from clantune_scale.core.genome import Genome
 from clantune_scale.core.lineage import RoundRecord
-from clantune_scale.core.rounds import Phase, Position, RoundPlan
+from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
 from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.diagnostics import Diagnostics
@@ -84,8 +85,12 @@ class Recorder:
         facts = {
             "run_id": name,
             "name": name,
-            "population_size": topology.population_size,
-            "member_ranks": [topology.member_ranks(member) for member in range(topology.population_size)],
+            "population_size": view.config.population_size,
+            "members": view.config.members,
+            "member_ranks": [
+                topology.member_ranks(0 if view.has_one_state else member)
+                for member in range(view.config.population_size)
+            ],
             "topology": asdict(topology),
             "strategy": view.config.strategy.name,
             "genes": [asdict(gene) for gene in view.genes],
@@ -183,6 +188,7 @@ class Recorder:
         decision: Decision,
         diagnostics: Diagnostics,
         *,
+        trained: tuple[Genome, ...],
         seconds: Mapping[str, float],
         complaints: Sequence[str],
         scheduled_lr: float | None,
@@ -194,13 +200,14 @@ class Recorder:
             measured: the population of the round.
             decision: from which the next population follows.
             diagnostics: of the round.
+            trained: [members] the genomes that their states were trained with.
             seconds: by part of the round (kinds of phase, evaluation, transfer), wall-clock time.
             complaints: warnings about the data that members saw.
             scheduled_lr: the learning rate of the user's schedule, if there is one.
         """
         view, progress = self._view, self._progress
-        progress.num_samples += sum(_samples_of(view, phase) for phase in plan.phases)
-        progress.lineage.append(RoundRecord.of(plan, measured.genomes, progress.fitness, decision))
+        progress.num_samples += sum(_samples_of(view, phase, measured) for phase in plan.phases)
+        progress.lineage.append(RoundRecord.of(plan, trained, progress.fitness, decision))
         for complaint in complaints:
             self.tracking.emit("warning", plan.end_step, message=complaint)
         self.tracking.emit(
@@ -221,7 +228,7 @@ class Recorder:
             learning_rates=diagnostics.learning_rate.tolist(),
             scheduled_rate=scheduled_lr,
             straggler=diagnostics.straggler,
-            throughput=_throughput(view, plan, seconds, self._tokens_per_sample),
+            throughput=_throughput(view, plan, measured, seconds, self._tokens_per_sample),
             samples=progress.num_samples,
             tokens=progress.num_samples * self._tokens_per_sample if self._tokens_per_sample else None,
         )
@@ -240,20 +247,25 @@ class Recorder:
         self.tracking.close(status)
 
 
-def _samples_of(view: ClanView, phase: Phase) -> int:
+def _samples_of(view: ClanView, phase: Phase, measured: Population) -> int:
     """Samples that all members together train on in a phase, at the accumulation of the start."""
-    return phase.num_steps * view.batch.clan_batch * phase.batch_factor
+    factor = phase.batch_factor
+    if view.has_one_state:
+        # Each turn trains on the whole batch; while members cooperate there is one.
+        is_shared = phase.kind is PhaseKind.COOPERATIVE
+        factor = 1 if is_shared else len({tuple(sorted(genome.values.items())) for genome in measured.genomes})
+    return phase.num_steps * view.batch.clan_batch * factor
 
 
 def _throughput(
-    view: ClanView, plan: RoundPlan, seconds: Mapping[str, float], tokens: int | None
+    view: ClanView, plan: RoundPlan, measured: Population, seconds: Mapping[str, float], tokens: int | None
 ) -> dict[str, dict[str, float | None]]:
     """Steps, seconds, samples and tokens per second of the whole clan, by kind of phase."""
     table: dict[str, dict[str, float | None]] = {}
     for kind in dict.fromkeys(phase.kind for phase in plan.phases):
         phases = [phase for phase in plan.phases if phase.kind is kind]
         spent = max(seconds.get(kind.value, 0.0), 1e-9)
-        samples_per_s = sum(_samples_of(view, phase) for phase in phases) / spent
+        samples_per_s = sum(_samples_of(view, phase, measured) for phase in phases) / spent
         table[kind.value] = {
             "steps": sum(phase.num_steps for phase in phases),
             "seconds": spent,

@@ -43,6 +43,11 @@ class ClanView:
     groups: ClanGroups
 
     @property
+    def has_one_state(self) -> bool:
+        """Whether one model stands for all members (members on the line)."""
+        return self.config.members == "line"
+
+    @property
     def member(self) -> int:
         """The index of this rank's member."""
         return self.world.member

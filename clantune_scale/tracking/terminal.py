@@ -54,8 +54,10 @@ class Terminal:
     def _start(self, event: Event) -> Sequence[str]:
         ranks = len(event["member_ranks"][0])
         genes = ", ".join(gene["name"] for gene in event["genes"]) or "none"
+        # Members on the line have no ranks of their own.
+        on = "on the line of one model on" if event.get("members") == "line" else "x"
         return (
-            f"clan {event['name']}: {event['population_size']} members x {ranks} rank{'s' * (ranks > 1)}, "
+            f"clan {event['name']}: {event['population_size']} members {on} {ranks} rank{'s' * (ranks > 1)}, "
             f"strategy {event['strategy']}, genes {genes}",
             f"clan {event['name']}: {BatchPlan(**event['batch']).describe()}",
             f"clan {event['name']}: events in {self._events_path}",

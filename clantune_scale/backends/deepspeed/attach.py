@@ -20,11 +20,13 @@ from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_s
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.data.sampler import ClanDataLoader, require_samples
 from clantune_scale.distributed import world
+from clantune_scale.distributed.one_world import one_world
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ConfigError, TopologyError
 from clantune_scale.runtime.arguments import ClanArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
 from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.engine_protocol import Backend
 
 # Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
 _initialize_engine = deepspeed.initialize
@@ -109,6 +111,8 @@ def _initialize_clan(
     num_workers: int,
     arguments: ClanArguments,
 ) -> tuple[Any, Any, Any, Any]:
+    if block.members == "line":
+        return _initialize_line(passed, ds_config, block, training_data, eval_data, num_workers, arguments)
     _refuse_before_joining(passed, ds_config)
     examples, num_samples = require_examples(eval_data, "initialize"), _num_samples(training_data)
     joined = world.join(
@@ -160,12 +164,82 @@ def _initialize_clan(
     return engine, optimizer, loader, scheduler
 
 
-def _feed(backend: DeepSpeedBackend, loader: ClanDataLoader) -> None:
+def _feed(backend: Backend, loader: ClanDataLoader) -> None:
     """Puts the clan's loader in the place of the one that the engine would read from."""
     if isinstance(backend, PipelineBackend):
         backend.feed(loader)
     else:
         backend.engine.training_dataloader = loader
+
+
+def _initialize_line(
+    passed: dict[str, Any],
+    ds_config: dict[str, Any],
+    block: ClanConfig,
+    training_data: Dataset[Any] | None,
+    eval_data: Dataset[Any] | None,
+    num_workers: int,
+    arguments: ClanArguments,
+) -> tuple[Any, Any, Any, Any]:
+    """Members on the line: the engine is what ``deepspeed.initialize`` makes of the same config without a clan."""
+    suppress_start_up_noise()
+    passed["args"] = _without_config(passed["args"])
+    engine, optimizer, _, scheduler = _initialize_engine(**passed, config=ds_config)
+    given: dict[str, Any] = {
+        **arguments,
+        "eval_data": eval_data,
+        "collate_fn": passed["collate_fn"],
+        "total_steps": _scheduled_steps(ds_config),
+        "num_samples": _num_samples(training_data),
+    }
+    clan = attach_engine(engine, block, given, function="initialize")
+    loader = None
+    if training_data is not None:
+        loader = clan.loader(
+            training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
+        )
+        _feed(clan.backend, loader)
+    return engine, optimizer, loader, scheduler
+
+
+def attach_engine(engine: Any, block: ClanConfig, arguments: Mapping[str, Any], *, function: str = "attach") -> Clan:
+    """A clan whose members lie on a line, on an engine that exists; ``engine.clan`` is it, too.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned.
+        block: the ``clantune`` block.
+        arguments: of :func:`clantune_scale.attach`.
+        function: that the user called, for messages.
+
+    Raises:
+        ConfigError: if the block asks for members in groups, or the engine or the genes cannot be used.
+    """
+    if block.members != "line":
+        raise ConfigError(
+            f"this engine was built over all {engine.world_size} ranks, and members in groups divide them before it "
+            f'is built. Set "members" to "line", or call clantune_scale.initialize() in place of '
+            f"deepspeed.initialize()."
+        )
+    examples = require_examples(arguments.get("eval_data"), function)
+    backend = PipelineBackend(engine) if _is_pipeline(engine.module) else DeepSpeedBackend(engine)
+    train_step = arguments.get("train_step")
+    if isinstance(backend, PipelineBackend):
+        train_step = train_step or backend.train_step
+    engine.clan = attach_to(
+        backend,
+        Clan,
+        world=one_world(timeout_s=block.join.timeout_s),
+        block=block,
+        eval_data=examples,
+        evaluate=arguments.get("evaluate"),
+        setters=arguments.get("gene_setters"),
+        collate_fn=arguments.get("collate_fn"),
+        total_steps=arguments.get("total_steps"),
+        num_samples=arguments.get("num_samples"),
+        train_step=train_step,
+    )
+    clan: Clan = engine.clan
+    return clan
 
 
 def _is_pipeline(model: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from clantune_scale.backends.deepspeed import state as training_state
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
 from clantune_scale.config.default_genes import update_rule
+from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
 
@@ -126,6 +128,18 @@ class DeepSpeedBackend:
     def masters(self) -> list[torch.Tensor]:
         return training_state.masters(self.engine)
 
+    moves_with_weights = True
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def groups_of_masters(self) -> list[int]:
+        return training_state.groups_of_masters(self.engine)
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        inner = self.engine.basic_optimizer
+        return [decay_rule(inner, group) for group in inner.param_groups]
+
     def refresh(self) -> None:
         training_state.refresh(self.engine)
 
@@ -141,10 +155,16 @@ class DeepSpeedBackend:
         """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
         self._undo += sharing.share(self.engine, GradientSharing(team, groups, probe))
-        self._undo.append(self._show_norm(probe))
+        self.show_norm(probe)
 
-    def _show_norm(self, probe: GradientProbe) -> Callable[[], None]:
-        """Shows the probe the norm before clipping."""
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        """Nothing: DeepSpeed counts micro-batches itself."""
+        return nullcontext()
+
+    def clear_gradients(self) -> None:
+        """Does nothing: ``engine.step`` has zeroed them."""
+
+    def show_norm(self, probe: GradientProbe) -> None:
         engine = self.engine
         take_step = engine._take_model_step
         is_plain = training_state.optimizer_kind(engine) == "plain"
@@ -158,7 +178,7 @@ class DeepSpeedBackend:
                 probe.norm = None if norm is None else float(norm)
             return result
 
-        return replace_method(engine, "_take_model_step", take_step_and_show)
+        self._undo.append(replace_method(engine, "_take_model_step", take_step_and_show))
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Hooks ``engine.optimizer.step``. Clipping precedes it or is part of it, and the scheduler follows it."""

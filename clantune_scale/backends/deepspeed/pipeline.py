@@ -33,6 +33,8 @@ class PipelineBackend(DeepSpeedBackend):
     then calls the hooked reductions.
     """
 
+    _repeats = False
+
     def feed(self, loader: ClanDataLoader) -> None:
         """Makes ``engine.train_batch()`` read from ``loader``, epoch after epoch.
 
@@ -46,11 +48,23 @@ class PipelineBackend(DeepSpeedBackend):
         total = engine._aggregate_total_loss
 
         def total_counted() -> torch.Tensor:
-            for _ in range(engine.micro_batches):
+            for _ in range(0 if self._repeats else engine.micro_batches):
                 loader.batch_sampler.consume()
             return total()
 
         self._undo.append(replace_method(engine, "_aggregate_total_loss", total_counted))
+
+    def train_step(self, batches: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """One optimizer step on batches that :meth:`watch` showed; the engine's own loader stays where it is."""
+        engine = self.engine
+        found = {name: getattr(engine, name) for name in ("data_iterator", "training_dataloader")}
+        self._repeats = True
+        try:
+            engine.train_batch(iter([args[0] for args, _ in batches]))
+        finally:
+            self._repeats = False
+            for name, value in found.items():
+                setattr(engine, name, value)
 
     def after_step(self, callback: Callable[[], None]) -> None:
         """Hooks ``engine.train_batch``, which broadcasts the loss after the step."""

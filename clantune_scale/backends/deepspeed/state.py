@@ -14,6 +14,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from clantune_scale.backends.deepspeed import pieces
+from clantune_scale.backends.torch.state import group_numbers, load_group_numbers
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.state import Piece, grow_optimizer, merged, plain
@@ -53,6 +54,17 @@ def masters(engine: Any) -> list[torch.Tensor]:
         groups = engine.basic_optimizer.param_groups
         return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
     return _MASTERS[kind](engine.optimizer)
+
+
+def groups_of_masters(engine: Any) -> list[int]:
+    """[masters] the index of each one's parameter group."""
+    kind, inner = optimizer_kind(engine), engine.basic_optimizer
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        return [int(engine.optimizer.sub_group_to_group_id[place]) for place in range(len(masters(engine)))]
+    if kind in ("plain", "FP16_UnfusedOptimizer"):
+        trained = [[p for p in group["params"] if p.requires_grad] for group in inner.param_groups]
+        return [index for index, group in enumerate(trained) for _ in group]
+    return list(range(len(masters(engine))))
 
 
 @torch.no_grad()
@@ -209,8 +221,8 @@ def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _optimizer_scalars(engine: Any) -> dict[str, Any]:
     inner = engine.basic_optimizer
     counts = [_counts(inner.state.get(master, {})) for master in masters(engine)]
-    group_steps = [group.get("step") for group in inner.param_groups]
-    return {"counts": counts, "group_steps": group_steps, "loss_scale": loss_scale(engine)}
+    groups = [group_numbers(group) for group in inner.param_groups]
+    return {"counts": counts, "groups": groups, "loss_scale": loss_scale(engine)}
 
 
 def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
@@ -243,9 +255,7 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
                 entries[name].fill_(counts.get(name, 0))
             else:
                 entries[name] = counts.get(name, 0)
-    for group, step in zip(inner.param_groups, optimizer_scalars["group_steps"], strict=True):
-        if step is not None:
-            group["step"] = step
+    load_group_numbers(inner.param_groups, optimizer_scalars["groups"])
     if optimizer_scalars["loss_scale"] is not None:
         set_loss_scale(engine, optimizer_scalars["loss_scale"])
     schedule = scalars.get("schedule")

@@ -11,7 +11,10 @@ from clantune_scale.backends.megatron.engine import MegatronBackend
 from clantune_scale.backends.megatron.rules import only_chunk
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, clipping_of, split_batch, with_arguments
 from clantune_scale.config.deepspeed_file import load_config, require_block
+from clantune_scale.config.schema import ClanConfig
 from clantune_scale.distributed import world
+from clantune_scale.distributed.one_world import one_world
+from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError, TopologyError
 from clantune_scale.runtime.arguments import LoopArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
@@ -22,11 +25,6 @@ class MegatronClan(Clan):
     """A clan in a loop of the user's own; see :func:`attach_megatron`."""
 
     backend: MegatronBackend
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps that are done, skipped ones among them."""
-        return self.backend.num_steps
 
     @property
     def num_microbatches(self) -> int:
@@ -52,7 +50,8 @@ def attach_megatron(
 ) -> MegatronClan:
     """Attaches a clan to a Megatron-core model; the training loop stays Megatron's.
 
-    Call ``clantune_scale.join(config)`` first, before ``init_process_group``: from there on the world, and with it
+    With ``"members": "line"`` call it once model and optimizer exist. With ``"members": "groups"`` call
+    ``clantune_scale.join(config)`` first, before ``init_process_group``: from there on the world, and with it
     ``parallel_state``, is the member's. The loop is then::
 
         clan = clantune_scale.attach_megatron(model, optimizer, scheduler, config=config, ...)
@@ -95,13 +94,7 @@ def attach_megatron(
     settings, found = load_config(arguments["config"])
     block = require_block(found)
     require_examples(arguments["eval_data"], "attach_megatron")
-    if world.current() is None:
-        raise TopologyError(
-            "the clan was not joined, and the model was built over the ranks of all members. Call "
-            "clantune_scale.join(config) before torch.distributed.init_process_group()."
-        )
-    # Raises if it was joined with another number of members.
-    joined = world.join(block.population_size)
+    joined = _world(block)
     settings = with_arguments(
         settings,
         function="attach_megatron",
@@ -111,7 +104,8 @@ def attach_megatron(
         },
     )
     dp_size = only_chunk(model).dp_group.size()
-    _, batch = split_batch(settings, population_size=block.population_size, dp_size=dp_size)
+    population_size = 1 if block.members == "line" else block.population_size
+    _, batch = split_batch(settings, population_size=population_size, dp_size=dp_size)
     backend = MegatronBackend(
         model,
         optimizer,
@@ -133,7 +127,21 @@ def attach_megatron(
         collate_fn=arguments.get("collate_fn"),
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
+        train_step=arguments.get("train_step"),
     )
+
+
+def _world(block: ClanConfig) -> ClanWorld:
+    if block.members == "line":
+        return one_world(timeout_s=block.join.timeout_s)
+    if world.current() is None:
+        raise TopologyError(
+            "the clan was not joined, and the model was built over the ranks of all members. Call "
+            'clantune_scale.join(config) before torch.distributed.init_process_group(), or set "members" to '
+            '"line", which needs no joining.'
+        )
+    # Raises if it was joined with another number of members.
+    return world.join(block.population_size)
 
 
 def _require_same_clipping(settings: Mapping[str, Any], clip: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from clantune_scale.backends.megatron.evaluation import ScheduledLoss
 from clantune_scale.backends.megatron.rules import only_chunk, refuse_unsupported
 from clantune_scale.backends.megatron.training_loss import TrainingLoss
 from clantune_scale.config.default_genes import update_rule
+from clantune_scale.core.line import DecayRule
 from clantune_scale.errors import ClanError
 from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, evaluation_mode, replace_method
 from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.transfer import MemberState
 
 
@@ -104,6 +106,18 @@ class MegatronBackend:
     def masters(self) -> list[torch.Tensor]:
         return [master.detach() for master in state.masters(self._optimizer)]
 
+    moves_with_weights = True
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def groups_of_masters(self) -> list[int]:
+        return [index for index, group in enumerate(self.param_groups()) for _ in group["params"]]
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        inner = [(part.optimizer, group) for part in state.wrappers(self._optimizer) for group in part.param_groups]
+        return [decay_rule(optimizer, group) for optimizer, group in inner]
+
     def refresh(self) -> None:
         state.refresh(self.engine, self._optimizer)
 
@@ -119,6 +133,17 @@ class MegatronBackend:
         """Hooks the reduction of gradients (see ``sharing``) and, for the probe, the norm before clipping."""
         probe = probe or GradientProbe()
         self._undo += sharing.share(self.engine, self._config, GradientSharing(team, groups, probe))
+        self.show_norm(probe)
+
+    def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
+        """Nothing: Megatron's schedule runs all micro-batches of a step in one call."""
+        return nullcontext()
+
+    def clear_gradients(self) -> None:
+        self.engine.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def show_norm(self, probe: GradientProbe) -> None:
         step = self._optimizer.step
 
         def step_and_show(*args: Any, **kwargs: Any) -> Any:

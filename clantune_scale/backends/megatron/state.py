@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from clantune_scale.backends.torch.optimizers import schedulers_in
 from clantune_scale.backends.torch.state import member_state as plain_state
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.state import grow_optimizer
@@ -81,9 +82,14 @@ def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler:
     trained = [(str(index), master) for index, master in enumerate(masters(optimizer))]
     fixed: list[tuple[str, torch.Tensor]] = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
     fixed += list(module.named_buffers())
-    schedule = _Schedule(scheduler) if hasattr(scheduler, "num_steps") else scheduler
+    schedulers = [_Schedule(scheduler)] if hasattr(scheduler, "num_steps") else schedulers_in(scheduler)
     state = plain_state(
-        _Inner(optimizer), trained, fixed, schedule, lambda: refresh(model, optimizer), starts=lambda: None
+        _Inner(optimizer),
+        trained,
+        fixed,
+        schedulers,
+        lambda: refresh(model, optimizer),
+        starts=lambda: None,
     )
     # The distributed optimizer's shards do not map to parameters, so a resume needs the same number of ranks.
     state.logical = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from clantune_scale.backends.join import join
 from clantune_scale.backends.torch.ddp import DDPBackend
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp import FSDPBackend, data_parallel_size
+from clantune_scale.backends.torch.plain import PlainBackend
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, clipping_of, split_batch, with_arguments
 from clantune_scale.config.deepspeed_file import load_config, require_block
-from clantune_scale.errors import ClanError, ConfigError
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.distributed.one_world import one_world
+from clantune_scale.distributed.world import ClanWorld
+from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.arguments import LoopArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
 from clantune_scale.runtime.clan import Clan
@@ -28,31 +33,6 @@ class LoopClan(Clan):
 
     backend: LoopBackend
 
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps that are done."""
-        return self.backend.num_steps
-
-    def steps(self, loader: Iterable[Any], *, until: int | None = None) -> Iterator[Step]:
-        """One :class:`Step` for each optimizer step, over ``loader`` again and again.
-
-        Args:
-            loader: gives micro-batches; :meth:`loader` makes one that follows the phases.
-            until: optimizer steps of the whole run; None goes on without end.
-
-        Raises:
-            ClanError: if the loop's body did not call ``optimizer.step()``.
-        """
-        batches = _endless(loader)
-        while until is None or self.num_steps < until:
-            before = self.num_steps
-            yield Step(self.backend, batches)
-            if self.num_steps == before:
-                raise ClanError(
-                    f"no optimizer step was taken after {before}. Inside `for step in clan.steps(loader)`, call "
-                    f"optimizer.step() once (and scheduler.step() after it, if attach() was given a scheduler)."
-                )
-
     def clip_grad_norm_(self) -> torch.Tensor:
         """[] the gradient norm of the member; scales gradients down to the threshold in effect.
 
@@ -62,40 +42,23 @@ class LoopClan(Clan):
         return self.backend.clip_gradients()
 
 
-class Step:
-    """One optimizer step's micro-batches: as many as the accumulation in effect says, ``len(step)``.
-
-    Gradients cross ranks only in the last one. Divide each loss by ``len(step)``.
-    """
-
-    def __init__(self, backend: LoopBackend, batches: Iterator[Any]) -> None:
-        self._backend, self._batches = backend, batches
-        self._size = backend.accumulation
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(self._size):
-            batch = next(self._batches)
-            with self._backend.exchanging(number == self._size - 1):
-                yield batch
-
-
 @shares(LoopArguments)
 def attach(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
     *,
     accumulation: int | None = None,
     gradient_clipping: float | None = None,
     **arguments: Unpack[LoopArguments],
 ) -> LoopClan:
-    """Attaches a clan to a model that ``fully_shard`` or ``DistributedDataParallel`` was applied to.
+    """Attaches a clan to a model in a loop of your own.
 
-    Call ``clantune_scale.join(config)`` first, before ``init_process_group``: from there on the world, and every mesh
-    and group, is the member's. The loop is then::
+    With ``"members": "line"`` call it once model and optimizer exist: the model may be plain, under
+    ``DistributedDataParallel`` or ``fully_shard``, or a DeepSpeed engine (then without ``optimizer``). With
+    ``"members": "groups"`` call ``clantune_scale.join(config)`` before ``init_process_group``: from there on the world,
+    and every mesh and group, is the member's, and the model is under ``fully_shard`` or ``DistributedDataParallel``.
+    The loop is then::
 
         clan = clantune_scale.attach(model, optimizer, scheduler, config=config, eval_data=validation)
         for step in clan.steps(clan.loader(dataset), until=num_steps):
@@ -117,7 +80,7 @@ def attach(
 
     Args:
         model: what the loop calls; ``torch.compile`` may be around it or in it.
-        optimizer: made from the model's parameters after they were sharded.
+        optimizer: made from the model's parameters after they were sharded; None for a DeepSpeed engine's own.
         scheduler: goes with a clone, and ends each step; None if there is none or it moves otherwise.
         accumulation: micro-batches per optimizer step; None takes the config's, else 1. A gene may change it.
         gradient_clipping: gradient-norm threshold, 0 for none; None takes the config's, else 0. A gene may change it.
@@ -129,17 +92,20 @@ def attach(
     Raises:
         ConfigError: if the block, the model's parallelism or the optimizer cannot be used, a keyword contradicts the
             config, or there is nothing to evaluate on.
-        TopologyError: if a process group existed before the clan was joined, or ranks do not form the clan.
+        TopologyError: if a process group existed before a clan of groups was joined, or ranks do not form the clan.
     """
     settings, found = load_config(arguments["config"])
     block = require_block(found)
     require_examples(arguments["eval_data"], "attach")
-    if not dist.is_initialized():
-        raise ConfigError(
-            "there is no process group yet, so the model is not parallel. Call init_process_group() after "
-            "clantune_scale.join(), apply fully_shard() or DDP, then attach()."
-        )
-    joined = join(block)
+    if _is_deepspeed_engine(model):
+        from clantune_scale.backends.deepspeed.attach import attach_engine
+
+        # Typed as a LoopClan's for all other models. DeepSpeed clips by itself, so this one has no clip_grad_norm_().
+        clan: Any = attach_engine(model, block, arguments)
+        return clan
+    if optimizer is None:
+        raise ConfigError("attach() needs the optimizer that updates the model. Pass it after the model.")
+    joined = _world(block)
     settings = with_arguments(
         settings,
         function="attach",
@@ -149,7 +115,7 @@ def attach(
             CLIPPING: ("gradient_clipping", gradient_clipping),
         },
     )
-    backend = _backend(model, optimizer, scheduler, settings, population_size=block.population_size)
+    backend = _backend(model, optimizer, scheduler, settings, block)
     return attach_to(
         backend,
         LoopClan,
@@ -161,7 +127,24 @@ def attach(
         collate_fn=arguments.get("collate_fn"),
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
+        train_step=arguments.get("train_step"),
     )
+
+
+def _is_deepspeed_engine(model: Any) -> bool:
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+
+
+def _world(block: ClanConfig) -> ClanWorld:
+    if block.members == "line":
+        return one_world(timeout_s=block.join.timeout_s)
+    if not dist.is_initialized():
+        raise ConfigError(
+            "there is no process group yet, so the model is not parallel. Call init_process_group() after "
+            "clantune_scale.join(), apply fully_shard() or DDP, then attach()."
+        )
+    return join(block)
 
 
 def _backend(
@@ -169,22 +152,28 @@ def _backend(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     settings: Mapping[str, Any],
-    *,
-    population_size: int,
+    block: ClanConfig,
 ) -> LoopBackend:
-    """The backend for what the model is, its batch a share of the clan's.
+    """The backend for what the model is, its batch a share of the clan's (on the line, the whole of it).
 
     Raises:
         ConfigError: if the model is neither sharded by FSDP2 nor wrapped by DDP, or the batch does not divide.
     """
     # torch.compile's module around a model is not an instance of what it compiles.
     module = getattr(model, "_orig_mod", model)
+    is_line = block.members == "line"
+    population_size = 1 if is_line else block.population_size
     if isinstance(module, DistributedDataParallel):
         options = _batch_and_clip(settings, population_size, dp_size=dist.get_world_size())
         return DDPBackend(model, module, optimizer, scheduler, **options)
     if any(isinstance(part, FSDPModule) for part in module.modules()):
-        options = _batch_and_clip(settings, population_size, dp_size=data_parallel_size(module))
-        return FSDPBackend(model, module, optimizer, scheduler, **options)
+        options = _batch_and_clip(settings, population_size, dp_size=data_parallel_size(module, is_line=is_line))
+        return FSDPBackend(model, module, optimizer, scheduler, is_line=is_line, **options)
+    if is_line:
+        dp_size = dist.get_world_size() if dist.is_initialized() else 1
+        return PlainBackend(
+            model, module, optimizer, scheduler, **_batch_and_clip(settings, population_size, dp_size=dp_size)
+        )
     raise ConfigError(
         f"the model is a plain {type(module).__name__}, whose gradients nothing averages. Apply fully_shard() to it or "
         f"wrap it in DistributedDataParallel, also if a member has one rank."
@@ -199,18 +188,3 @@ def _batch_and_clip(settings: Mapping[str, Any], population_size: int, *, dp_siz
         "accumulation": batch.accumulation,
         "gradient_clipping": clipping_of(settings) or 0.0,
     }
-
-
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """Batches of one pass over ``loader`` after the other.
-
-    Raises:
-        ClanError: if a pass gives none.
-    """
-    while True:
-        is_empty = True
-        for batch in loader:
-            is_empty = False
-            yield batch
-        if is_empty:
-            raise ClanError("the loader gives no batch. Check its dataset's length against the batch size.")

@@ -42,6 +42,7 @@ class DDPBackend(LoopBackend):
         _refuse_unsupported(ddp)
         super().__init__(model, getattr(ddp.module, "_orig_mod", ddp.module), optimizer, scheduler, **options)
         self._ddp = ddp
+        self._sharing: BucketSharing | None = None
         self.dp_group, self.dp_rank, self.dp_size = ddp.process_group, dist.get_rank(), dist.get_world_size()
 
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
@@ -61,7 +62,8 @@ class DDPBackend(LoopBackend):
         self._undo.append(self._sharing.stay_in_member)
 
     def _check_order(self) -> None:
-        self._sharing.check_order(self.device)
+        if self._sharing is not None:
+            self._sharing.check_order(self.device)
 
 
 class BucketSharing:

@@ -13,14 +13,17 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch import state
+from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, schedulers_in
 from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
 from clantune_scale.config.default_genes import update_rule
+from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError, EvaluationError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
 from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode, replace_method
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.validation_window import loss_of
 from clantune_scale.transfer import MemberState
 
@@ -36,8 +39,8 @@ class LoopBackend(ABC):
     Args:
         model: what the loop calls: the module, or the result of ``torch.compile``.
         module: the user's own module in it.
-        optimizer: updates ``module``'s parameters.
-        scheduler: stepped once after each optimizer step; None for no scheduler.
+        optimizer: updates ``module``'s parameters; a list or a container if there are several.
+        scheduler: stepped once after each optimizer step; a list if there are several, None if there is none.
         micro_batch_size: samples per rank and backward pass.
         accumulation: micro-batches per optimizer step.
         gradient_clipping: gradient-norm threshold, 0 for none.
@@ -60,7 +63,7 @@ class LoopBackend(ABC):
         self,
         model: torch.nn.Module,
         module: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         scheduler: Any = None,
         *,
         micro_batch_size: int,
@@ -70,30 +73,56 @@ class LoopBackend(ABC):
         self.engine, self.module = model, module
         self.micro_batch_size, self.accumulation, self.clip = micro_batch_size, accumulation, gradient_clipping
         self.num_steps = 0
-        self._optimizer, self._scheduler = optimizer, scheduler
+        self._optimizers, self._schedulers = Optimizers(optimizer), schedulers_in(scheduler)
         named = [(_plain_name(name), parameter) for name, parameter in module.named_parameters()]
-        require_known_parameters(optimizer, named)
-        updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        require_known_parameters(self._optimizers.param_groups, named)
+        updated = {id(parameter) for group in self._optimizers.param_groups for parameter in group["params"]}
         self._trained = [(n, p) for n, p in named if id(p) in updated and p.requires_grad]
         self._frozen = [(n, p) for n, p in named if not (id(p) in updated and p.requires_grad)]
         self.device = state.local(named[0][1]).device
         self._undo: list[Callable[[], None]] = []
         self._probe, self._order = GradientProbe(), PostingOrder()
         self._is_clipped = False
-        self._awaits_schedule = False
+        self._step_end: StepEnd | None = None
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+        return self._optimizers.param_groups
 
     def masters(self) -> list[torch.Tensor]:
         return [state.local(parameter) for _, parameter in self._trained]
+
+    def groups_of_masters(self) -> list[int]:
+        places = {id(p): index for index, group in enumerate(self.param_groups()) for p in group["params"]}
+        return [places[id(parameter)] for _, parameter in self._trained]
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        return [decay_rule(part, group) for part in self._optimizers.parts for group in part.param_groups]
+
+    @property
+    def moves_with_weights(self) -> bool:
+        """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
+        return not self._optimizers.has_modes
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights that its optimizers want to be evaluated and saved."""
+        return self._optimizers.inference_weights()
+
+    def clear_gradients(self) -> None:
+        self._optimizers.zero_grad()
+
+    def show_norm(self, probe: GradientProbe) -> None:
+        self._probe = probe
 
     def refresh(self) -> None:  # noqa: B027 - the default
         """Does nothing: the model computes with the masters."""
 
     def state(self) -> MemberState:
         fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
-        return state.member_state(self._optimizer, self._trained, fixed, self._scheduler, self.refresh, self._starts)
+        found = state.member_state(self._optimizers, self._trained, fixed, self._schedulers, self.refresh, self._starts)
+        found.grow = lambda names: self._optimizers.grow(
+            [parameter for _, parameter in self._trained], state.grown_indices(names)
+        )
+        return found
 
     def _starts(self) -> Mapping[str, int] | None:
         """By parameter, the first element that this rank's shard holds; left out for 0."""
@@ -114,12 +143,19 @@ class LoopBackend(ABC):
         return norm
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Hooks the optimizer's update, after the user's clipping and before the scheduler's step."""
+        """Hooks each optimizer's update, after the user's clipping and before the scheduler's step."""
+        for index, part in enumerate(self._optimizers.parts):
+            self._around_part(index, part, context)
+
+    def _around_part(
+        self, index: int, part: torch.optim.Optimizer, context: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         entered = ExitStack()
 
         def before(_: Any, args: tuple, kwargs: dict) -> None:
             require_plain_step(args[1:], kwargs)
-            self._require_schedule()
+            if self._step_end is not None:
+                self._step_end.require_turn(index, self.num_steps)
             # If the last update raised, torch did not call the post hook, and the context is still open.
             entered.close()
             self._before_update()
@@ -127,13 +163,11 @@ class LoopBackend(ABC):
 
         def after(*_: Any) -> None:
             entered.close()
-            self._is_clipped = False
-            self._order.restart()
 
         self._undo += [
             entered.close,
-            self._optimizer.register_step_pre_hook(before).remove,
-            self._optimizer.register_step_post_hook(after).remove,
+            part.register_step_pre_hook(before).remove,
+            part.register_step_post_hook(after).remove,
         ]
 
     def _before_update(self) -> None:
@@ -148,35 +182,35 @@ class LoopBackend(ABC):
         """Calls back after the update. With a scheduler, it calls back when the scheduler's ``step`` returns."""
 
         def call_back() -> None:
-            self._awaits_schedule = False
             self.num_steps += 1
+            self._is_clipped = False
+            self._order.restart()
             callback()
 
-        def after_update(*_: Any) -> None:
-            self._awaits_schedule = True
-            if self._scheduler is None:
-                call_back()
+        parts, schedulers = self._optimizers.parts, self._schedulers
+        self._step_end = end = StepEnd(len(parts), len(schedulers), call_back)
+        for index, part in enumerate(parts):
+            self._undo.append(
+                part.register_step_post_hook(lambda *_, index=index: end.stepped("optimizer", index)).remove
+            )
+        for index, scheduler in enumerate(schedulers):
+            self._undo.append(self._after_schedule(index, scheduler, end))
 
-        self._undo.append(self._optimizer.register_step_post_hook(after_update).remove)
-        if self._scheduler is None:
-            return
-        step = self._scheduler.step
+    @staticmethod
+    def _after_schedule(index: int, scheduler: Any, end: StepEnd) -> Callable[[], None]:
+        step = scheduler.step
 
         @wraps(step)
-        def step_then_call(*args: Any, **kwargs: Any) -> Any:
+        def step_then_note(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            if self._awaits_schedule:
-                call_back()
+            end.stepped("scheduler", index)
             return result
 
-        self._undo.append(replace_method(self._scheduler, "step", step_then_call))
+        return replace_method(scheduler, "step", step_then_note)
 
     def _require_schedule(self) -> None:
-        if self._awaits_schedule:
-            raise ClanError(
-                f"scheduler.step() was not called after optimizer step {self.num_steps + 1}. Call it once after each "
-                f"optimizer.step(). If it is not stepped once per optimizer step, leave it out of attach()."
-            )
+        if self._step_end is not None and self._step_end.awaits_schedulers:
+            self._step_end.require_turn(0, self.num_steps)
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
         """Hooks the model's training forward pass: its arguments, and the loss if it returns one."""
@@ -232,10 +266,11 @@ class LoopBackend(ABC):
         )
 
     def optimizer_name(self) -> str:
-        return type(self._optimizer).__name__
+        return self._optimizers.name
 
     def update_rule(self) -> str:
-        return update_rule(self._optimizer)
+        """The one of all optimizers, or all their names: a clan's weight decay is of one kind or not tuned."""
+        return " and ".join(sorted({update_rule(part) for part in self._optimizers.parts}))
 
     def counters(self) -> dict[str, int]:
         return {"num_steps": self.num_steps}
@@ -262,7 +297,7 @@ class LoopBackend(ABC):
         """Weights and persistent buffers in host memory on the member's first rank, gathered one by one."""
         wanted = {_plain_name(name) for name in self.module.state_dict()}
         buffers = [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
-        is_first = dist.get_rank() == 0
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
         weights: dict[str, torch.Tensor] = {}
         for name, tensor in self._trained + self._frozen + [(n, b) for n, b in buffers if n in wanted]:
             with torch.no_grad():

@@ -28,6 +28,7 @@ class FSDPBackend(LoopBackend):
 
     Args:
         model, module, optimizer, scheduler, options: see :class:`LoopBackend`.
+        is_line: whether members lie on a line, so that nothing is hooked and a mesh may have replicas of its own.
 
     Raises:
         ConfigError: for a way of sharding that a clan cannot run with.
@@ -39,15 +40,22 @@ class FSDPBackend(LoopBackend):
         module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: Any = None,
+        *,
+        is_line: bool = False,
         **options: Any,
     ) -> None:
         self._parts: Sequence[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
         # A submodule that is still gathered has parameters that the optimizer does not know.
         self._reshard()
-        _refuse_unsupported(module, self._parts)
+        _refuse_unsupported(module, self._parts, is_line=is_line)
         super().__init__(model, module, optimizer, scheduler, **options)
-        info = _param_groups(self._parts)[0].mesh_info
+        self._sharing: ShardSharing | None = None
+        group = _param_groups(self._parts)[0]
+        info = group.mesh_info
+        self._shard_rank, self._num_shards = info.shard_mesh_rank, info.shard_mesh_size
         self.dp_group, self.dp_rank, self.dp_size = info.shard_process_group, info.shard_mesh_rank, info.shard_mesh_size
+        if group._is_hsdp:  # replicas of the mesh read data of their own; _refuse_unsupported excludes tensor ranks
+            self.dp_group, self.dp_rank, self.dp_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
         self.tp_size = dist.get_world_size() // self.dp_size
         self.tp_group = _tensor_group(self._trained + self._frozen, self.tp_size)
         self.tp_rank = 0 if self.tp_group is None else dist.get_rank(self.tp_group)
@@ -68,8 +76,8 @@ class FSDPBackend(LoopBackend):
             if shard.fsdp_placement.dim != 0:
                 return None
             num_rows, *rest = shard._orig_size
-            rows_each = -(-num_rows // self.dp_size)
-            starts[names[id(shard.sharded_param)]] = min(self.dp_rank * rows_each, num_rows) * math.prod(rest)
+            rows_each = -(-num_rows // self._num_shards)
+            starts[names[id(shard.sharded_param)]] = min(self._shard_rank * rows_each, num_rows) * math.prod(rest)
         return starts
 
     @contextmanager
@@ -101,18 +109,24 @@ class FSDPBackend(LoopBackend):
                 self._undo.append(partial(part.set_all_reduce_hook, before))
 
     def _check_order(self) -> None:
-        self._sharing.check_order(self.device)
+        if self._sharing is not None:
+            self._sharing.check_order(self.device)
 
 
-def data_parallel_size(module: torch.nn.Module) -> int:
+def data_parallel_size(module: torch.nn.Module, *, is_line: bool = False) -> int:
     """Ranks that read different samples in a module that ``fully_shard`` was applied to.
+
+    Args:
+        module: the user's.
+        is_line: whether members lie on a line.
 
     Raises:
         ConfigError: for a way of sharding that a clan cannot run under.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    _refuse_unsupported(module, parts)
-    return int(_param_groups(parts)[0].mesh_info.shard_mesh_size)
+    _refuse_unsupported(module, parts, is_line=is_line)
+    group = _param_groups(parts)[0]
+    return dist.get_world_size() if group._is_hsdp else int(group.mesh_info.shard_mesh_size)
 
 
 def _groups_of(part: FSDPModule) -> list[Any]:
@@ -127,7 +141,7 @@ def _param_groups(parts: Sequence[FSDPModule]) -> list[Any]:
     return [group for part in parts for group in _groups_of(part)]
 
 
-def _refuse_unsupported(module: torch.nn.Module, parts: Sequence[FSDPModule]) -> None:
+def _refuse_unsupported(module: torch.nn.Module, parts: Sequence[FSDPModule], *, is_line: bool) -> None:
     """Refuses ways of sharding whose gradients or state this backend does not find."""
     groups = _param_groups(parts)
     if any(len(_groups_of(part)) > 1 for part in parts):
@@ -136,13 +150,16 @@ def _refuse_unsupported(module: torch.nn.Module, parts: Sequence[FSDPModule]) ->
             "for them. Apply fully_shard() separately to each submodule that has a mesh of its own."
         )
     for group in groups:
-        if group._is_hsdp:
+        if is_line:
+            _refuse_odd_replicas(group)
+        elif group._is_hsdp:
             raise ConfigError(
                 f"{group._module_fqn or 'the model'} is sharded over a mesh of two dimensions (hybrid sharding). In a "
                 f"clan the members are the replicas, and they are no dimension of a mesh. Give fully_shard() the "
-                f"member's one data-parallel dimension, and raise population_size for more replicas."
+                f"member's one data-parallel dimension, and raise population_size for more replicas. Members on the "
+                f'line ("members": "line") take the mesh as it is.'
             )
-        if group._all_reduce_hook is not None:
+        if group._all_reduce_hook is not None and not is_line:
             raise ConfigError(
                 f"{group._module_fqn or 'the model'} has an all-reduce hook already, and FSDP2 accepts one for each "
                 f"module. Remove it before attach()."
@@ -158,6 +175,16 @@ def _refuse_unsupported(module: torch.nn.Module, parts: Sequence[FSDPModule]) ->
     if len(sizes) > 1:
         raise ConfigError(
             f"the model's modules are sharded over meshes of {sorted(sizes)} ranks. Shard all of them over one mesh."
+        )
+
+
+def _refuse_odd_replicas(group: Any) -> None:
+    info = group.mesh_info
+    if group._is_hsdp and info.shard_mesh_size * info.replicate_mesh_size != dist.get_world_size():
+        raise ConfigError(
+            f"{group._module_fqn or 'the model'} has {info.replicate_mesh_size} replicas of {info.shard_mesh_size} "
+            f"shards in a world of {dist.get_world_size()} ranks: hybrid sharding beside tensor parallelism was not "
+            f"tried with a clan. Use one of the two."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,25 +11,27 @@ import torch
 from clantune_scale.errors import ConfigError
 
 
-def require_known_parameters(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
-    """Checks that the optimizer updates the module's own parameters, and that they are in float32.
+def require_known_parameters(
+    param_groups: Sequence[dict[str, Any]], named: Sequence[tuple[str, torch.nn.Parameter]]
+) -> None:
+    """Checks that the optimizers update the module's own parameters, each once, and that they are in float32.
 
     Args:
-        optimizer: the user's.
+        param_groups: of the user's optimizers.
         named: the module's parameters, by name.
 
     Raises:
         ConfigError: if one of the two is not so.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"the optimizer is a {type(optimizer).__name__}, and the clan cannot find its state. Pass the "
-            f"torch.optim.Optimizer that updates the parameters."
-        )
     if not named:
         raise ConfigError("the model has no parameters. Pass the module that you train.")
     names = {id(parameter): name for name, parameter in named}
-    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    updated = [parameter for group in param_groups for parameter in group["params"]]
+    if not any(parameter.requires_grad for parameter in updated):
+        raise ConfigError("no parameter of the optimizer trains: requires_grad is False for all. Unfreeze some first.")
+    shared = next((p for p, count in Counter(map(id, updated)).items() if count > 1), None)
+    if shared is not None:
+        raise ConfigError(f"{names.get(shared, 'a tensor')} is in two parameter groups. Give each to one optimizer.")
     strangers = [parameter for parameter in updated if id(parameter) not in names]
     if strangers:
         raise ConfigError(

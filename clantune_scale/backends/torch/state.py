@@ -7,10 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
+from clantune_scale.core.genome import GROUP_KEYS
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.clip import local
 from clantune_scale.transfer import MemberState
-from clantune_scale.transfer.state import Piece, grow_optimizer, merged, plain
+from clantune_scale.transfer.state import Piece, merged, plain
+
+# A group's entries that genes, schedules and the clan set: they travel with a round, and not with a clone.
+_SET = {key for key, _ in GROUP_KEYS.values()} | {"params", "initial_lr", "clantune_lr"}
 
 Named = Sequence[tuple[str, torch.Tensor]]
 
@@ -29,27 +33,26 @@ def member_state(
     optimizer: InnerOptimizer,
     trained: Named,
     fixed: Named,
-    scheduler: Any,
+    schedulers: Sequence[Any],
     refresh: Callable[[], None],
     starts: Callable[[], Mapping[str, int] | None],
 ) -> MemberState:
     """This rank's training state.
 
     Args:
-        optimizer: its moments and step counts are part of the state. Megatron's backend passes several seen as one.
+        optimizer: its moments and step counts are part of the state; several are seen as one.
         trained: the parameters that it updates, by name: the fp32 masters.
         fixed: frozen parameters and buffers, by name.
-        scheduler: a learning-rate scheduler, or None.
+        schedulers: of learning rates.
         refresh: updates the model's weights from the masters.
         starts: returns, by parameter, the index of the first element that this rank's shard holds (left out for 0), or
             None if a shard is not a contiguous slice.
     """
     return MemberState(
         tensors=list(_tensors(optimizer, trained, fixed)),
-        scalars={"optimizer": _optimizer_scalars(optimizer, trained), "schedule": _schedule(optimizer, scheduler)},
-        load_scalars=lambda scalars: _load(optimizer, trained, scheduler, scalars),
+        scalars={"optimizer": _optimizer_scalars(optimizer, trained), "schedule": _schedule(optimizer, schedulers)},
+        load_scalars=lambda scalars: _load(optimizer, trained, schedulers, scalars),
         refresh=refresh,
-        grow=lambda names: _grow(optimizer, trained, names),
         logical=lambda: _pieces(optimizer, trained, fixed, starts()),
     )
 
@@ -78,7 +81,24 @@ def _require_plain(optimizer: InnerOptimizer, key: str, value: Any) -> None:
 
 def _optimizer_scalars(optimizer: InnerOptimizer, trained: Named) -> dict[str, Any]:
     counts = [_counts(optimizer.state.get(parameter, {})) for _, parameter in trained]
-    return {"counts": counts, "group_steps": [group.get("step") for group in optimizer.param_groups]}
+    return {"counts": counts, "groups": [group_numbers(group) for group in optimizer.param_groups]}
+
+
+def group_numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that an optimizer keeps in a parameter group: a step count, Prodigy's distance, a mode.
+
+    What genes and schedules set is left out. Constants are among them and do no harm: they are equal everywhere.
+    """
+    own = {key: value for key, value in group.items() if key not in _SET}
+    return {key: value for key, value in plain(own).items() if isinstance(value, int | float)}
+
+
+def load_group_numbers(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, float]]) -> None:
+    """Puts back what :func:`group_numbers` found. A number that was not there yet is dropped again."""
+    for group, numbers in zip(groups, saved, strict=True):
+        for key in group_numbers(group).keys() - numbers.keys():
+            del group[key]
+        group.update({key: merged(group.get(key), value) for key, value in numbers.items()})
 
 
 def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
@@ -92,14 +112,15 @@ def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _schedule(optimizer: InnerOptimizer, scheduler: Any) -> dict[str, Any] | None:
-    """The part of the scheduler's state that JSON represents. The rest (functions) is equal on all members."""
-    if scheduler is None or not hasattr(scheduler, "state_dict"):
+def _schedule(optimizer: InnerOptimizer, schedulers: Sequence[Any]) -> dict[str, Any] | None:
+    """The part of the schedulers' state that JSON represents. The rest (functions) is equal on all members."""
+    if not any(hasattr(scheduler, "state_dict") for scheduler in schedulers):
         return None
-    return {"scheduler": plain(scheduler.state_dict()), "rates": [float(g["lr"]) for g in optimizer.param_groups]}
+    states = [plain(one.state_dict()) if hasattr(one, "state_dict") else None for one in schedulers]
+    return {"schedulers": states, "rates": [float(g["lr"]) for g in optimizer.param_groups]}
 
 
-def _load(optimizer: InnerOptimizer, trained: Named, scheduler: Any, scalars: Mapping[str, Any]) -> None:
+def _load(optimizer: InnerOptimizer, trained: Named, schedulers: Sequence[Any], scalars: Mapping[str, Any]) -> None:
     for (_, parameter), counts in zip(trained, scalars["optimizer"]["counts"], strict=True):
         entries = optimizer.state.get(parameter, {})
         for name in _counts(entries):
@@ -108,22 +129,20 @@ def _load(optimizer: InnerOptimizer, trained: Named, scheduler: Any, scalars: Ma
                 local(entries[name]).fill_(counts.get(name, 0))
             else:
                 entries[name] = counts.get(name, 0)
-    for group, step in zip(optimizer.param_groups, scalars["optimizer"]["group_steps"], strict=True):
-        if step is not None:
-            group["step"] = step
+    load_group_numbers(optimizer.param_groups, scalars["optimizer"]["groups"])
     schedule = scalars.get("schedule")
     if schedule is None:
         return
-    scheduler.load_state_dict(merged(scheduler.state_dict(), schedule["scheduler"]))
+    for scheduler, saved in zip(schedulers, schedule["schedulers"], strict=True):
+        if saved is not None:
+            scheduler.load_state_dict(merged(scheduler.state_dict(), saved))
     for group, learning_rate in zip(optimizer.param_groups, schedule["rates"], strict=True):
         group["lr"] = merged(group["lr"], learning_rate)
 
 
-def _grow(optimizer: InnerOptimizer, trained: Named, names: Collection[str]) -> None:
-    """Makes optimizer state for exactly the parameters whose state is among ``names`` (see ``MemberState.grow``)."""
-    assert isinstance(optimizer, torch.optim.Optimizer), "several optimizers as one grow theirs one by one"
-    wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
-    grow_optimizer(optimizer, [parameter for _, parameter in trained], wanted)
+def grown_indices(names: Collection[str]) -> set[int]:
+    """The trained parameters whose optimizer state is among the names of a saved state."""
+    return {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
 
 
 def _pieces(

@@ -103,10 +103,13 @@ class Strategy(ABC):
         facts: what the run is.
         guards: whether the runtime takes rollback snapshots (``Decision.takes_snapshot``).
         uses_ema: whether any of its rounds measures fitness on averaged weights.
+        has_one_state: whether all members go on from one state after every round, so that one model can stand for all
+            of them (members on the line).
     """
 
     guards: bool = False
     uses_ema: bool = False
+    has_one_state: bool = False
 
     def __init__(self, facts: RunFacts) -> None:
         self.facts = facts

@@ -42,6 +42,8 @@ class Control(Strategy):
     def __init__(self, facts: RunFacts, options: ControlOptions | None = None) -> None:
         super().__init__(facts)
         self.options = options or ControlOptions()
+        # Members that never compete stay equal.
+        self.has_one_state = not self.options.competes
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
         end = round_end(start_step, self.facts.round_length_steps, self.facts.total_steps)

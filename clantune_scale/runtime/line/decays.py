@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from clantune_scale.config.default_genes import ADAMW, update_rule
 from clantune_scale.core.line import DecayRule
 
 _DECOUPLED = ("AdamW", "Lion", "Muon")
@@ -17,7 +18,8 @@ def decay_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> De
 
     Adam divides a decay that it takes in with the gradient by a root of its own square, so no linear rule holds.
     """
-    if group.get("decoupled_weight_decay") or type(optimizer).__name__.endswith(_DECOUPLED):
+    is_decoupled = group.get("decoupled_weight_decay") or type(optimizer).__name__.endswith(_DECOUPLED)
+    if is_decoupled or update_rule(optimizer) == ADAMW:
         return DecayRule()
     if isinstance(optimizer, torch.optim.SGD):
         return DecayRule(float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]))

@@ -67,6 +67,25 @@ class Points:
                 self._average_decay = _zeros(weights())
                 self._sums.append((self._average_decay, [decay_reach(reads(plan), rule) for rule in known]))
 
+    @property
+    def sums_decays(self) -> bool:
+        """Whether the round takes in what each step's weight decay does."""
+        return bool(self._sums)
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """What the round has stored so far, by name; values loaded into it continue a round that was stopped."""
+        stored = {
+            "start": self._start,
+            "anchor": self._anchor,
+            "decay": self._decay,
+            "average_decay": self._average_decay,
+        }
+        return [
+            (f"line_{kind}.{index}", tensor)
+            for kind, tensors in stored.items()
+            for index, tensor in enumerate(tensors or ())
+        ]
+
     @torch.no_grad()
     def before_update(self, offset: int, rates: Sequence[float], decays: Sequence[float]) -> None:
         """Takes in what the centre's weight decay does in the step that follows; nothing if no decay varies.

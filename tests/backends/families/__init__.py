@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+import clantune_scale
+
 FAMILIES = ("zero", "pipeline", "deepspeed_tp", "deepspeed_moe", "fsdp", "ddp", "megatron")
 
 
@@ -67,6 +69,17 @@ class Run(Protocol):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every fp32 weight of the member by the twin's names, equal on all its ranks; a member collective."""
+
+
+def join_groups(block: dict | None) -> None:
+    """Joins a clan whose members are groups of ranks; members on the line need no joining."""
+    if block is not None and block.get("members") != "line":
+        clantune_scale.join(block)
+
+
+def is_on_line(clan: Any) -> bool:
+    """Whether a run has a clan whose members lie on a line."""
+    return clan is not None and clan.config.members == "line"
 
 
 def family(name: str) -> Any:

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import clantune_scale
-from tests.backends.families import Setup
+from tests.backends.families import Setup, join_groups
 from tests.backends.families.loops import MICRO, Loop
 from tests.backends.small_runs import Net
 from tests.small_clans import datasets
@@ -42,8 +41,7 @@ class Replicated(Loop):
 
 
 def start(setup: Setup, block: dict | None) -> Replicated:
-    if block is not None:
-        clantune_scale.join(block)
+    join_groups(block)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     if "compile" in setup.options:

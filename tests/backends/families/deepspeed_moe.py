@@ -10,7 +10,7 @@ from torch import nn
 
 import clantune_scale
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
-from tests.backends.families import Setup
+from tests.backends.families import Setup, is_on_line, join_groups
 from tests.backends.small_runs import MICRO, ds_config
 from tests.small_clans import datasets, train
 
@@ -95,7 +95,13 @@ class Experts:
         self.clan = getattr(engine, "clan", None)
 
     def train(self, num_steps: int) -> None:
-        train(self.engine, self.loader, num_steps)
+        if not is_on_line(self.clan):
+            train(self.engine, self.loader, num_steps)
+            return
+        for step in self.clan.steps(self.loader, until=num_steps):
+            for batch in step:
+                self.engine.backward(self.engine(*batch))
+                self.engine.step()
 
     def weights(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -124,7 +130,7 @@ def start(setup: Setup, block: dict | None) -> Experts:
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    clantune_scale.join(block["population_size"]) if block else None
+    join_groups(block)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     model = Mixed()

@@ -10,7 +10,7 @@ from torch import nn
 
 import clantune_scale
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
-from tests.backends.families import Setup
+from tests.backends.families import Setup, is_on_line, join_groups
 from tests.backends.small_runs import MICRO, SGD, ds_config
 from tests.backends.tensor_layers import DIMENSIONS, Mpu, Sharded, Whole
 from tests.small_clans import datasets, train
@@ -52,7 +52,13 @@ class TensorParallel:
         self.clan = getattr(engine, "clan", None)
 
     def train(self, num_steps: int) -> None:
-        train(self.engine, self.loader, num_steps)
+        if not is_on_line(self.clan):
+            train(self.engine, self.loader, num_steps)
+            return
+        for step in self.clan.steps(self.loader, until=num_steps):
+            for batch in step:
+                self.engine.backward(self.engine(*batch))
+                self.engine.step()
 
     def weights(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -74,7 +80,7 @@ class TensorParallel:
 def start(setup: Setup, block: dict | None) -> TensorParallel:
     import deepspeed
 
-    clantune_scale.join(block["population_size"]) if block else None
+    join_groups(block)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     options: dict[str, Any] = {}
     if setup.options["kind"] == "mpu":

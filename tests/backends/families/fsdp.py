@@ -14,8 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import clantune_scale
-from tests.backends.families import Setup
+from tests.backends.families import Setup, join_groups
 from tests.backends.families.loops import MICRO, Loop, TiedNet
 from tests.backends.families.loops import token_datasets as datasets
 
@@ -54,8 +53,7 @@ class Sharded(Loop):
 
 
 def start(setup: Setup, block: dict | None) -> Sharded:
-    if block is not None:
-        clantune_scale.join(block)
+    join_groups(block)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size() // setup.tp, setup.tp), mesh_dim_names=("dp", "tp"))

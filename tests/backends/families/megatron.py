@@ -10,7 +10,7 @@ import torch
 import clantune_scale
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
 from tests import megatron_shim
-from tests.backends.families import Setup
+from tests.backends.families import Setup, is_on_line, join_groups
 from tests.backends.megatron_models import build, initialize, master_weights, scheduler_of
 from tests.backends.plain_gpt import CONTEXT, PlainGPT, token_datasets
 
@@ -101,26 +101,32 @@ class Megatron:
         )
 
     def train(self, num_steps: int) -> None:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
+        if is_on_line(self.clan):
+            for step in self.clan.steps(self.loader, until=num_steps):
+                self._one_step(iter(step), len(step))
+            return
         batches = _forever(self.loader)
         while self.num_steps < num_steps:
-            accumulation = self.clan.num_microbatches if self.clan else self._setup.accumulation
-            self.model.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=batches,
-                model=[self.model],
-                num_microbatches=accumulation,
-                seq_length=CONTEXT,
-                micro_batch_size=MICRO,
-                forward_only=False,
-            )
-            is_updated, *_ = self.optimizer.step()
-            if self.scheduler is not None and is_updated:
-                self.scheduler.step(increment=1)
-            self._num_steps += 1
+            self._one_step(batches, self.clan.num_microbatches if self.clan else self._setup.accumulation)
+
+    def _one_step(self, batches: Iterator[Any], num_microbatches: int) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=[self.model],
+            num_microbatches=num_microbatches,
+            seq_length=CONTEXT,
+            micro_batch_size=MICRO,
+            forward_only=False,
+        )
+        is_updated, *_ = self.optimizer.step()
+        if self.scheduler is not None and is_updated:
+            self.scheduler.step(increment=1)
+        self._num_steps += 1
 
     @property
     def num_steps(self) -> int:
@@ -137,8 +143,7 @@ def _forever(loader: ClanDataLoader) -> Iterator[Any]:
 
 def start(setup: Setup, block: dict | None) -> Megatron:
     megatron_shim.install()
-    if block is not None:
-        clantune_scale.join(block)
+    join_groups(block)
     initialize(setup)
     return Megatron(setup, block)
 

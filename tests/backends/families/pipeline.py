@@ -9,7 +9,7 @@ from torch import nn
 
 import clantune_scale
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
-from tests.backends.families import Setup
+from tests.backends.families import Setup, join_groups
 from tests.backends.small_runs import MICRO, SGD, ds_config
 from tests.small_clans import datasets
 
@@ -113,7 +113,7 @@ class Pipeline:
 def start(setup: Setup, block: dict | None) -> Pipeline:
     import deepspeed
 
-    clantune_scale.join(block) if block else None
+    join_groups(block)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     model = deepspeed.PipelineModule(layers(), num_stages=setup.pp, loss_fn=squared_error, partition_method="uniform")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
-from tests.backends.families import Setup
+from tests.backends.families import Setup, is_on_line
 from tests.backends.small_runs import MICRO, SGD, Net, ds_config, plain_engine
 from tests.small_clans import datasets, train
 from tests.small_clans import start as start_clan
@@ -36,7 +36,13 @@ class Zero:
         self.clan = getattr(engine, "clan", None)
 
     def train(self, num_steps: int) -> None:
-        train(self._engine, self._loader, num_steps)
+        if not is_on_line(self.clan):
+            train(self._engine, self._loader, num_steps)
+            return
+        for step in self.clan.steps(self._loader, until=num_steps):
+            for batch in step:
+                self._engine.backward(self._engine(*batch))
+                self._engine.step()
 
     def weights(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param

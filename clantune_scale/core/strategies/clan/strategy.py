@@ -57,7 +57,7 @@ class ClanStrategy(Strategy):
     """
 
     Options = ClanOptions
-    uses_ema = True
+    uses_ema = has_one_state = True
 
     def __init__(self, facts: RunFacts, options: ClanOptions | None = None) -> None:
         super().__init__(facts)

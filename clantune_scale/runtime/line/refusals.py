@@ -1,0 +1,96 @@
+"""What members on the line cannot do, refused by name before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.line import DECAY, RATE, DecayRule
+from clantune_scale.core.rounds import PhaseKind, expected_steps
+from clantune_scale.core.strategies import Strategy
+from clantune_scale.errors import ConfigError
+
+_GROUPS = 'or set "members" to "groups"'
+
+
+class LineEngine(Protocol):
+    """What the checks ask of an engine."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's live groups."""
+
+    def decay_rules(self) -> list[DecayRule | None]:
+        """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""
+
+    def optimizer_name(self) -> str:
+        """The optimizer's class."""
+
+
+def require_line(
+    config: ClanConfig, strategy: Strategy, genes: Sequence[Gene], engine: LineEngine, *, setters: Collection[str]
+) -> None:
+    """Checks that one model can stand for the members of a run.
+
+    Args:
+        config: the block.
+        strategy: of the run.
+        genes: that it has.
+        engine: that trains.
+        setters: targets that the user sets.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    if not strategy.has_one_state:
+        raise ConfigError(
+            f"the strategy {config.strategy.name!r} lets members hold states of their own, and members on the line "
+            f'share one. Use "clan" or "control", {_GROUPS}.'
+        )
+    if config.faults.min_members is not None:
+        raise ConfigError(
+            f"faults.min_members is {config.faults.min_members}, and members on the line do not die one by one: all "
+            f"ranks hold one model. Leave it out; the run resumes from its last round, as any run of this engine."
+        )
+    for gene in genes:
+        _require_gene(gene, engine, setters)
+    nameless = next((index for index, group in enumerate(engine.param_groups()) if group.get("lr") is None), None)
+    if nameless is not None and any(gene.target == RATE for gene in genes):
+        raise ConfigError(
+            f'parameter group {nameless} of {engine.optimizer_name()} has no "lr", so there is no learning rate to '
+            f"scale. Give it one, or leave the gene {RATE!r} out."
+        )
+
+
+def _require_gene(gene: Gene, engine: LineEngine, setters: Collection[str]) -> None:
+    if gene.target == "accumulation":
+        raise ConfigError(
+            f"gene {gene.name!r}: members on the line train on the same micro-batches in turns, so their number cannot "
+            f"differ. Leave the gene out, {_GROUPS}."
+        )
+    if gene.kind != "optimizer":
+        return
+    if gene.target not in (RATE, DECAY) or gene.target in setters:
+        what = "is set by a function of yours" if gene.target in setters else "has no closed form"
+        raise ConfigError(
+            f"gene {gene.name!r}: members on the line are computed from one model, and the effect of {gene.target!r} "
+            f"on an update {what}. Leave the gene out, {_GROUPS}."
+        )
+    if gene.target == DECAY and None in engine.decay_rules():
+        raise ConfigError(
+            f"gene {gene.name!r}: {engine.optimizer_name()} does not apply its weight decay by a rule that is known to "
+            f"be linear in it. Leave the gene out, {_GROUPS}."
+        )
+
+
+def may_compete(strategy: Strategy) -> bool:
+    """Whether any round of a run, by its plan, has a competitive phase."""
+    facts, index, step = strategy.facts, 0, 0
+    total = expected_steps(facts.total_steps, facts.round_length_steps)
+    while step < total:
+        plan = strategy.plan(index, step)
+        if any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases):
+            return True
+        index, step = index + 1, plan.end_step
+    return False
