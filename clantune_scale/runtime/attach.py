@@ -132,6 +132,18 @@ def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None
         check_world(world, backend.device)
         check_parameters(world, backend.module)
     check_forms(block.checkpoint.champion, backend.engine, backend)
+    _require_rates(backend)
+
+
+def _require_rates(backend: Backend) -> None:
+    """Refuses an optimizer that has no learning rate to scale: the final decay scales every group's."""
+    for index, group in enumerate(backend.param_groups()):
+        if group.get("lr") is None:
+            raise ConfigError(
+                f"parameter group {index} of {backend.optimizer_name()} has the learning rate {group.get('lr')}, so "
+                f"there is nothing for a clan to scale. Give the optimizer a learning rate (lr=...) in place of one "
+                f"that it finds itself."
+            )
 
 
 def _rules(

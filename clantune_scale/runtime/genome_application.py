@@ -268,7 +268,7 @@ def _found(target: str, names: Sequence[str] | None, backend: TunedEngine) -> fl
     if target in GROUP_KEYS:
         key, place = GROUP_KEYS[target]
         for group in chosen_groups(backend.param_groups(), list(names) if names else None):
-            if key in group:
+            if group.get(key) is not None:
                 return float(group[key] if place is None else group[key][place])
     if target == "clip" and backend.clip > 0:
         return backend.clip

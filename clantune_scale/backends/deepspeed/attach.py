@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.utils.data import Dataset
 from typing_extensions import Unpack
@@ -14,6 +15,7 @@ from typing_extensions import Unpack
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend, suppress_start_up_noise
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
+from clantune_scale.backends.torch.attach import LoopClan
 from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
@@ -22,7 +24,7 @@ from clantune_scale.data.sampler import ClanDataLoader, require_samples
 from clantune_scale.distributed import world
 from clantune_scale.distributed.one_world import one_world
 from clantune_scale.distributed.topology import Topology
-from clantune_scale.errors import ConfigError, TopologyError
+from clantune_scale.errors import ClanError, ConfigError, TopologyError
 from clantune_scale.runtime.arguments import ClanArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
 from clantune_scale.runtime.clan import Clan
@@ -202,7 +204,23 @@ def _initialize_line(
     return engine, optimizer, loader, scheduler
 
 
-def attach_engine(engine: Any, block: ClanConfig, arguments: Mapping[str, Any], *, function: str = "attach") -> Clan:
+class EngineClan(LoopClan):
+    """A clan on a DeepSpeed engine whose members lie on a line; see :func:`attach_engine`."""
+
+    backend: DeepSpeedBackend  # type: ignore[assignment]  # both are engines, and only clipping differs
+
+    def clip_grad_norm_(self) -> torch.Tensor:
+        """Refused: DeepSpeed clips inside ``engine.step()``.
+
+        Raises:
+            ClanError: always.
+        """
+        raise ClanError("DeepSpeed clips inside engine.step(). Set gradient_clipping in its config instead.")
+
+
+def attach_engine(
+    engine: Any, block: ClanConfig, arguments: Mapping[str, Any], *, function: str = "attach"
+) -> EngineClan:
     """A clan whose members lie on a line, on an engine that exists; ``engine.clan`` is it, too.
 
     Args:
@@ -225,9 +243,9 @@ def attach_engine(engine: Any, block: ClanConfig, arguments: Mapping[str, Any], 
     train_step = arguments.get("train_step")
     if isinstance(backend, PipelineBackend):
         train_step = train_step or backend.train_step
-    engine.clan = attach_to(
+    clan = engine.clan = attach_to(
         backend,
-        Clan,
+        EngineClan,
         world=one_world(timeout_s=block.join.timeout_s),
         block=block,
         eval_data=examples,
@@ -238,7 +256,6 @@ def attach_engine(engine: Any, block: ClanConfig, arguments: Mapping[str, Any], 
         num_samples=arguments.get("num_samples"),
         train_step=train_step,
     )
-    clan: Clan = engine.clan
     return clan
 
 

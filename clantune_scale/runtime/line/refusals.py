@@ -55,12 +55,6 @@ def require_line(
         )
     for gene in genes:
         _require_gene(gene, engine, setters)
-    nameless = next((index for index, group in enumerate(engine.param_groups()) if group.get("lr") is None), None)
-    if nameless is not None and any(gene.target == RATE for gene in genes):
-        raise ConfigError(
-            f'parameter group {nameless} of {engine.optimizer_name()} has no "lr", so there is no learning rate to '
-            f"scale. Give it one, or leave the gene {RATE!r} out."
-        )
 
 
 def _require_gene(gene: Gene, engine: LineEngine, setters: Collection[str]) -> None:
