@@ -100,9 +100,7 @@ def attach(
     if _is_deepspeed_engine(model):
         from clantune_scale.backends.deepspeed.attach import attach_engine
 
-        # Typed as a LoopClan's for all other models. DeepSpeed clips by itself, so this one has no clip_grad_norm_().
-        clan: Any = attach_engine(model, block, arguments)
-        return clan
+        return attach_engine(model, block, arguments)
     if optimizer is None:
         raise ConfigError("attach() needs the optimizer that updates the model. Pass it after the model.")
     joined = _world(block)
