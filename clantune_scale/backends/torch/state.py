@@ -73,9 +73,11 @@ def _require_plain(optimizer: InnerOptimizer, key: str, value: Any) -> None:
     """Refuses optimizer state that is no tensor and no number. A clone would not copy it."""
     if value is None or torch.is_tensor(value) or isinstance(value, bool | int | float):
         return
+    # Several optimizers that act as one say by name which they are.
+    name = getattr(optimizer, "name", type(optimizer).__name__)
     raise ConfigError(
-        f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__}, for each parameter, and a clone would "
-        f"not copy it: only tensors and numbers are moved. Use another optimizer."
+        f"{name} keeps {key!r}, a {type(value).__name__}, for each parameter, "
+        f"and a clone would not copy it: only tensors and numbers are moved. Use another optimizer."
     )
 
 
