@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend, suppress_start_up_noise
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
-from clantune_scale.backends.torch.attach import LoopClan
+from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage

@@ -16,6 +16,7 @@ from clantune_scale.backends.join import join
 from clantune_scale.backends.torch.ddp import DDPBackend
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp import FSDPBackend, data_parallel_size
+from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.backends.torch.plain import PlainBackend
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, clipping_of, split_batch, with_arguments
 from clantune_scale.config.deepspeed_file import load_config, require_block
@@ -25,21 +26,6 @@ from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.arguments import LoopArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
-from clantune_scale.runtime.clan import Clan
-
-
-class LoopClan(Clan):
-    """A clan in a loop of the user's own; see :func:`attach`."""
-
-    backend: LoopBackend
-
-    def clip_grad_norm_(self) -> torch.Tensor:
-        """[] the gradient norm of the member; scales gradients down to the threshold in effect.
-
-        Use it in place of torch's: the threshold may be a gene, and only some parameters may be tensor-parallel. If
-        the loop does not call it, the clan clips just before the optimizer's update.
-        """
-        return self.backend.clip_gradients()
 
 
 @shares(LoopArguments)
