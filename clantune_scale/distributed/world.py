@@ -191,7 +191,7 @@ def join(
         entry.supervisor,
         entry.membership_change,
     )
-    atexit.register(_leave)
+    release_at_exit()
     return _joined
 
 
@@ -217,6 +217,12 @@ def _check_alike(joined: ClanWorld, population_size: int, faults: FaultsConfig |
             f"this process has joined a clan with faults {joined.supervisor.settings!r}, and the config says "
             f"{faults!r}. Pass the same config to join() and to initialize() or attach()."
         )
+
+
+def release_at_exit() -> None:
+    """Releases every group before the interpreter shuts down."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
 
 
 def _leave() -> None:
