@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, block = extract(load_ds_config(_config_path(options.arguments)))
     is_clan = block is not None and block.enabled
     if block is not None and is_clan and block.members == "groups":
-        from clantune_scale.distributed.join import join
+        from clantune_scale.backends.join import join
 
         join(block)
     # The launcher's --local_rank comes before the script's own arguments.

@@ -1,4 +1,4 @@
-"""Bytes of state that one rank holds: ZeRO shards over a member only, and that is the price of a clan."""
+"""Bytes of state that one rank holds. ZeRO shards over a member's ranks only, and that is the price of a clan."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _MASTER = 4
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. Activations and buffers of collectives are not in it: a clan does not change them.
+    """Bytes on one rank, without activations and buffers of collectives: a clan does not change those.
 
     Attributes:
-        weights: that the model computes with, frozen parameters and buffers among them.
+        weights: with which the model computes; frozen parameters and buffers are included.
         gradients: that outlive the backward pass.
-        masters: fp32 weights beside those; 0 where the weights are the masters.
+        masters: fp32 weights beside ``weights``; 0 if the weights are the masters.
         moments: optimizer state.
         average: the strategy's averaged weights.
-        host: copies in host memory: the guard's, and where a competition is rolled back, the state before it.
+        host: copies in host memory: the rollback snapshot, and the phase snapshot if a phase is rolled back.
     """
 
     weights: int
@@ -31,12 +31,12 @@ class RankMemory:
 
     @property
     def device(self) -> int:
-        """What lies on the device."""
+        """Bytes on the device."""
         return self.weights + self.gradients + self.masters + self.moments + self.average
 
 
 def rank_memory(job: Job, *, rolls_back: bool = False) -> RankMemory:
-    """What one rank of a job holds.
+    """Bytes that one rank of a job holds.
 
     Args:
         job: with a clan, or :meth:`Job.without_clan`.
@@ -48,7 +48,7 @@ def rank_memory(job: Job, *, rolls_back: bool = False) -> RankMemory:
     if job.stage == 3:
         weights += job.persistent * job.width
     gradients = (shard if job.stage >= 2 else whole) * job.width
-    # Without ZeRO in fp32 the optimizer steps on the parameters themselves; every other wrapper keeps fp32 copies.
+    # In fp32 without ZeRO the optimizer updates the parameters themselves. All other wrappers keep fp32 copies.
     masters = 0 if job.stage == 0 and job.width == _MASTER else shard * _MASTER
     average = shard * _MASTER if job.uses_ema else 0
     host = state_bytes(job) * (job.guards + rolls_back)
@@ -56,5 +56,8 @@ def rank_memory(job: Job, *, rolls_back: bool = False) -> RankMemory:
 
 
 def state_bytes(job: Job) -> int:
-    """One rank's share of what a clone copies and a guard keeps: masters, moments, average, frozen and buffers."""
+    """One rank's share of the state that a clone copies and a rollback snapshot keeps.
+
+    It is masters, moments, averaged weights, frozen parameters and buffers.
+    """
     return job.shard * _MASTER * (1 + job.moments + job.uses_ema) + job.other_bytes

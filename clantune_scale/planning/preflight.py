@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from clantune_scale.planning.model_spec import LoadedModel
 
 _IN_PAIR = {"beta1": 0, "beta2": 1}
-# torch's defaults, where the optimizer's block does not say.
+# torch's defaults, for what the optimizer's block does not set.
 _DEFAULTS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.0, "lr": 1e-3, "weight_decay": 0.0}
 
 
@@ -55,7 +55,7 @@ class Preflight:
 
 
 def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None) -> Preflight:
-    """Checks a DeepSpeed config with its block against a number of ranks and, where there is one, a model.
+    """Checks a DeepSpeed config with its block against a number of ranks and, if there is one, a model.
 
     Args:
         ds_config: loaded, the ``clantune`` block in it.
@@ -88,7 +88,7 @@ def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedMod
 
 
 def _attempt(found: Preflight, check: Any) -> Any:
-    """What ``check()`` returns; where it raises, its sentences go to the errors and None comes back."""
+    """What ``check()`` returns. If it raises, its sentences go to the errors and the result is None."""
     try:
         return check()
     except ClanError as error:

@@ -20,9 +20,8 @@ from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
-from clantune_scale.gradients.hooks import GradientSharing, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.validation_window import found_loss, loss_of
 from clantune_scale.transfer import MemberState

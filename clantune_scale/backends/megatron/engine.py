@@ -18,9 +18,8 @@ from clantune_scale.backends.megatron.training_loss import TrainingLoss
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.errors import ClanError
-from clantune_scale.gradients.hooks import GradientSharing, evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, evaluation_mode, replace_method
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.transfer import MemberState
 

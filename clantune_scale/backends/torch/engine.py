@@ -20,10 +20,9 @@ from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
-from clantune_scale.gradients.hooks import evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode, replace_method
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.validation_window import found_loss, loss_of
 from clantune_scale.transfer import MemberState
