@@ -84,7 +84,7 @@ class Clan(BuiltClan):
         if self.groups.mask is not None:
             self.groups.mask.end_step()
         if self.measurement.ema is not None and done.plan.uses_ema:
-            self.measurement.ema.update(done.step + 1, done.plan.ema_window_steps)
+            self.measurement.ema.after_step(done)
         if self.members.in_turns:
             self.rounds.step_done()
             return

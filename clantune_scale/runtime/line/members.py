@@ -280,6 +280,7 @@ class OnTheLine:
             plan=plan,
             rules=rules,
             moves_weights=self._moves,
+            average_every=parts.view.config.line.average_every,
             device=torch.device("cpu") if parts.view.config.line.store == "host" else None,
         )
 
