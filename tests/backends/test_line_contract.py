@@ -98,8 +98,10 @@ def test_a_run_agrees_with_its_reference_through_rounds_and_turns(name, setup, t
         assert num_steps == NUM_STEPS and len(lineage) == len(reference.lineage)
         for record, theirs in zip(lineage, reference.lineage, strict=True):
             assert record.donors == theirs.donors and record.restored == theirs.restored
-            # Losses of float32 sums in another order; the trial's highest rates are near the edge of divergence.
-            assert record.losses == pytest.approx(theirs.losses, rel=2e-3)
+            # Losses of float32 sums in another order. The trial's highest rate, 13 times the clan's, is near the edge of
+            # divergence, where such differences grow: up to 1.6 % was seen with Megatron's layers.
+            is_trial = record.phases[0].kind is PhaseKind.COMPETITIVE
+            assert record.losses == pytest.approx(theirs.losses, rel=3e-2 if is_trial else 2e-3)
         ours, wanted = memory["centre"]["lr"], reference.population.memory["centre"]["lr"]
         # A move is the quotient of differences of those losses.
         assert abs(ours - wanted) < 0.05
@@ -174,6 +176,7 @@ def _stop_and_resume(name: str, setup: Setup, block: dict, stops: list[int], num
     return _leave(seen)
 
 
+@pytest.mark.timeout(400)  # nine launches of an engine
 @every_case
 def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_path):
     """Inside a round with a perturbed rate and decay, at a round's end, inside a trial's first turn."""
@@ -212,4 +215,7 @@ def _collectives(name: str, setup: Setup, block: dict | None) -> dict[str, int]:
 def test_a_step_has_exactly_the_engines_own_collectives(name, setup, tmp_path):
     plain = _run(setup.world_size, _collectives, name, setup, None)
     clan = _run(setup.world_size, _collectives, name, setup, _searching(setup, tmp_path))
+    if name == "megatron" and setup.pp > 1:
+        # All stages of a pipeline get the training loss, which only the last one has: one number a step.
+        assert [counts.pop("c10d::broadcast_") for counts in clan] == [2] * setup.world_size
     assert clan == plain and any(plain[0].values())

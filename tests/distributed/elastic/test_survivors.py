@@ -76,7 +76,7 @@ def test_a_users_error_ends_its_member_and_no_other(tmp_path):
     ended = lived(tmp_path, Fault(1, "forward", 7, "raise"))
     assert [rank.code for rank in ended] == [0, 1, 0], ended[0].text
     assert [rank.num_starts for rank in ended] == [2, 1, 2]
-    assert "InjectedError: a fault that was asked for" in ended[1].text
+    assert "InjectedError: an injected error" in ended[1].text
 
 
 @pytest.mark.slow
