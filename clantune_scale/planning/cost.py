@@ -9,7 +9,7 @@ from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job
 from clantune_scale.planning.measured import Measured
-from clantune_scale.planning.memory import state_bytes
+from clantune_scale.planning.memory import Copies, state_bytes
 from clantune_scale.planning.traffic import (
     Collective,
     clone_traffic,
@@ -29,7 +29,7 @@ class Pace:
 
     Attributes:
         plain_step_s: a step of plain data parallelism on the same ranks.
-        step_s: one of a phase.
+        step_s: one of a phase, with the turns that are taken in it.
         evaluation_s: the validation window, once.
         transfer_s: clones, copies and the comparison of members at a round's end.
     """
@@ -40,16 +40,25 @@ class Pace:
     transfer_s: float
 
 
-def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> Pace | None:
+def pace_of(
+    job: Job, hardware: Hardware | None, measured: Measured | None, copies: Copies | None = None
+) -> Pace | None:
     """The seconds of a job's parts: from a measured run if there is one, else by arithmetic.
 
     Arithmetic adds computing and sending, as if they did not overlap, for the clan and without it alike. A clone
-    is taken to reach every other member, and every round.
+    is taken to reach every other member, and every round. On the line each round is taken to measure its points.
+
+    Args:
+        job: what is trained.
+        hardware, measured: where seconds are from; neither for none.
+        copies: that a rank makes; None if it makes none.
     """
     if measured is not None:
         scale = job.num_samples / job.dp / measured.samples_per_rank
 
         def measured_s(phase: Phase) -> float:
+            if job.points:
+                return measured.step_s * job.turns(phase)
             is_competitive = phase.kind is PhaseKind.COMPETITIVE
             return measured.competitive_step_s * phase.batch_factor if is_competitive else measured.step_s
 
@@ -61,18 +70,28 @@ def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> P
 
     def computed_s(phase: Phase) -> float:
         sharing = job.in_phase(phase)
-        return micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+        step_s = micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+        return step_s * job.turns(phase)
 
     eval_tokens = job.num_samples / job.dp * job.tokens_per_sample
     plain = job.without_clan()
+    copied = state_bytes(job) * job.guards + _round_copy_bytes(job, copies or Copies())
     return Pace(
         plain_step_s=micro_batch_s * plain.accumulation + _sending_s(step_traffic(plain), plain, hardware),
         step_s=computed_s,
         evaluation_s=_FORWARD * job.num_parameters * eval_tokens / flops_s
         + _sending_s(evaluation_traffic(job, averaged=job.uses_ema), job, hardware),
         transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware)
-        + job.guards * state_bytes(job) / (hardware.host_bytes_s * hardware.link_share),
+        + copied / (hardware.host_bytes_s * hardware.link_share),
     )
+
+
+def _round_copy_bytes(job: Job, copies: Copies) -> int:
+    """Bytes of a round on the line between device and host, if its arrays lie there.
+
+    Each array goes there and back once, and one of them comes back for each point.
+    """
+    return (2 * copies.host_arrays + job.points) * job.shard * 4 if copies.host_arrays else 0
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,8 @@ class Cost:
         competitive_steps: in which not all members share gradients.
         undone_steps: whose training is rolled back.
         samples: that the same steps of plain data parallelism would train on.
-        unique_samples: that this run trains on once each and keeps.
-        trained_samples: whose gradients are computed, one that several members see counted for each of them.
+        unique_samples: that this run trains on and keeps, each counted once.
+        trained_samples: whose gradients are computed, one that several members or turns see counted for each of them.
         evaluated_samples: whose losses are computed for the clan itself, counted likewise.
         seconds: by part, ``training``, ``evaluation`` and ``transfer``; None where no pace is known.
         plain_seconds: of the same steps in plain data parallelism.
@@ -138,11 +157,12 @@ def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
     """
     phases, num_steps = walk.phases, walk.num_steps
     competitive = [(phase, taken) for phase, taken in phases if phase.kind is PhaseKind.COMPETITIVE]
+    num_windows = walk.num_evaluations + sum(job.evaluations(plan) - 1 for plan in walk.ended)
     seconds = None
     if pace is not None:
         seconds = {
             "training": sum(taken * pace.step_s(phase) for phase, taken in phases),
-            "evaluation": pace.evaluation_s * walk.num_evaluations,
+            "evaluation": pace.evaluation_s * num_windows,
             "transfer": pace.transfer_s * walk.num_ended,
         }
     return Cost(
@@ -152,8 +172,8 @@ def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
         undone_steps=sum(taken for phase, taken in phases if not phase.keeps),
         samples=num_steps * job.clan_batch,
         unique_samples=sum(_unique(phase, taken, job) for phase, taken in phases),
-        trained_samples=sum(taken * phase.batch_factor for phase, taken in phases) * job.clan_batch,
-        evaluated_samples=walk.num_evaluations * job.window_samples * job.population_size,
+        trained_samples=sum(taken * job.batches(phase) for phase, taken in phases) * job.clan_batch,
+        evaluated_samples=num_windows * job.window_samples * job.population_size,
         seconds=seconds,
         plain_seconds=None if pace is None else pace.plain_step_s * num_steps,
     )

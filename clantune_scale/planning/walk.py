@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clantune_scale.core.rounds import Phase, RoundClock
+from clantune_scale.core.rounds import Phase, RoundClock, RoundPlan
 from clantune_scale.core.strategies import Strategy
 
 
@@ -14,16 +14,30 @@ class Walk:
 
     Attributes:
         phases: in order, with the steps of each that the run takes; of its last one maybe not all.
-        num_rounds: that begin.
-        num_ended: that end, each with an evaluation.
-        num_evaluations: of the validation window by every member: before the first round, at each one's end, and
-            for the champion once or, where averaged weights are kept to the end, twice.
+        rounds: plans of those that begin.
+        num_ended: of them, each with an evaluation.
+        num_champions: evaluations of the champion: one or, where averaged weights are kept to the end, two.
     """
 
     phases: tuple[tuple[Phase, int], ...]
-    num_rounds: int
+    rounds: tuple[RoundPlan, ...]
     num_ended: int
-    num_evaluations: int
+    num_champions: int
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that begin."""
+        return len(self.rounds)
+
+    @property
+    def ended(self) -> tuple[RoundPlan, ...]:
+        """Plans of the rounds that end."""
+        return self.rounds[: self.num_ended]
+
+    @property
+    def num_evaluations(self) -> int:
+        """Times at which losses are measured: before the first round, at each one's end, and for the champion."""
+        return 1 + self.num_ended + self.num_champions
 
     @property
     def num_steps(self) -> int:
@@ -35,13 +49,14 @@ def walk_through(strategy: Strategy, num_steps: int) -> Walk:
     """Walks through the rounds of a run of ``num_steps``, for which the strategy was built."""
     clock = RoundClock(strategy.plan)
     phases: list[tuple[Phase, int]] = []
-    index = step = 0
+    rounds: list[RoundPlan] = []
+    step = 0
     while step < num_steps:
-        for phase in clock.round(index).phases:
+        rounds.append(clock.round(len(rounds)))
+        for phase in rounds[-1].phases:
             taken = min(phase.num_steps, num_steps - step)
             phases += [(phase, taken)] if taken else []
             step += taken
-        index += 1
-    ended = index if clock.round(index - 1).end_step == num_steps else index - 1
+    num_ended = len(rounds) if rounds[-1].end_step == num_steps else len(rounds) - 1
     has_averages = strategy.uses_ema and clock.at(num_steps).plan.uses_ema
-    return Walk(tuple(phases), index, ended, 1 + ended + 1 + has_averages)
+    return Walk(tuple(phases), tuple(rounds), num_ended, 1 + has_averages)

@@ -17,6 +17,7 @@ from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.built_clan import BuiltClan
 from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
 from clantune_scale.runtime.diagnostics import Diagnostics
+from clantune_scale.runtime.line.refusals import TURNS_REMEDY
 from clantune_scale.runtime.steps import Step, endless, new_step, repeated_step
 from clantune_scale.transfer import Snapshot
 
@@ -137,8 +138,7 @@ class Clan(BuiltClan):
         if self.members.needs_driver:
             raise ConfigError(
                 "this strategy lets members compete, and members on the line take turns in it, which this loop does "
-                "not give them. Loop over clan.steps(loader); or pass train_step=..., which does one optimizer step, "
-                'to attach(); or leave the competition out: "strategy": {"name": "clan", "options": {"trial_cost": 0}}.'
+                f"not give them. {TURNS_REMEDY}"
             )
 
     def _end_round(self, plan: RoundPlan) -> None:

@@ -58,3 +58,31 @@ def test_work_is_what_a_clan_does(strategy, population_size, genes, total_steps,
     assert cost.evaluated_samples == done[False] + num_champions * population_size * EVAL_BATCHES * SAMPLES
     plain = NUM_STEPS * population_size * SAMPLES
     assert cost.work_percent == pytest.approx(100 * ((cost.trained_samples + cost.evaluated_samples / 3) / plain - 1))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "population_size", "genes", "total_steps"),
+    [(RACE, 3, (LR,), NUM_STEPS), (RACE, 4, (LR,), None), ("clan", 2, (LR, DROPOUT), NUM_STEPS)],
+    ids=["turns of three", "length unknown", "turns that are rolled back"],
+)
+def test_work_on_the_line_is_what_one_model_does(strategy, population_size, genes, total_steps):
+    """Exactly: a step of the whole batch, a turn for each member that competes, an evaluation for each point."""
+    block = _block(strategy, population_size, total_steps).model_copy(update={"members": "line"})
+    how = {"world_size": 1, "num_steps": NUM_STEPS, "hardware": None, "measured": None}
+    one = forecast(DS | {"gradient_accumulation_steps": population_size}, block, genes, Size((57,)), **how)
+
+    done: Counter[bool] = Counter()
+
+    def counted(module, batch):
+        done[torch.is_grad_enabled()] += len(batch[0])
+        return squared_error(module, batch)
+
+    facts = run_facts(block, genes, DS)
+    built = build(block.strategy.name, facts, block.strategy.options)
+    clan = clan_of(built, network(0.1), loss_fn=counted, members="line")
+    clan.run(NUM_STEPS)
+    assert one.walk.num_ended == len(clan.lineage)
+    assert one.cost.trained_samples == done[True] > one.cost.samples
+    assert one.cost.evaluated_samples == done[False] + one.walk.num_champions * EVAL_BATCHES * SAMPLES
+    undone = sum(taken for phase, taken in one.walk.phases if not phase.keeps)
+    assert one.cost.samples - one.cost.unique_samples == undone * population_size * SAMPLES

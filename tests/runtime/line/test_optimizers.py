@@ -185,7 +185,7 @@ def test_an_optimizer_without_a_rate_is_refused(tmp_path):
     model = Net()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     optimizer.param_groups[0]["lr"] = None
-    with pytest.raises(ConfigError, match='parameter group 0 of SGD has the learning rate None'):
+    with pytest.raises(ConfigError, match="parameter group 0 of SGD has the learning rate None"):
         attach(tmp_path, model, optimizer)
 
 
