@@ -29,7 +29,7 @@ class Pace:
 
     Attributes:
         plain_step_s: a step of plain data parallelism on the same ranks.
-        step_s: one of a phase, with the turns that are taken in it.
+        step_s: one of a phase, and of one turn.
         evaluation_s: the validation window, once.
         transfer_s: clones, copies and the comparison of members at a round's end.
     """
@@ -58,7 +58,7 @@ def pace_of(
 
         def measured_s(phase: Phase) -> float:
             if job.points:
-                return measured.step_s * job.turns(phase)
+                return measured.step_s
             is_competitive = phase.kind is PhaseKind.COMPETITIVE
             return measured.competitive_step_s * phase.batch_factor if is_competitive else measured.step_s
 
@@ -70,8 +70,7 @@ def pace_of(
 
     def computed_s(phase: Phase) -> float:
         sharing = job.in_phase(phase)
-        step_s = micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
-        return step_s * job.turns(phase)
+        return micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
 
     eval_tokens = job.num_samples / job.dp * job.tokens_per_sample
     plain = job.without_clan()
@@ -161,7 +160,7 @@ def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
     seconds = None
     if pace is not None:
         seconds = {
-            "training": sum(taken * pace.step_s(phase) for phase, taken in phases),
+            "training": sum(taken * job.turns(phase, taken) * pace.step_s(phase) for phase, taken in phases),
             "evaluation": pace.evaluation_s * num_windows,
             "transfer": pace.transfer_s * walk.num_ended,
         }
@@ -172,7 +171,7 @@ def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
         undone_steps=sum(taken for phase, taken in phases if not phase.keeps),
         samples=num_steps * job.clan_batch,
         unique_samples=sum(_unique(phase, taken, job) for phase, taken in phases),
-        trained_samples=sum(taken * job.batches(phase) for phase, taken in phases) * job.clan_batch,
+        trained_samples=sum(taken * job.batches(phase, taken) for phase, taken in phases) * job.clan_batch,
         evaluated_samples=num_windows * job.window_samples * job.population_size,
         seconds=seconds,
         plain_seconds=None if pace is None else pace.plain_step_s * num_steps,

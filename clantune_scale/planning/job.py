@@ -125,15 +125,20 @@ class Job:
         size = self.population_size if phase.kind is PhaseKind.COOPERATIVE else mates
         return replace(self, population_size=size, accumulation=self.accumulation * phase.batch_factor)
 
-    def turns(self, phase: Phase) -> int:
-        """How many members train a phase one after the other, each team as one; 1 if no turns are taken."""
-        if not self.points or phase.kind is PhaseKind.COOPERATIVE:
+    def turns(self, phase: Phase, taken: int | None = None) -> int:
+        """How many members train a phase one after the other, each team as one; 1 if no turns are taken.
+
+        Args:
+            phase: of the run.
+            taken: the run's own steps in it; all of them if None. The other turns follow at the phase's end.
+        """
+        if not self.points or phase.kind is PhaseKind.COOPERATIVE or taken not in (None, phase.num_steps):
             return 1
         return len(set(phase.teams)) if phase.teams else self.points
 
-    def batches(self, phase: Phase) -> int:
+    def batches(self, phase: Phase, taken: int | None = None) -> int:
         """How many times the clan's batch a step of a phase trains on, over all ranks and turns."""
-        return self.turns(phase) if self.points else phase.batch_factor
+        return self.turns(phase, taken) if self.points else phase.batch_factor
 
     def evaluations(self, plan: RoundPlan) -> int:
         """How often a model goes through the validation window for a round: on the line once for each point or turn."""

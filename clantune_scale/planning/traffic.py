@@ -157,7 +157,7 @@ def mean_round_bytes(job: Job, walk: Walk) -> tuple[float, float]:
         total = walk.num_ended * bytes_of(clone_traffic(job), job)
         total += sum(bytes_of(round_end_traffic(job, plan), job) for plan in walk.ended)
         for phase, taken in walk.phases:
-            sharing, steps = job.in_phase(phase), taken * job.turns(phase)
+            sharing, steps = job.in_phase(phase), taken * job.turns(phase, taken)
             looks = int(taken == phase.num_steps)
             total += (steps - looks) * bytes_of(step_traffic(sharing), sharing)
             total += looks * bytes_of(step_traffic(sharing, has_diagnostics=True), sharing)
