@@ -9,9 +9,11 @@ them. The table of rounds and the lines of steps are not messages: they go to st
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.extras import is_installed, missing
 from clantune_scale.errors import (
     CheckpointError,
     ClanError,
@@ -27,13 +29,13 @@ from clantune_scale.errors import (
 
 if TYPE_CHECKING:
     from clantune_scale.backends.deepspeed.attach import initialize
+    from clantune_scale.backends.join import join
     from clantune_scale.backends.megatron.attach import attach_megatron
     from clantune_scale.backends.torch.attach import attach
     from clantune_scale.config.deepspeed_file import load_config
     from clantune_scale.core.schedule import ClanSchedule
-    from clantune_scale.distributed.join import join
+    from clantune_scale.results.champion import Summary
     from clantune_scale.results.replay import ClanScheduleLR
-    from clantune_scale.runtime.recorder import Summary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,19 +65,32 @@ __all__ = [
 _LAZY = {
     "ClanSchedule": "clantune_scale.core.schedule",
     "ClanScheduleLR": "clantune_scale.results.replay",
-    "Summary": "clantune_scale.runtime.recorder",
+    "Summary": "clantune_scale.results.champion",
     "attach": "clantune_scale.backends.torch.attach",
     "attach_megatron": "clantune_scale.backends.megatron.attach",
     "initialize": "clantune_scale.backends.deepspeed.attach",
-    "join": "clantune_scale.distributed.join",
+    "join": "clantune_scale.backends.join",
     "load_config": "clantune_scale.config.deepspeed_file",
 }
+# What an extra's package is needed for. Without it the name can still be imported, also by ``import *``.
+_NEEDS = {"attach_megatron": "megatron.core", "initialize": "deepspeed"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEEDS and not is_installed(_NEEDS[name]):
+        return _refusal(name)
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    """Stands for a function whose engine is not installed: calling it raises the error that names the extra."""
+
+    def refuse(*_args: Any, **_keywords: Any) -> Any:
+        raise missing(_NEEDS[name], needed_by=f"clantune_scale.{name}()")
+
+    return refuse
 
 
 def __dir__() -> list[str]:

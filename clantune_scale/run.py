@@ -1,6 +1,6 @@
 """Runs an unmodified DeepSpeed script as a clan: ``deepspeed --module clantune_scale.run train.py ...``.
 
-It joins the clan before the script starts, so that the script may call ``deepspeed.init_distributed()`` first,
+It joins a clan of groups before the script starts, so that the script may call ``deepspeed.init_distributed()`` first,
 puts :func:`clantune_scale.initialize` in the place of ``deepspeed.initialize``, and ends the run when the
 script does. The script's ``--deepspeed_config`` must hold the ``"clantune"`` block.
 """
@@ -32,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ClanError: if DeepSpeed is not installed.
-        ConfigError: if the script's arguments name no DeepSpeed config, or it has no clan to join.
+        ConfigError: if the script's arguments name no DeepSpeed config, or the script ends without a clan.
     """
     options = _parse(argv)
     # Before ranks wait for each other.
     require("deepspeed", needed_by="clantune_scale.run")
     _, block = extract(load_ds_config(_config_path(options.arguments)))
-    if block is not None and block.enabled:
-        from clantune_scale.distributed.join import join
+    is_clan = block is not None and block.enabled
+    if block is not None and is_clan and block.members == "groups":
+        from clantune_scale.backends.join import join
 
         join(block)
     # The launcher's --local_rank comes before the script's own arguments.
@@ -59,9 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         runpy.run_path(options.script, run_name="__main__")
     finally:
         deepspeed.initialize = initialize
-    for engine in engines:
-        if hasattr(engine, "clan"):
-            engine.clan.finish()
+    clans = [engine.clan for engine in engines if hasattr(engine, "clan")]
+    if is_clan and not clans:
+        raise ConfigError(
+            f"{options.script} ended without an engine that has a clan: it called deepspeed.initialize() "
+            f"{len(engines)} times with the config's block. It trained as plain DeepSpeed, or not at all. Pass the "
+            f"config's file to deepspeed.initialize() as it is."
+        )
+    for clan in clans:
+        clan.finish()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -56,9 +56,9 @@ def test_the_extras_that_errors_name_are_those_of_the_project():
 @pytest.mark.parametrize(
     ("hidden", "use", "says"),
     [
-        ("deepspeed", "clantune_scale.initialize", "clantune_scale.initialize() needs DeepSpeed"),
+        ("deepspeed", "clantune_scale.initialize(model=None)", "clantune_scale.initialize() needs DeepSpeed"),
         ("deepspeed", "clantune_scale.run.main(['train.py'])", "clantune_scale.run needs DeepSpeed"),
-        ("megatron", "clantune_scale.attach_megatron", "clantune_scale.attach_megatron() needs Megatron-core"),
+        ("megatron", "clantune_scale.attach_megatron(None)", "clantune_scale.attach_megatron() needs Megatron-core"),
     ],
     ids=["initialize", "run", "attach_megatron"],
 )
@@ -76,6 +76,27 @@ except clantune_scale.ClanError as error:
     assert done.stdout.strip() == f"{says}, which is not installed. Run `pip install 'clantune-scale[{hidden}]'`.", (
         done.stderr
     )
+
+
+def test_a_star_import_needs_no_extra(tmp_path):
+    script = tmp_path / "star.py"
+    script.write_text(
+        "from clantune_scale import *\n"
+        "import clantune_scale\n"
+        "assert set(clantune_scale.__all__) <= globals().keys()\n"
+        "for start in (initialize, attach_megatron):\n"
+        "    try:\n"
+        "        start()\n"
+        "    except ClanError as error:\n"
+        "        print(error)\n"
+    )
+    command = [sys.executable, "-m", "tests.hidden_packages", ",".join(OPTIONAL), str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition(" ")[2] for line in done.stdout.splitlines()] == [
+        "'clantune-scale[deepspeed]'`.",
+        "'clantune-scale[megatron]'`.",
+    ]
 
 
 def _tracked(tmp_path: Path, *, is_writer: bool = True, **settings: Any) -> None:

@@ -42,16 +42,26 @@ def _run_script(script, config):
     torch.distributed.destroy_process_group()
 
 
-def test_an_unmodified_script_trains_as_a_clan_and_leaves_a_champion(tmp_path):
+@pytest.mark.parametrize("members", ["groups", "line"])
+def test_an_unmodified_script_trains_as_a_clan_and_leaves_a_champion(members, tmp_path):
     script, config = tmp_path / "train.py", tmp_path / "ds.json"
     script.write_text(SCRIPT)
-    config.write_text(json.dumps(clan_config(tmp_path / "runs", ds_config(1), fitness={"num_samples": 16})))
+    block = {"fitness": {"num_samples": 16}, "members": members}
+    config.write_text(json.dumps(clan_config(tmp_path / "runs", ds_config(1), **block)))
     run_ranks(2, _run_script, script, config)
     (run_dir,) = (tmp_path / "runs").iterdir()
     events = read_events(run_dir / "events.jsonl")
     assert [event["step"] for event in events if event["kind"] == "round_end"] == [5, 10]
     assert events[-1]["kind"] == "run_end" and events[-1]["status"] == "FINISHED"
     assert (run_dir / "champion.safetensors").exists()
+
+
+def test_a_script_that_ends_without_a_clan_fails(tmp_path):
+    script, config = tmp_path / "train.py", tmp_path / "ds.json"
+    script.write_text("print('trained by other means')")
+    config.write_text(json.dumps(clan_config(tmp_path / "runs", ds_config(1), members="line")))
+    with pytest.raises(RankError, match="ended without an engine that has a clan"):
+        run_ranks(1, _run_script, script, config)
 
 
 def test_a_script_without_a_config_is_refused(tmp_path):

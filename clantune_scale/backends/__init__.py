@@ -1,1 +1,1 @@
-"""The only files that import an engine, each behind the protocol of ``base``."""
+"""Engines, each behind the protocols of :mod:`clantune_scale.runtime.engine_protocol`. Only files here import one."""

@@ -1,6 +1,6 @@
-"""Gloo ranks on this machine that wait, without taking up a core, until they are told to train some steps.
+"""Gloo ranks on this machine that wait, without using a core, until they are told to train some steps.
 
-Two sets of ranks can so be measured in turns within one run: what the machine does besides hits both alike.
+So two sets of ranks can be measured in turns within one run, and other load on the machine affects both alike.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class Trainer(Protocol):
     """What a rank builds once and then runs on command."""
 
     def train(self, kind: str, num_steps: int) -> Any:
-        """Trains ``num_steps`` in the manner of ``kind``; what it returns is sent back."""
+        """Trains ``num_steps`` as ``kind`` says. The returned value is sent back."""
 
 
 @dataclass(frozen=True)
 class RankAddress:
-    """A rank's place among those that meet on one port."""
+    """A rank's place among the ranks that use one port."""
 
     rank: int
     world_size: int
     port: int
 
     def environ(self) -> dict[str, str]:
-        """What a launcher would set."""
+        """The variables that a launcher would set."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.rank),
@@ -49,19 +49,19 @@ class RankAddress:
 
 
 class Ranks:
-    """A set of ranks that have built a trainer each.
+    """A set of ranks, each with a trainer of its own.
 
     Args:
         world_size: number of ranks.
-        build: makes a rank's trainer; a function of a module, because it is named to the processes.
+        build: makes a rank's trainer. It must be a function of a module, because processes find it by its name.
         *args: for ``build``.
 
     Attributes:
-        processes: one a rank.
+        processes: of the ranks, by rank.
     """
 
     def __init__(self, world_size: int, build: Callable[..., Trainer], *args: Any) -> None:
-        # A server that has imported the engine once forks each rank in a fraction of a second.
+        # The server imports the engine once, and then forks each rank in a fraction of a second.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", build.__module__])
         port = _free_port()
@@ -79,10 +79,10 @@ class Ranks:
         """What each rank's trainer returned, by rank.
 
         Raises:
-            ClanError: with the first rank's traceback that failed.
+            ClanError: with the traceback of the first rank that failed.
         """
         for connection in self._connections:
-            # A rank that failed before it was asked has said why, and that is read below.
+            # A rank that failed earlier has sent its reason, which is read below.
             with suppress(BrokenPipeError):
                 connection.send((kind, num_steps))
         return [self._answer(rank) for rank in range(len(self._connections))]

@@ -1,10 +1,10 @@
-"""One training script under several strategies and seeds at equal steps: a table of what it says at its end.
+"""One training script under several strategies and seeds at equal steps: a table of its last figures.
 
     python -m clantune_scale.bench.runs launch/pretrain_gpt.py configs/quickstart.json --methods fixed control clan
 
-``fixed`` is the same script without a clan, on the same ranks and the same batch. The script must print a line that
-ends in the figure asked for (``test loss 1.2345 ...``), on data that selection never sees, and take ``--seed``.
-Every run is a launch of its own, one after the other; its output is kept beside its results.
+``fixed`` is the same script without a clan, on the same ranks and the same batch. The script must accept ``--seed`` and
+print a line with each requested figure (``test loss 1.2345 ...``), measured on data that selection never sees. Every
+run is a separate launch, one after the other. Its output is kept beside its results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Outcome:
     Attributes:
         method: strategy, or ``fixed``.
         seed: of the script and of the clan.
-        figures: by name, what the script's last lines said.
+        figures: by name, from the script's last lines.
         seconds: of the whole launch.
     """
 
@@ -56,7 +56,7 @@ def figures_in(output: str, names: Sequence[str]) -> dict[str, float]:
     """The last value of each named figure in a script's output.
 
     Raises:
-        ClanError: if one is not there.
+        ClanError: if one is missing.
     """
     found = {}
     for name in names:
@@ -91,7 +91,7 @@ def launch(script: Path, config: Path, num_ranks: int, seed: int, arguments: Seq
 
 
 def table(outcomes: Sequence[Outcome], names: Sequence[str]) -> str:
-    """Mean and range over seeds of each figure, a row per method."""
+    """Mean and range of each figure over the seeds, a row per method."""
     header = ["method", "seeds", *(f"{name}: mean (lowest to highest)" for name in names), "s per run"]
     rows = [header, ["---"] * len(header)]
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
@@ -106,16 +106,16 @@ def table(outcomes: Sequence[Outcome], names: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Launches what is asked for and prints the table; results so far are kept if a launch fails."""
+    """Launches the runs and prints the table. If a launch fails, the results so far stay."""
     parser = argparse.ArgumentParser(
         prog="clantune_scale.bench.runs",
-        description=__doc__.splitlines()[0] + " What follows -- is passed on to the script.",
+        description=__doc__.splitlines()[0] + " Arguments after -- are passed on to the script.",
     )
     parser.add_argument("script", type=Path, help="the training script")
     parser.add_argument("config", type=Path, help="its DeepSpeed config with the clantune block")
     parser.add_argument("--methods", nargs="+", default=["fixed", "control", "clan"], help="strategies, or fixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ranks", type=int, help="ranks to launch; as many as the block has members where left out")
+    parser.add_argument("--ranks", type=int, help="ranks to launch; by default as many as the block has members")
     parser.add_argument(
         "--figures", nargs="+", default=["test loss"], help="names that the script prints before numbers"
     )

@@ -1,9 +1,9 @@
-"""What sharing gradients over a clan costs: a step of plain data parallelism against a clan's, in turns.
+"""What a clan costs a step: plain data parallelism against clans in groups and on the line, in turns.
 
-``python -m clantune_scale.bench.sharing`` starts two sets of as many ranks over gloo: plain DeepSpeed on all of
-them, and a clan of two members. Each pair of measurements takes some steps of plain data parallelism, some of the
-cooperative phase and some of the competitive one, in an order that turns round from pair to pair. The table
-has the median of the pairs' ratios and their quartiles; a ratio of one is no cost.
+``python -m clantune_scale.bench.sharing`` starts three sets of as many ranks over gloo: plain DeepSpeed on all of
+them, a clan of two members in groups, and a clan on the line. Each pair of measurements takes some steps of plain data
+parallelism, of the cooperative phase, of the competitive one and of the line, in an order that turns round from pair
+to pair. The table has the median of the pairs' ratios and their quartiles. A ratio of one is no cost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,9 +25,9 @@ from torch.utils.data import TensorDataset
 from clantune_scale.bench.ranks import Ranks, timed
 from clantune_scale.config.schema import ClanConfig, StrategyConfig, TrackingConfig
 
-KINDS = ("flat", "cooperative", "competitive")
+KINDS = ("flat", "cooperative", "competitive", "line")
 MICRO_BATCH = 8
-TOKENS = 16
+Form = Literal["groups", "line"]
 
 
 class Blocks(nn.Module):
@@ -61,6 +61,7 @@ class SharingSetting:
         members: of the clan; ``ranks / members`` ranks each.
         width, depth: of the model.
         steps: optimizer steps in one measurement.
+        tokens: of a rank in a step, a multiple of the micro-batch of 8 samples.
     """
 
     ranks: int = 4
@@ -68,6 +69,7 @@ class SharingSetting:
     width: int = 256
     depth: int = 6
     steps: int = 4
+    tokens: int = 128
 
 
 class SharingRank:
@@ -77,20 +79,21 @@ class SharingRank:
         setting: what is measured.
         stage: of ZeRO.
         directory: where the clan leaves its traces; None for plain data parallelism.
+        members: in groups or on the line.
     """
 
-    def __init__(self, setting: SharingSetting, stage: int, directory: str | None) -> None:
+    def __init__(self, setting: SharingSetting, stage: int, directory: str | None, members: Form = "groups") -> None:
         import clantune_scale
 
         torch.manual_seed(0)
         model = Blocks(setting.width, setting.depth)
-        self._tokens = torch.randn(MICRO_BATCH, TOKENS, setting.width)
+        self._tokens = torch.randn(MICRO_BATCH, setting.tokens // MICRO_BATCH, setting.width)
         # The clan's own lines would stand in the middle of the table.
         with redirect_stdout(io.StringIO()):
             self._engine, *_ = clantune_scale.initialize(
                 model=model,
                 model_parameters=list(model.parameters()),
-                config=_ds_config(setting, stage, directory),
+                config=_ds_config(setting, stage, directory, members),
                 eval_data=TensorDataset(self._tokens) if directory else None,
             )
 
@@ -140,12 +143,17 @@ def measure(setting: SharingSetting, stage: int, *, num_pairs: int) -> PairedSte
         ClanError: if a rank fails.
     """
     with tempfile.TemporaryDirectory() as directory:
-        flat, clan = (Ranks(setting.ranks, SharingRank, setting, stage, place) for place in (None, directory))
+        flat = Ranks(setting.ranks, SharingRank, setting, stage, None)
+        groups, line = (
+            Ranks(setting.ranks, SharingRank, setting, stage, f"{directory}/{members}", members)
+            for members in ("groups", "line")
+        )
+        sets = {"flat": flat, "cooperative": groups, "competitive": groups, "line": line}
         try:
-            return _in_turns({"flat": flat, "cooperative": clan, "competitive": clan}, setting, stage, num_pairs)
+            return _in_turns(sets, setting, stage, num_pairs)
         finally:
-            flat.close()
-            clan.close()
+            for ranks in (flat, groups, line):
+                ranks.close()
 
 
 def _in_turns(sets: dict[str, Ranks], setting: SharingSetting, stage: int, num_pairs: int) -> PairedStepTimes:
@@ -163,8 +171,8 @@ def _in_turns(sets: dict[str, Ranks], setting: SharingSetting, stage: int, num_p
 def table(measurements: Sequence[PairedStepTimes]) -> str:
     """The measurements as a Markdown table, a row for each stage."""
     rows = [
-        "| ZeRO | flat, ms a step | cooperative / flat | competitive / flat | collectives (flat, coop., comp.) |",
-        "|---|---|---|---|---|",
+        "| ZeRO | flat, ms a step | cooperative / flat | competitive / flat | line / flat | collectives, likewise |",
+        "|---|---|---|---|---|---|",
     ]
     for measured in measurements:
         ratios = []
@@ -183,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m clantune_scale.bench.sharing", description="Times clan steps against plain data parallelism."
     )
-    for name in ("ranks", "members", "width", "depth", "steps"):
+    for name in ("ranks", "members", "width", "depth", "steps", "tokens"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO")
     parser.add_argument("--pairs", type=int, default=12, help="measurements of each kind")
@@ -193,14 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in Blocks(setting.width, setting.depth).parameters())
     print(
-        f"{setting.ranks} ranks over gloo, clan of {setting.members}, {size / 1e6:.2f} M parameters in float32; "
-        f"{num_pairs} pairs of {setting.steps} steps: median (quartiles)"
+        f"{setting.ranks} ranks over gloo, clan of {setting.members}, {size / 1e6:.2f} M parameters in float32, "
+        f"{setting.tokens} tokens a rank and step; {num_pairs} pairs of {setting.steps} steps: median (quartiles)"
     )
     print(table([measure(setting, stage, num_pairs=num_pairs) for stage in stages]))
     return 0
 
 
-def _ds_config(setting: SharingSetting, stage: int, directory: str | None) -> dict[str, Any]:
+def _ds_config(setting: SharingSetting, stage: int, directory: str | None, members: Form) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": 1.0,
@@ -209,11 +217,15 @@ def _ds_config(setting: SharingSetting, stage: int, directory: str | None) -> di
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
     if directory:
-        # One endless round: what is timed is a step, not an evaluation.
+        # One endless round: what is timed is a step, not an evaluation. On the line it is one that searches, whose
+        # steps update the average of the weights.
+        is_line = members == "line"
+        strategy = StrategyConfig(name="clan", options={"trial_cost": 0}) if is_line else StrategyConfig(name="control")
         config["clantune"] = ClanConfig(
-            population_size=setting.members,
+            population_size=4 if is_line else setting.members,
+            members=members,
             round_length=10**9,
-            strategy=StrategyConfig(name="control"),
+            strategy=strategy,
             tracking=TrackingConfig(directory=directory, mlflow=False, print_every_steps=10**9),
         ).model_dump()
     return config

@@ -1,15 +1,15 @@
 """What tracking costs the thread that trains: ``python -m clantune_scale.bench.tracking``.
 
-A stand-in for training goes through rounds and emits what the clan emits in one: a ``round_end``, a ``phase_start``,
-some ``step``s. Three trackings take turns round by round in one process, and differences are taken turn by turn, so
-that whatever else the machine does falls on all alike:
+A stand-in for training runs rounds and emits a clan's events: a ``round_end``, a ``phase_start`` and some ``step``s in
+each round. Three kinds of tracking take turns, round by round, in one process. Differences are taken within each turn,
+so that other load on the machine affects all alike:
 
-- ``none``: nobody writes (every rank but one)
-- ``file``: the events file only
-- ``mlflow``: the events file, and MLflow on SQLite behind it
+- ``none``: writes nothing (every rank but one)
+- ``file``: writes the events file
+- ``mlflow``: writes the events file, and MLflow on SQLite behind it
 
-The stand-in is matrix products of torch, or a loop of plain Python, which wants Python's lock all the time.
-MLflow has a process of its own, and competes for processors alone.
+The stand-in is matrix products of torch, or a loop of plain Python, which needs Python's lock all the time.
+MLflow has a process of its own, so it competes only for processors.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Work = Callable[[int], object]
 
 
 def measure(work: Work, *, num_rounds: int, num_members: int, round_s: float) -> dict[str, tuple[float, float]]:
-    """By kind of tracking, median seconds per round inside ``emit``, and median of what a round takes longer.
+    """By kind of tracking: median seconds per round inside ``emit``, and median seconds that a round takes longer.
 
     Args:
-        work: does so many units of something.
+        work: does the given number of units of work.
         num_rounds: of each kind.
         num_members: of the clan.
         round_s: length of a round without tracking, seconds.
@@ -49,11 +49,11 @@ def measure(work: Work, *, num_rounds: int, num_members: int, round_s: float) ->
     added: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trackings = {kind: _open(kind, Path(folder), num_members) for kind in KINDS}
-        # Making a database takes seconds, once: it is no round's cost.
+        # MLflow makes its database once, which takes seconds. No round should pay for that.
         time.sleep(20)
         for index in range(num_rounds):
             whole = {}
-            # In turns, each time another first: who follows MLflow would otherwise always pay for it.
+            # Each turn starts with another kind. Otherwise the kind after MLflow would always pay for it.
             for kind in KINDS[index % 3 :] + KINDS[: index % 3]:
                 began = time.perf_counter()
                 inside[kind].append(_round(trackings[kind], index, num_members, work, units))
@@ -67,7 +67,7 @@ def measure(work: Work, *, num_rounds: int, num_members: int, round_s: float) ->
 
 
 def in_torch(units: int) -> object:
-    """Products of matrices, which leave Python's lock to others."""
+    """Matrix products, which release Python's lock."""
     left = torch.ones(256, 256)
     for _ in range(units):
         left = torch.mm(left, left).clamp(max=1.0)
@@ -75,7 +75,7 @@ def in_torch(units: int) -> object:
 
 
 def in_python(units: int) -> object:
-    """A loop that keeps the lock."""
+    """A loop that holds Python's lock."""
     total = 0.0
     for number in range(units * 1000):
         total += number * 0.5
@@ -83,7 +83,7 @@ def in_python(units: int) -> object:
 
 
 def _round(tracking: Tracking, index: int, num_members: int, work: Work, units: int) -> float:
-    """One round; seconds inside ``emit``."""
+    """Runs one round; returns its seconds inside ``emit``."""
     spent = 0.0
 
     def emit(kind: str, step: int, **fields: Any) -> None:
@@ -93,7 +93,7 @@ def _round(tracking: Tracking, index: int, num_members: int, work: Work, units: 
         spent += time.perf_counter() - began
 
     start = (index + 1) * _STEPS
-    # A round's events are sent while the next one trains: that is where sending them is in the way.
+    # A round's events are sent while the next round trains, so that is when they can delay it.
     emit("round_end", start, **_round_end(index, num_members))
     emit("phase_start", start, round=index, phase="cooperative", num_steps=_STEPS)
     for step in range(_STEPS):
@@ -103,16 +103,16 @@ def _round(tracking: Tracking, index: int, num_members: int, work: Work, units: 
 
 
 def _settle(tracking: Tracking) -> None:
-    """Waits until MLflow has what it was sent, so that it is not in the way of the next round."""
+    """Waits until MLflow has its events, so that it does not delay the next round."""
     deadline = time.perf_counter() + 60
     while tracking.num_waiting and time.perf_counter() < deadline:
         time.sleep(0.01)
-    # The last events were taken from the queue, and may still be on their way in the other process.
+    # The queue is empty, but the other process may still be sending the last events.
     time.sleep(1.5)
 
 
 def _calibrated(work: Work, seconds: float) -> int:
-    """Units that take so long."""
+    """Units of work that take ``seconds``."""
     began = time.perf_counter()
     work(500)
     return max(_STEPS, int(500 * seconds / (time.perf_counter() - began)))

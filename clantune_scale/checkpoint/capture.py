@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clantune_scale.checkpoint.files import write_new
+from clantune_scale.checkpoint.run_state import RunProgress, RunView
 from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.strategies import Population
 from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates
-from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.state import plain
 
@@ -44,7 +44,7 @@ class Capture:
 
     @classmethod
     def take(
-        cls, view: ClanView, progress: Progress, state: MemberState, *, begun: bool, rollback_is_live: bool
+        cls, view: RunView, progress: RunProgress, state: MemberState, *, begun: bool, rollback_is_live: bool
     ) -> Capture:
         """Copies the state.
 
@@ -134,7 +134,7 @@ def population_from(data: Mapping[str, Any]) -> Population:
     return Population(genomes, data["memory"], None if data["teams"] is None else tuple(data["teams"]))
 
 
-def _of_clan(view: ClanView, progress: Progress, begun: bool) -> dict[str, Any]:
+def _of_clan(view: RunView, progress: RunProgress, begun: bool) -> dict[str, Any]:
     return {
         "step": view.phases.position.step,
         "begun": begun,

@@ -12,20 +12,21 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from clantune_scale.checkpoint import fit, manifest
+from clantune_scale.checkpoint import fit
 from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.checkpoint.capture import Capture
 from clantune_scale.checkpoint.lock import RunLock
 from clantune_scale.checkpoint.opening import Opening, open_run, set_aside
 from clantune_scale.checkpoint.preemption import Preemption
 from clantune_scale.checkpoint.restore import Target, check_parameters, fault_of, restore_clan, sources_of
+from clantune_scale.checkpoint.run_state import RunProgress, RunView
 from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.checkpoint.writer import RoundWriter
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data.sampler import ClanBatchSampler
 from clantune_scale.errors import CheckpointError
-from clantune_scale.runtime.view import ClanView, Progress
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds, round_name
 from clantune_scale.transfer import MemberState
 
 
@@ -62,8 +63,8 @@ class DurableRounds:
 
     def __init__(
         self,
-        view: ClanView,
-        progress: Progress,
+        view: RunView,
+        progress: RunProgress,
         *,
         state: Callable[[], MemberState],
         prepare: Callable[[bool], None],
@@ -162,7 +163,7 @@ class DurableRounds:
             is_snapshot = is_unmoved if decision.rolls_back else decision.takes_snapshot
             capture = self._capture(begun=False, rollback_is_live=is_snapshot)
             holders = [0] if self._view.has_one_state else decision.donors
-            self._write(manifest.round_name(plan.index), capture, holders, wait=not self._settings.asynchronous)
+            self._write(round_name(plan.index), capture, holders, wait=not self._settings.asynchronous)
 
     def step_done(self) -> None:
         """Call it after each optimizer step, and after the start of the next phase. SIGTERM may end the run here.
@@ -192,10 +193,10 @@ class DurableRounds:
         step = self._view.phases.position.step
         self._writer.settle(wait=True)
         if self._everyone.from_leader(self._writer.last_step) != step:
-            name = manifest.round_name(self._view.phases.position.plan.index, step)
+            name = round_name(self._view.phases.position.plan.index, step)
             members = range(self._view.world.topology.population_size)
             self._write(name, self._capture(begun=begun, rollback_is_live=False), members, wait=True)
-        names = manifest.committed(self._folder)
+        names = committed_rounds(self._folder)
         return self._everyone.from_leader(names[0] if self._writer.last_step == step else None)
 
     def finish(self) -> None:
@@ -213,7 +214,7 @@ class DurableRounds:
 
     @property
     def _folder(self) -> Path:
-        return self.run_dir / manifest.FOLDER
+        return self.run_dir / ROUNDS
 
     @property
     def _writer(self) -> RoundWriter:

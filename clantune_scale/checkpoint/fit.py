@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from clantune_scale.checkpoint.run_state import RunView
 from clantune_scale.errors import CheckpointError
-from clantune_scale.runtime.view import ClanView
 from clantune_scale.tracking.events import to_plain
 
 # Keys that may change from launch to launch: they have no effect on what is computed.
@@ -20,7 +20,7 @@ _GENES_FOLLOW = (
 PARAMETERS = "parameters"
 
 
-def settings_of(view: ClanView) -> dict[str, Any]:
+def settings_of(view: RunView) -> dict[str, Any]:
     """The settings that all launches of one run share, by the names that ``checkpoint.allow`` takes."""
     block = {key: value for key, value in to_plain(view.config).items() if key not in _WITHOUT_EFFECT}
     topology = view.world.topology

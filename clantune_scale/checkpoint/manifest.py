@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,7 @@ from clantune_scale.checkpoint.files import FileEntry, replace, sync_folder, wri
 from clantune_scale.errors import CheckpointError
 
 SCHEMA = 1
-FOLDER = "rounds"
 LATEST = "LATEST"
-_NAME = re.compile(r"round-(\d{6,})(?:-step-(\d{8,}))?")
-
-
-def round_name(index: int, step: int | None = None) -> str:
-    """The folder's name for a finished round, or for one stopped after ``step`` optimizer steps of the run."""
-    return f"round-{index:06d}" if step is None else f"round-{index:06d}-step-{step:08d}"
-
-
-def committed(folder: Path) -> list[str]:
-    """Names of the rounds in a run's ``rounds`` folder, newest first.
-
-    A folder gets a round's name only once its files are complete, so ``LATEST`` is not needed to find it. A crash
-    between the rename and the update of ``LATEST`` leaves a ``LATEST`` that names the round before.
-    """
-    found = [match for path in _children(folder) if (match := _NAME.fullmatch(path.name))]
-    return [match.group(0) for match in sorted(found, key=_age, reverse=True)]
-
-
-def _children(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-
-
-def _age(match: re.Match[str]) -> tuple[int, float]:
-    # A state from inside a round is older than the round's end.
-    return int(match.group(1)), float(match.group(2)) if match.group(2) else float("inf")
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import FINISHED, create_run_dir
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 
 VARIABLE = "CLANTUNE_RESUME"
 
@@ -47,10 +48,10 @@ def look_for_run(config: ClanConfig, environ: Mapping[str, str] = os.environ) ->
     path = Path(asked).resolve()
     if (path / "manifest.json").exists():
         return Found(path.parent.parent, [path.name])
-    rounds = manifest.committed(path / manifest.FOLDER)
+    rounds = committed_rounds(path / ROUNDS)
     if not rounds:
         raise CheckpointError(
-            f"there is no committed round in {path / manifest.FOLDER} to continue from. "
+            f"there is no committed round in {path / ROUNDS} to continue from. "
             f"Give the folder of a run or of one of its rounds, or start anew with clantune.checkpoint.resume: never."
         )
     return Found(path, rounds)
@@ -70,7 +71,7 @@ def _last_of_name(config: ClanConfig) -> Found | None:
     if not numbered:
         return None
     run_dir = numbered[max(numbered)]
-    rounds = manifest.committed(run_dir / manifest.FOLDER)
+    rounds = committed_rounds(run_dir / ROUNDS)
     return Found(run_dir, rounds) if rounds and not _has_finished(run_dir / "events.jsonl") else None
 
 
@@ -107,7 +108,7 @@ class Opening:
     @property
     def folder(self) -> Path:
         """The folder of the round to go on from."""
-        return self.run_dir / manifest.FOLDER / self.name
+        return self.run_dir / ROUNDS / self.name
 
 
 def open_run(
@@ -136,12 +137,12 @@ def open_run(
         return Opening(run_dir)
     refused: list[str] = []
     for name in said["rounds"]:
-        content, reasons = _verified(run_dir / manifest.FOLDER / name, everyone, fault)
+        content, reasons = _verified(run_dir / ROUNDS / name, everyone, fault)
         if content is not None:
             return Opening(run_dir, content, name, tuple(refused))
         refused.append(f"{name} is damaged and was not loaded: {'; '.join(reasons)}")
     raise CheckpointError(
-        f"none of the rounds in {run_dir / manifest.FOLDER} can be continued from. {'. '.join(refused)}. "
+        f"none of the rounds in {run_dir / ROUNDS} can be continued from. {'. '.join(refused)}. "
         f"Put back the files from a copy, or start anew with clantune.checkpoint.resume: never."
     )
 
@@ -150,7 +151,7 @@ def _look_on_leader(config: ClanConfig, take: Callable[[Path], None]) -> dict[st
     try:
         found = look_for_run(config) or Found(create_run_dir(config.tracking), [])
         take(found.run_dir)
-        (found.run_dir / manifest.FOLDER).mkdir(exist_ok=True)
+        (found.run_dir / ROUNDS).mkdir(exist_ok=True)
         return {"run_dir": str(found.run_dir), "rounds": found.rounds}
     except CheckpointError as error:
         return {"error": str(error)}
@@ -175,7 +176,7 @@ def set_aside(rounds: Path, chosen: str) -> None:
 
     Only the leader calls it. The moved rounds' steps are done again, and the new rounds take their names.
     """
-    newer = manifest.committed(rounds)
+    newer = committed_rounds(rounds)
     newer = newer[: newer.index(chosen)]
     if newer:
         number = 1 + max((int(path.name[5:]) for path in rounds.glob("lost-*") if path.name[5:].isdigit()), default=0)

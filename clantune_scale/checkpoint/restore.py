@@ -22,14 +22,13 @@ from clantune_scale.checkpoint.capture import (
     read_rank,
 )
 from clantune_scale.checkpoint.fit import PARAMETERS, layout_difference
+from clantune_scale.checkpoint.run_state import RunProgress, RunView, SavedEngine
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.lineage import Lineage
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import CheckpointError
-from clantune_scale.runtime.engine_protocol import EngineState
-from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Snapshot
 from clantune_scale.transfer.state import merged
 
@@ -96,8 +95,8 @@ class Target:
         prepare: makes what the state holds inside a round; told whether the round had begun.
     """
 
-    view: ClanView
-    progress: Progress
+    view: RunView
+    progress: RunProgress
     state: Callable[[], MemberState]
     prepare: Callable[[bool], None]
 
@@ -208,7 +207,7 @@ def _restore_resharded(target: Target, folder: Path, content: Mapping[str, Any],
 
 
 def _rollback_resharded(
-    backend: EngineState,
+    backend: SavedEngine,
     folder: Path,
     live: Mapping[str, list[list[Any]]],
     state: MemberState,
@@ -249,14 +248,14 @@ def _prefixed(pieces: reshard.Pieces) -> reshard.Pieces:
     return {ROLLBACK + name: own for name, own in pieces.items()}
 
 
-def _recount(backend: EngineState, scalars: dict[str, Any]) -> None:
+def _recount(backend: SavedEngine, scalars: dict[str, Any]) -> None:
     """Gives each of the present masters its step count; all masters have taken the same steps."""
     counts, size = scalars["optimizer"].get("counts"), len(backend.masters())
     if counts:
         scalars["optimizer"]["counts"] = (counts * size)[:size]
 
 
-def check_parameters(view: ClanView, folder: Path, sources: Sequence[int]) -> None:
+def check_parameters(view: RunView, folder: Path, sources: Sequence[int]) -> None:
     """Compares this rank's part of the model with the saved one, before any file of the run is changed.
 
     Args:
@@ -293,7 +292,7 @@ def _grown(target: Target, numbers: Mapping[str, Any]) -> MemberState:
     return state
 
 
-def _load_numbers(view: ClanView, state: MemberState, numbers: Mapping[str, Any]) -> None:
+def _load_numbers(view: RunView, state: MemberState, numbers: Mapping[str, Any]) -> None:
     state.load_scalars(numbers["scalars"])
     for group, saved in zip(view.backend.param_groups(), numbers["groups"], strict=True):
         group.update({key: merged(group.get(key), value) for key, value in saved.items()})

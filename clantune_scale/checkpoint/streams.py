@@ -5,14 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from clantune_scale.runtime.engine_protocol import RandomState
-
 _ENGINE = "engine."
+
+
+class RandomState(Protocol):
+    """Random streams of this rank beside torch's, numpy's and Python's own; often there are none.
+
+    Attributes:
+        device: of the parameters.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def random_streams(self) -> dict[str, torch.Tensor]:
+        """uint8 states, by name."""
+
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
+        """Takes over such states."""
 
 
 @dataclass(frozen=True)

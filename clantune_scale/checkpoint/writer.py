@@ -20,6 +20,7 @@ from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.checkpoint.capture import RANKS, Capture
 from clantune_scale.checkpoint.files import FileEntry, sync_folder, write_new
 from clantune_scale.distributed.topology import Coordinates
+from clantune_scale.tracking.run_dir import committed_rounds
 
 # Space beside the tensors: headers, numbers, the manifest and the file system's own data.
 _OVERHEAD = 1.05
@@ -80,7 +81,7 @@ class RoundWriter:
         """Starts writing a round; the one before must be settled first.
 
         Args:
-            name: from :func:`clantune_scale.checkpoint.manifest.round_name`.
+            name: from :func:`clantune_scale.tracking.run_dir.round_name`.
             capture: this rank's state.
             holders: by member, the member whose tensors are also this member's.
             content: the manifest's facts about the run and the round.
@@ -192,7 +193,7 @@ class RoundWriter:
         return {}
 
     def _prune(self) -> None:
-        for name in manifest.committed(self._folder)[self._keep_last :]:
+        for name in committed_rounds(self._folder)[self._keep_last :]:
             # The rename comes first: a half-removed folder must not carry a round's name.
             doomed = self._folder / f".{name}.removed"
             os.rename(self._folder / name, doomed)

@@ -1,4 +1,4 @@
-"""What a command is: its arguments, and an answer that is both text for people and data for machines."""
+"""A command: its arguments, and an answer that is both text for people and data for machines."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has to say.
+    """What a command answers.
 
     Attributes:
-        text: for people, on standard output; nothing is printed where it is empty.
+        text: for people, on standard output; nothing is printed if it is empty.
         data: the same as plain data, printed as one JSON object under ``--json``.
-        exit_code: 0, or 1 where the answer is "no" (a config with errors).
+        exit_code: 0, or 1 if the answer is "no" (a config with errors).
     """
 
     text: str
@@ -31,7 +31,7 @@ class Command:
         name: as it is typed.
         summary: one line for the list of commands.
         description: what it does, for its own help.
-        examples: command lines, each with a word on it, for its own help.
+        examples: command lines, each with a short comment, for its own help.
         add_arguments: adds its arguments to a parser.
         run: from the parsed arguments to an answer.
     """

@@ -9,7 +9,7 @@ from clantune_scale.core.extras import require
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answers the shell where it is the one that asks; without argcomplete nobody asks."""
+    """Answers the shell if it asks for completions. Without argcomplete it does not ask."""
     try:
         import argcomplete
     except ImportError:

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: the command line without the program's name; ``sys.argv``'s where None.
+        arguments: the command line without the program's name; ``sys.argv``'s if None.
 
     Returns:
         The process's exit code: 0, 1 for an answer that is "no", 2 for an error (argparse's own too).

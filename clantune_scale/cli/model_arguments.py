@@ -33,7 +33,7 @@ def read_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_model(arguments: argparse.Namespace) -> LoadedModel | None:
-    """The model that ``--model`` names, on the meta device; None where it is left out."""
+    """The model that ``--model`` names, on the meta device; None if it is left out."""
     if arguments.model is None:
         return None
     # torch takes a second to import, and a config can be checked without it.

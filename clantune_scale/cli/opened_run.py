@@ -36,7 +36,7 @@ class OpenedRun:
 
     @property
     def status(self) -> str:
-        """``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING`` where no end is recorded."""
+        """``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING`` if no end is recorded."""
         end = end_of(self.events)
         return end["status"] if end else "RUNNING"
 

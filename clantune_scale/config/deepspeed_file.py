@@ -42,6 +42,22 @@ def load_config(config: ConfigSource) -> tuple[dict[str, Any], ClanConfig | None
     return ({}, parse_block(loaded)) if "population_size" in loaded else extract(loaded)
 
 
+def require_block(block: ClanConfig | None) -> ClanConfig:
+    """The block of a config that has to hold one.
+
+    Raises:
+        ConfigError: if there is none, or it says ``"enabled": false``.
+    """
+    if block is None:
+        raise ConfigError(f'the config has no "{BLOCK}" block. Write at least "{BLOCK}": {{"population_size": 4}}.')
+    if not block.enabled:
+        raise ConfigError(
+            f'"{BLOCK}" says "enabled": false, so there is no clan to join. Leave out join() and attach(), or set '
+            f'"population_size": 1 to run the same loop without a clan.'
+        )
+    return block
+
+
 def load_ds_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Reads a DeepSpeed config as DeepSpeed 0.19 does.
 

@@ -102,7 +102,7 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
         )
     if not facts.managed_accumulation:
         yield (
-            "managed_gradient_accumulation is false, so that only the caller knows where a step ends, and the clan "
+            "managed_gradient_accumulation is false, so only the caller knows where a step ends, and the clan "
             "plans its phases in steps. Leave it at its default, true."
         )
     if facts.zero_stage in (1, 2) and not facts.multi_rank_buckets:

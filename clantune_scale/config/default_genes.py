@@ -1,9 +1,9 @@
-"""Which genes a run has whose user names none: a policy over facts of the run, apart from the config's schema."""
+"""The genes of a run whose config names none: a policy over facts of the run, apart from the config's schema."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from clantune_scale.config.schema import ClanConfig, GeneConfig
 
@@ -18,13 +18,13 @@ def default_genes(
 ) -> tuple[str, ...]:
     """The genes of a run whose user names none.
 
-    Weight decay is tuned where a round can show what it is good for. Where data come again and again it is a
-    regularizer, whose use shows long after the round that decides. Where every sample is new it is a part of AdamW's
-    dynamics: it should not grow with a rate that is raised, and a vote for less of it can be believed (the schedule
-    benchmark's log, 13). Other optimizers have another dynamics; Lion, whose steps are all of one length, is harmed.
+    Weight decay is tuned if a round can show its effect. If data are seen repeatedly, it is a regularizer, and its
+    effect shows long after the round that decides. If every sample is new, it is a part of AdamW's dynamics: it should
+    not grow with a rate that is raised, and a decision to lower it can be trusted (the schedule benchmark's log, 13).
+    Other optimizers have other dynamics. Lion, whose steps all have the same length, is harmed.
 
     Args:
-        strategy: its name; for others than ``clan`` this was not measured.
+        strategy: its name. For other strategies than ``clan`` nothing was measured.
         sees_samples_once: whether the run is known to see no training sample twice.
         optimizer: its update rule, from :func:`update_rule`.
         weight_decays: of all parameter groups; a gene that multiplies 0 sets nothing.
@@ -36,7 +36,7 @@ def default_genes(
 def genes_of(
     config: ClanConfig, *, sees_samples_once: bool, optimizer: str, weight_decays: Iterable[float]
 ) -> dict[str, GeneConfig]:
-    """The genes that a block names, or the default ones of its run; arguments as for :func:`default_genes`."""
+    """The genes that a block names, or the default ones. Other arguments are as for :func:`default_genes`."""
     if "genes" in config.model_fields_set:
         return config.genes
     names = default_genes(
@@ -49,10 +49,10 @@ def genes_of(
 
 
 def update_rule(optimizer: Any) -> str:
-    """``ADAMW`` for an optimizer that updates as AdamW does, by whatever maker; another one's class in lower case.
+    """``ADAMW`` for an optimizer that updates as AdamW does, whoever made it; for others the class in lower case.
 
-    Fused kernels (Apex, DeepSpeed, Transformer Engine) say it in ``adam_w_mode``, torch in each group's
-    ``decoupled_weight_decay``. Where neither is there the class's name, or a base's, has to.
+    Fused kernels (Apex, DeepSpeed, Transformer Engine) say it in ``adam_w_mode``, and torch in each group's
+    ``decoupled_weight_decay``. If neither is there, the name of the class or of a base decides.
     """
     kinds = [kind.__name__.lower() for kind in type(optimizer).__mro__]
     if not any("adam" in kind for kind in kinds):
@@ -64,50 +64,3 @@ def update_rule(optimizer: Any) -> str:
     if is_decoupled is None:
         is_decoupled = any(ADAMW in kind for kind in kinds)
     return ADAMW if is_decoupled else kinds[0].replace(ADAMW, "adam")
-
-
-class OptimizedEngine(Protocol):
-    """What default genes depend on in a member's engine.
-
-    Attributes:
-        device: of the parameters, a ``torch.device``.
-        pp_size: pipeline stages of the member.
-    """
-
-    @property
-    def device(self) -> Any: ...
-
-    @property
-    def pp_size(self) -> int: ...
-
-    def update_rule(self) -> str:
-        """How the optimizer updates, by :func:`update_rule`."""
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-
-
-def genes_for(config: ClanConfig, backend: OptimizedEngine, *, sees_samples_once: bool) -> dict[str, GeneConfig]:
-    """The genes of a run with this block on a member's engine, the same on all its ranks."""
-    rule, decays = optimizer_facts(backend)
-    return genes_of(config, sees_samples_once=sees_samples_once, optimizer=rule, weight_decays=decays)
-
-
-def optimizer_facts(backend: OptimizedEngine) -> tuple[str, list[float]]:
-    """(update rule, weight decays) of a member's optimizer, the same on all its ranks.
-
-    Pipeline stages hold groups of their own, one of them perhaps none with a decay, and all ranks of a member must
-    bind the same genes: they agree on the largest decay, and on AdamW if none of them has another rule.
-    """
-    rule = backend.update_rule()
-    decays = [float(group.get("weight_decay", 0.0)) for group in backend.param_groups()]
-    if backend.pp_size == 1:
-        return rule, decays
-    import torch
-    import torch.distributed as dist
-
-    everyone = torch.tensor([max(decays, default=0.0), float(rule not in (ADAMW, ""))], dtype=torch.float64)
-    everyone = everyone.to(backend.device)
-    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
-    largest, is_other = everyone.tolist()
-    return "mixed" if is_other else ADAMW, [largest]

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from clantune_scale.errors import ConfigError
 
@@ -106,6 +106,22 @@ class Gene:
         low, high = self.bounds
         return min(max(_DECODE[self.scale](x), low), high)
 
+    def times(self, value: float, factor: float) -> float:
+        """``factor`` times ``value``, in scale units and not yet inside the bounds.
+
+        If the scale is logit, the odds are multiplied. 1.2 times a momentum of 0.9 is above 1. 1.2 times its odds of 9
+        is a momentum of 0.915.
+
+        Args:
+            value: not encoded.
+            factor: above 0.
+        """
+        return value * factor if self.scale == "linear" else self.encode(value) + math.log(factor)
+
+    def ratio(self, value: float, reference: float) -> float:
+        """The factor from ``reference`` to ``value``; between their odds if the scale is logit."""
+        return value / reference if self.scale == "linear" else math.exp(self.encode(value) - self.encode(reference))
+
     def reflect(self, x: float) -> float:
         """``x`` (scale units) reflected at the encoded bounds until it lies between them."""
         low, high = (self.encode(bound) for bound in self.bounds)
@@ -138,3 +154,16 @@ class Genome:
             for name in sorted(table):
                 state.update(name.encode() + b"\0" + struct.pack("<d", table[name]))
         return state.hexdigest()
+
+
+def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
+    """The groups with these names (their ``"name"``, else their index); all if no names are given."""
+    if names is None:
+        return list(groups)
+    return [group for index, group in enumerate(groups) if str(group.get("name", index)) in names]
+
+
+def replaces_schedule(genes: Sequence[Gene], group: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the genes replaces the user's own schedule in that group's learning rate."""
+    absolute = [gene for gene in genes if gene.target == "lr" and not gene.relative]
+    return any(group is chosen for gene in absolute for chosen in chosen_groups(groups, gene.groups))

@@ -37,6 +37,7 @@ def one_world(*, timeout_s: float) -> ClanWorld:
         return ClanWorld(
             topology, topology.coordinates(0), HashStore(), ReplicaGroup(None, 0, 1), timeout_s, launched=1
         )
+    world.release_at_exit()
     topology = Topology(1, dp=dist.get_world_size())
     # The default group's own store, under a prefix: no port is opened and no address is looked up.
     store = PrefixStore(_PREFIX, dist.distributed_c10d._get_default_store())

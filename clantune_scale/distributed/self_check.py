@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import DivergenceError
-from clantune_scale.runtime.engine_protocol import EnginePlace
 
 
 def check_world(world: ClanWorld, device: torch.device) -> None:
@@ -39,17 +38,17 @@ def parameter_layout(module: torch.nn.Module) -> list[list]:
     ]
 
 
-def check_parameters(world: ClanWorld, backend: EnginePlace) -> None:
+def check_parameters(world: ClanWorld, module: torch.nn.Module) -> None:
     """Checks that all members have the same parameters: names, shapes, dtypes and which of them train.
 
     Args:
         world: this process's place in the clan.
-        backend: this member's engine.
+        module: this member's model, or this rank's part of it.
 
     Raises:
         DivergenceError: names the first parameter that differs.
     """
-    difference = world.replica_group.first_difference(parameter_layout(backend.module), noun="parameters")
+    difference = world.replica_group.first_difference(parameter_layout(module), noun="parameters")
     if difference is not None:
         other, theirs, ours = difference
         raise DivergenceError(

@@ -170,13 +170,7 @@ def join(
     if _joined is not None:
         _check_alike(_joined, population_size, faults)
         return _joined
-    if dist.is_initialized():
-        raise TopologyError(
-            f"a process group of {dist.get_world_size()} ranks exists already, and a member must become the world "
-            f"before the first group is made. Call clantune_scale.initialize() or clantune_scale.join() before "
-            f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
-            f"`deepspeed --module clantune_scale.run`."
-        )
+    _refuse_group()
     generation = Generation.read(environ)
     launched = Launched.read(environ)
     topology = Topology.from_world(launched.world_size, population_size=population_size, pp=pp, tp=tp)
@@ -197,8 +191,19 @@ def join(
         entry.supervisor,
         entry.membership_change,
     )
-    atexit.register(_leave)
+    release_at_exit()
     return _joined
+
+
+def _refuse_group() -> None:
+    """Raises a TopologyError if a process group exists: its world is the whole launch, and no longer a member."""
+    if dist.is_initialized():
+        raise TopologyError(
+            f"a process group of {dist.get_world_size()} ranks exists already, and a member must become the world "
+            f"before the first group is made. Call clantune_scale.initialize() or clantune_scale.join() before "
+            f"deepspeed.init_distributed() and torch.distributed.init_process_group(), or start the script with "
+            f"`deepspeed --module clantune_scale.run`."
+        )
 
 
 def _check_alike(joined: ClanWorld, population_size: int, faults: FaultsConfig | None) -> None:
@@ -212,6 +217,12 @@ def _check_alike(joined: ClanWorld, population_size: int, faults: FaultsConfig |
             f"this process has joined a clan with faults {joined.supervisor.settings!r}, and the config says "
             f"{faults!r}. Pass the same config to join() and to initialize() or attach()."
         )
+
+
+def release_at_exit() -> None:
+    """Releases every group before the interpreter shuts down."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
 
 
 def _leave() -> None:

@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from clantune_scale.transfer.state import local
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor, sharing its memory; any other tensor as it is. Both without autograd."""
+    with torch.no_grad():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return part.detach()
 
 
 @torch.no_grad()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 def replace_method(target: Any, name: str, method: Callable) -> Callable[[], None]:
@@ -31,6 +30,22 @@ def replace_method(target: Any, name: str, method: Callable) -> Callable[[], Non
             delattr(target, name)
 
     return restore
+
+
+class GradientGroups(Protocol):
+    """The stand-alone groups over which gradients cross members, made when first asked for."""
+
+    def gradient(self, team: tuple[int, ...]) -> Any:
+        """All (member, data) ranks of a team that hold this rank's part of the model."""
+
+    def across_members(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
+        """The ranks with these places in their member's world, in all members of the team."""
+
+    def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
+        """Scales this rank's terms of a sum over a team, in place, before the sum; non-finite ones become zero."""
+
+    def replica_group(self, team: tuple[int, ...]) -> Any:
+        """This rank's peers, one in each member of the team."""
 
 
 @dataclass(frozen=True)

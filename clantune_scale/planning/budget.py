@@ -11,14 +11,12 @@ from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import build
 from clantune_scale.errors import ConfigError
-from clantune_scale.planning.copies import copies_of
 from clantune_scale.planning.cost import Cost, cost_of, pace_of
 from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job, describe_job
 from clantune_scale.planning.measured import Measured
-from clantune_scale.planning.memory import RankMemory, rank_memory
+from clantune_scale.planning.memory import RankMemory, copies_of, rank_memory
 from clantune_scale.planning.preflight import run_facts
-from clantune_scale.planning.walk import Walk, walk_through
 
 _DUTIES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -72,7 +70,7 @@ def forecast(
         genes: that the block's were resolved to.
         size: of the model.
         world_size: ranks that the launcher starts.
-        num_steps: optimizer steps of the run, in place of the config's own count where it has one.
+        num_steps: optimizer steps of the run, in place of the config's own count, if it has one.
         hardware, measured: where seconds are from; neither for none.
 
     Raises:

@@ -105,7 +105,7 @@ class Cost:
         unique_samples: that this run trains on and keeps, each counted once.
         trained_samples: whose gradients are computed, one that several members or turns see counted for each of them.
         evaluated_samples: whose losses are computed for the clan itself, counted likewise.
-        seconds: by part, ``training``, ``evaluation`` and ``transfer``; None where no pace is known.
+        seconds: by part, ``training``, ``evaluation`` and ``transfer``; None if no pace is known.
         plain_seconds: of the same steps in plain data parallelism.
     """
 

@@ -1,4 +1,4 @@
-"""Machines: what their vendors say of them, and one's own in JSON."""
+"""Hardware for a plan: presets from the vendors' figures, and your own in JSON."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Hardware:
         node_bytes_s: between two devices of a node.
         network_bytes_s: of one device's share of the network between nodes.
         host_bytes_s: between a device and its host's memory.
-        devices_per_node: devices that ``node_bytes_s`` holds between.
-        compute_share: share of ``compute_flops_s`` that training reaches; an assumption where nobody measured.
-        link_share: share of the links' rates that collectives reach; an assumption likewise.
-        source: where the figures come from.
+        devices_per_node: devices between which ``node_bytes_s`` holds.
+        compute_share: share of ``compute_flops_s`` that training reaches; an assumption unless you measured it.
+        link_share: share of the links' rates that collectives reach; an assumption unless you measured it.
+        source: of the figures.
     """
 
     compute_flops_s: float
@@ -62,12 +62,12 @@ _REQUIRED = ("compute_flops_s", "memory_bytes", "node_bytes_s", "network_bytes_s
 
 
 def read_hardware(given: str) -> Hardware:
-    """A preset by name, or one's own as JSON: the text itself or a file of it.
+    """A preset by its name, or your own hardware as JSON (the text, or the path of a file).
 
     JSON may start from a preset: ``{"like": "h100", "network_bytes_s": 25e9}``.
 
     Raises:
-        ConfigError: for an unknown name, an unknown or missing key, or a value that is no positive number.
+        ConfigError: for an unknown name, an unknown or missing key, or a value that is not a positive number.
     """
     if given in PRESETS:
         return PRESETS[given]
@@ -91,7 +91,7 @@ def _from_plain(plain: Any) -> Hardware:
         raise ConfigError(f"the hardware is a {type(plain).__name__}, not an object. Put it in {{ }}.")
     like = plain.pop("like", None)
     if like is not None and like not in PRESETS:
-        raise ConfigError(f"there is no hardware {like!r} to be like.{did_you_mean(str(like), PRESETS)}")
+        raise ConfigError(f'the hardware\'s "like" is {like!r}, which is no preset.{did_you_mean(str(like), PRESETS)}')
     base = {**asdict(PRESETS[like]), "source": f"like {like}, with your own figures"} if like else {}
     known = [field.name for field in fields(Hardware)]
     for key, value in plain.items():

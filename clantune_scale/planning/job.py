@@ -28,7 +28,7 @@ class Job:
     """One rank's share of work and state is computed from this.
 
     Attributes:
-        parameters: elements of each trainable parameter; one number for all where the model is not known.
+        parameters: elements of each trainable parameter; one number for all if the model is not known.
         groups: elements of each of the optimizer's groups.
         other_bytes: frozen parameters and buffers.
         stage: ZeRO's, 0 to 3.
@@ -187,9 +187,9 @@ def describe_job(
         batch: how the batch is divided among models.
         strategy: built for the run.
         parameters: elements of each trainable parameter.
-        groups: elements of each of the optimizer's groups; one group where None.
+        groups: elements of each of the optimizer's groups; one group if None.
         other_bytes: frozen parameters and buffers.
-        tokens_per_sample: None where it is not known.
+        tokens_per_sample: None if it is not known.
     """
     zero = ds_config.get("zero_optimization") or {}
     optimizer = ds_config.get("optimizer") or {}

@@ -1,4 +1,4 @@
-"""Seconds from a run that was, in place of a hardware table."""
+"""Seconds that were measured in a run, in place of a hardware preset."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from clantune_scale.tracking.history import rounds_of, start_of
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run took.
+    """Seconds of a run's parts.
 
     Attributes:
         step_s: an optimizer step of a cooperative phase.
-        competitive_step_s: one of a competitive phase, for each time a member's usual share of the batch that it
-            trains on; the cooperative one's where the run had none, and of a run with members on the line.
-        evaluation_s: the validation window, once.
+        competitive_step_s: a step of a competitive phase, divided by how many times its usual share of the batch a
+            member trained on; equal to ``step_s`` if the run had no competitive phase, or its members on the line.
+        evaluation_s: one evaluation of the validation window.
         transfer_s: a round's clones and copies.
-        samples_per_rank: of its validation window, by which evaluation is scaled.
-        num_rounds: that it was taken from.
+        samples_per_rank: of the run's validation window; evaluation is scaled by it.
+        num_rounds: rounds that were measured.
     """
 
     step_s: float
@@ -33,14 +33,14 @@ class Measured:
 
 
 def measure(events: Sequence[Mapping[str, Any]]) -> Measured:
-    """Means over a run's rounds, the first left out where there are others: it pays for the start.
+    """Means over a run's rounds. If there are several, the first is left out, because it includes the start-up.
 
     Raises:
-        ClanError: if no round was finished.
+        ClanError: if there is no finished round.
     """
     rounds = rounds_of(events)
     if not rounds:
-        raise ClanError("the run that is to be measured has no finished round. Give one that has.")
+        raise ClanError("the run to measure has no finished round. Give a run that has one.")
     rounds = rounds[1:] or rounds
     start = start_of(events)
     step_s = _per_step(rounds, "cooperative")

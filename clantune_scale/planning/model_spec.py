@@ -1,4 +1,4 @@
-"""``module:factory`` on the command line: a model that is built without memory, and what a config makes of it."""
+"""``module:factory`` on the command line: builds the model without memory, and binds a config's genes to it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _KEYS = ("lr", "betas", "eps", "weight_decay", "momentum")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on the meta device: shapes and modules, no numbers.
+    """A model on the meta device: it has modules and shapes, and no numbers.
 
     Attributes:
         module: the model.
-        groups: its parameter groups as the factory gave them; one of all trainable parameters otherwise.
+        groups: the factory's parameter groups; if it gave none, one group of all trainable parameters.
     """
 
     module: torch.nn.Module
@@ -42,30 +42,30 @@ class LoadedModel:
 
     @property
     def has_moe(self) -> bool:
-        """Whether it has DeepSpeed's mixture-of-experts layers."""
+        """Whether the model has DeepSpeed's mixture-of-experts layers."""
         parts = (type(part) for part in self.module.modules())
         return any(kind.__name__ == "MoE" and kind.__module__.startswith("deepspeed") for kind in parts)
 
 
 def load_model(spec: str, arguments: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Imports a factory and calls it on the meta device, where parameters have shapes and take no memory.
+    """Imports a factory and calls it on the meta device. Parameters there have shapes and take no memory.
 
     Args:
-        spec: ``module:factory`` or ``path/to/file.py:factory``; the current folder counts as on the path. The
-            factory returns a module, or a module and its parameter groups (for genes with ``groups``).
+        spec: ``module:factory`` or ``path/to/file.py:factory``. The current folder is searched too. The factory
+            returns a module, or a module and its parameter groups (for genes with ``groups``).
         arguments: keyword arguments for the factory.
 
     Raises:
-        ConfigError: if it cannot be imported or called, or gives no module.
+        ConfigError: if the factory cannot be imported or called, or returns no module.
     """
     factory = _import(spec)
     try:
         with torch.device("meta"):
             built = factory(**(arguments or {}))
-    except Exception as error:  # the user's code: whatever it raises belongs into the sentence
+    except Exception as error:  # The user's code may raise anything, and the message quotes it.
         raise ConfigError(
             f"{spec} raised {type(error).__name__} on the meta device: {error}. Give a factory that needs no data, "
-            f"its arguments with --model-args, or --params N in its place."
+            f"give its arguments with --model-args, or give --params N instead of a model."
         ) from error
     module, groups = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(module, torch.nn.Module):
@@ -76,12 +76,12 @@ def load_model(spec: str, arguments: Mapping[str, Any] | None = None) -> LoadedM
 
 
 class ConfigBackend:
-    """What genes are bound to, without an engine: the model, and what the DeepSpeed config says of the rest.
+    """Stands for an engine when genes are bound: the model, and the settings of a DeepSpeed config.
 
     Args:
         model: on the meta device.
         ds_config: a DeepSpeed config.
-        accumulation: micro-batches per step that follow from it.
+        accumulation: micro-batches per step by that config.
     """
 
     def __init__(self, model: LoadedModel, ds_config: Mapping[str, Any], accumulation: int) -> None:
@@ -110,7 +110,7 @@ def _import(spec: str) -> Callable[..., Any]:
                 sys.path.insert(0, os.getcwd())
             module = importlib.import_module(module_name)
         return getattr(module, factory_name)
-    except Exception as error:  # the user's module: whatever it raises belongs into the sentence
+    except Exception as error:  # The user's module may raise anything, and the message quotes it.
         raise ConfigError(
             f"--model {spec} cannot be imported: {type(error).__name__}: {error}. "
             f"Check the name, and that its folder is the current one or on PYTHONPATH."
@@ -118,12 +118,12 @@ def _import(spec: str) -> Callable[..., Any]:
 
 
 def _optimizer_groups(model: LoadedModel, block: Any) -> list[dict[str, Any]]:
-    """The groups with every hyperparameter; the script's own optimizer, which nobody knows, counts as AdamW."""
+    """The groups with every hyperparameter. An optimizer that the script makes is not known, and counts as AdamW."""
     block = block if isinstance(block, Mapping) else {}
     params = {key: value for key, value in block.get("params", {}).items() if key in _KEYS}
     name = str(block.get("type", "adamw")).lower()
     if name != "sgd" and not block.get("params", {}).get("torch_adam", False):
-        params.setdefault("weight_decay", 0.0)  # DeepSpeed's own Adam has none by default, torch's has 0.01
+        params.setdefault("weight_decay", 0.0)  # DeepSpeed's Adam has none by default, and torch's has 0.01.
     groups = [dict(group) for group in model.groups]
     optimizer = _OPTIMIZERS.get(name, torch.optim.AdamW)
     return optimizer(groups, **{"lr": 1e-3, **params}).param_groups

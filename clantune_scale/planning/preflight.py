@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from clantune_scale.planning.model_spec import LoadedModel
 
 _IN_PAIR = {"beta1": 0, "beta2": 1}
-# torch's defaults, where the optimizer's block does not say.
+# torch's defaults, for what the optimizer's block does not set.
 _DEFAULTS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.0, "lr": 1e-3, "weight_decay": 0.0}
 
 
@@ -77,7 +77,7 @@ class Preflight:
 
 
 def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None) -> Preflight:
-    """Checks a DeepSpeed config with its block against a number of ranks and, where there is one, a model.
+    """Checks a DeepSpeed config with its block against a number of ranks and, if there is one, a model.
 
     Args:
         ds_config: loaded, the ``clantune`` block in it.
@@ -113,7 +113,7 @@ def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedMod
 
 
 def _attempt(found: Preflight, check: Any) -> Any:
-    """What ``check()`` returns; where it raises, its sentences go to the errors and None comes back."""
+    """What ``check()`` returns. If it raises, its sentences go to the errors and the result is None."""
     try:
         return check()
     except ClanError as error:
@@ -232,12 +232,11 @@ def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]
 def _check_line(found: Preflight, block: ClanConfig, optimizer: ConfiguredOptimizer) -> None:
     """What one model cannot do for its members, and what its loop has to do."""
     found.errors += line_refusals(block, found.strategy, found.genes or (), optimizer, setters=_set_by_script(block))
-    is_pipeline = found.topology is not None and found.topology.pp > 1  # its engine can take a step by itself
     strategy = found.strategy
-    if strategy is not None and strategy.has_one_state and may_compete(strategy) and not is_pipeline:
+    if strategy is not None and strategy.has_one_state and may_compete(strategy):
         found.warnings.append(
-            f"this strategy lets members compete, and members on the line take turns in it, for which the loop has to "
-            f"give its steps to the clan. {TURNS_REMEDY}"
+            f"this strategy lets members compete, and members on the line take turns in it. A DeepSpeed loop takes "
+            f"them by itself if its loss is the model's own. In any other loop, {TURNS_REMEDY}"
         )
 
 

@@ -179,7 +179,7 @@ def inside_bytes(collectives: Iterable[Collective], job: Job) -> float:
 def _sharded_step(job: Job, *, crosses: bool) -> Iterator[Collective]:
     partitioned = job.padded - job.persistent
     if partitioned:
-        # Once for every micro-batch, and again for its backward pass where the model is too large to be kept: an upper
+        # Once for every micro-batch, and again for its backward pass if the model is too large to be kept: an upper
         # bound, because a part of it is. Models of that size were not counted.
         passes = 1 if _is_kept(job) else 2
         yield Collective("all_gather", "member", passes * partitioned * job.accumulation, job.width)

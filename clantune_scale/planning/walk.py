@@ -10,13 +10,13 @@ from clantune_scale.core.strategies import Strategy
 
 @dataclass(frozen=True)
 class Walk:
-    """From a run's first step to its last.
+    """A run from its first step to its last.
 
     Attributes:
-        phases: in order, with the steps of each that the run takes; of its last one maybe not all.
-        rounds: plans of those that begin.
-        num_ended: of them, each with an evaluation.
-        num_champions: evaluations of the champion: one or, where averaged weights are kept to the end, two.
+        phases: in order, each with the steps of it that the run takes. The run may end inside its last phase.
+        rounds: plans of the rounds that begin.
+        num_ended: rounds that end, each with an evaluation.
+        num_champions: evaluations of the champion: one, or two if averaged weights are kept to the end.
     """
 
     phases: tuple[tuple[Phase, int], ...]
@@ -46,7 +46,7 @@ class Walk:
 
 
 def walk_through(strategy: Strategy, num_steps: int) -> Walk:
-    """Walks through the rounds of a run of ``num_steps``, for which the strategy was built."""
+    """Plans the rounds of a run of ``num_steps`` optimizer steps. The strategy was built for that length."""
     clock = RoundClock(strategy.plan)
     phases: list[tuple[Phase, int]] = []
     rounds: list[RoundPlan] = []

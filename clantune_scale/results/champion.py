@@ -5,23 +5,59 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from clantune_scale.checkpoint.run_state import RunProgress
 from clantune_scale.core.extras import is_installed, remedy
+from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.schedule import ClanSchedule
 from clantune_scale.errors import ClanError
-from clantune_scale.results.champion_formats import ChampionWeights, check_forms, write_weights
-from clantune_scale.runtime.measurement import Measurement
-from clantune_scale.runtime.recorder import Summary
-from clantune_scale.runtime.view import ClanView, Progress
+from clantune_scale.results.champion_formats import ChampionWeights, MeasuredView, write_weights
 from clantune_scale.tracking import read_events
 
-__all__ = ["MeasuredRun", "check_forms", "choose", "save", "write"]
-
 _ARTIFACTS = {"safetensors": "champion", "dcp": "champion_dcp", "deepspeed": "champion_deepspeed"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        champion: the fittest member, or None if no loss was finite.
+        champion_loss: its mean loss on the validation window.
+        averaged: whether the champion's weights are its averaged ones, which were better than its last ones.
+        run_dir: the run's folder.
+        artifacts: by name, files on the host that wrote them (the champion's own for its weights).
+    """
+
+    champion: int | None
+    champion_loss: float
+    averaged: bool = False
+    run_dir: Path | None = None
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Measures(Protocol):
+    """Compares the members of a clan; all its ranks call each method.
+
+    Attributes:
+        has_averages: whether averaged weights are up to date.
+    """
+
+    @property
+    def has_averages(self) -> bool: ...
+
+    def fitness(self, *, averaged: bool) -> Fitness:
+        """The members' losses with their last weights, or with their averaged ones."""
+
+    def weights(self, *, averaged: bool) -> AbstractContextManager[None]:
+        """Inside, each member's model computes with its last weights, or with its averaged ones."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +71,9 @@ class MeasuredRun:
         run_dir: the run's folder.
     """
 
-    view: ClanView
-    progress: Progress
-    measurement: Measurement
+    view: MeasuredView
+    progress: RunProgress
+    measurement: Measures
     run_dir: Path
 
     def weights(self, member: int, *, averaged: bool) -> ChampionWeights:

@@ -7,19 +7,33 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 
 from clantune_scale.checkpoint.all_ranks import Everyone
+from clantune_scale.checkpoint.run_state import RunView, SavedEngine
 from clantune_scale.distributed.elastic.waiting import wait_while_ranks_live
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.results import weight_files
-from clantune_scale.runtime.view import ClanView
 
 STEM = "champion"
+
+
+class WholeWeights(SavedEngine, Protocol):
+    """An engine that gives a member's whole weights."""
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """The member's weights and buffers by name, in host memory, each on one of its ranks (a member collective)."""
+
+
+class MeasuredView(RunView, Protocol):
+    """One rank's clan, as far as its champion is written from it."""
+
+    @property
+    def backend(self) -> WholeWeights: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ def check_forms(forms: Sequence[str], engine: Any, backend: object) -> None:
         )
 
 
-def write_weights(view: ClanView, weights: ChampionWeights, folder: Path, forms: Sequence[str]) -> dict[str, str]:
+def write_weights(view: MeasuredView, weights: ChampionWeights, folder: Path, forms: Sequence[str]) -> dict[str, str]:
     """Writes a member's weights, as they are now, in each of ``forms``; all ranks of the clan call it.
 
     Args:
@@ -99,7 +113,7 @@ def write_weights(view: ClanView, weights: ChampionWeights, folder: Path, forms:
     return everyone.gather(written)[world.topology.member_ranks(member)[0]]
 
 
-def _write(view: ClanView, folder: Path, forms: Sequence[str], *, averaged: bool) -> dict[str, str]:
+def _write(view: MeasuredView, folder: Path, forms: Sequence[str], *, averaged: bool) -> dict[str, str]:
     """Called on the champion's ranks, each of which writes its part."""
     folder.mkdir(parents=True, exist_ok=True)
     at, size = view.world.at, view.world.topology.member_size
@@ -154,7 +168,7 @@ def _whole_folder(target: Path, inside: ReplicaGroup, write: Callable[[Path], No
         part.rename(target)
 
 
-def _await_all(view: ClanView, wait: Callable[[str], None]) -> None:
+def _await_all(view: MeasuredView, wait: Callable[[str], None]) -> None:
     """Waits until every rank of the clan is here, however long one writes."""
     store, size = view.world.store, view.world.topology.world_size
     count = store.add("champion/arrived", 1)

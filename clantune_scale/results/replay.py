@@ -1,28 +1,26 @@
-"""Replaying a schedule in a run without a clan: a scheduler for PyTorch and DeepSpeed, and genes between steps."""
+"""Replaying a schedule in a run without a clan: a learning-rate scheduler for PyTorch and DeepSpeed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from clantune_scale.core import decay
-from clantune_scale.core.genome import GROUP_KEYS, Gene
+from clantune_scale.core.genome import GROUP_KEYS, chosen_groups, replaces_schedule
 from clantune_scale.core.schedule import ClanSchedule
-from clantune_scale.runtime.engine_protocol import Backend
-from clantune_scale.runtime.genome_application import Expression, Setter, chosen_groups, replaces_schedule
 
 
 class ClanScheduleLR(LRScheduler):
     """A clan's schedule as a learning-rate scheduler of PyTorch.
 
     The step after n completed ones trains at ``base rate x gene(n) x min(own(n), own(f) x lr_factor(n))``, where the
-    final decay starts at f, and at ``gene(n) x lr_factor(n)`` where the gene is absolute; multiplied in the order in
-    which the clan did, so that equal rates are equal to the last bit. Weight decay, betas, momentum
-    and eps are set in the groups that their genes name. Relative genes multiply what a group held when the
-    scheduler was made. Its state is one integer.
+    final decay starts at f. If the gene is absolute, it trains at ``gene(n) x lr_factor(n)``. The order of factors is
+    the clan's, so that equal rates are equal to the last bit. Weight decay, betas, momentum and eps are set
+    in the groups that their genes name. Relative genes multiply what a group held when the scheduler was made. The
+    scheduler's state is one integer.
 
     For DeepSpeed, pass ``lr_scheduler=lambda optimizer: ClanScheduleLR(optimizer, schedule)``.
 
@@ -30,7 +28,7 @@ class ClanScheduleLR(LRScheduler):
         optimizer: whose groups it writes.
         schedule: what ``clantune schedule`` gives.
         own: your own schedule as a factor of the base rate by step, as in ``LambdaLR``: what the clan's run had
-            beside its genes; 1 where None.
+            beside its genes; 1 if None.
         last_epoch: completed steps less one where training resumes, as for every scheduler of PyTorch.
     """
 
@@ -99,34 +97,3 @@ class ClanScheduleLR(LRScheduler):
                 wanted = held[place] * value if gene.relative else value
                 values[key] = tuple(wanted if index == place else other for index, other in enumerate(held))
         return values
-
-
-class BetweenSteps:
-    """The genes that no optimizer group holds: clip threshold, accumulation, dropout, and setters of your own.
-
-    Call :meth:`apply` before each step's first micro-batch.
-
-    Args:
-        backend: the engine, for example ``DeepSpeedBackend(engine)``.
-        schedule: what ``clantune schedule`` gives.
-        setters: by target, as they were given to the clan.
-    """
-
-    def __init__(self, backend: Backend, schedule: ClanSchedule, setters: Mapping[str, Setter] | None = None) -> None:
-        self._backend, self._schedule = backend, schedule
-        own = setters or {}
-        self.genes: Sequence[Gene] = [
-            gene
-            for gene in schedule.described_genes
-            if gene.target in own or gene.target in ("clip", "accumulation", "dropout")
-        ]
-        self._expression = Expression(self.genes, backend, own)
-
-    def apply(self) -> None:
-        """Puts into effect what the schedule says of the next step."""
-        step = self._backend.num_steps
-        self._expression.express({gene.name: self._schedule.value_at(gene.name, step) for gene in self.genes})
-
-    def restore(self) -> None:
-        """Sets clip threshold, accumulation and dropout to what they were."""
-        self._expression.restore()

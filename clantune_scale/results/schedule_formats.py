@@ -1,4 +1,4 @@
-"""A schedule in the words of others: CSV, and what DeepSpeed's own schedulers can say of it."""
+"""A schedule in other formats: CSV, and DeepSpeed's schedulers as far as they can express it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEAR = 1.05
 
 
 def to_csv(schedule: ClanSchedule) -> str:
-    """One row per stretch of equal values: steps, the factor on learning rates at both ends, each gene, undone."""
+    """A row for each stretch of equal values: its steps, each gene, the learning rates' factor at both ends, undone."""
     names = [gene["name"] for gene in schedule.genes]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -29,13 +29,13 @@ def to_csv(schedule: ClanSchedule) -> str:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What DeepSpeed's config can hold of a schedule.
+    """The part of a schedule that DeepSpeed's config can hold.
 
     Attributes:
-        config: to be merged into a DeepSpeed config; empty where nothing of it can be said.
-        lost: what it leaves out, a sentence each.
-        worst_rate_ratio: the largest ratio, either way up, between its learning rate and the schedule's, from the
-            third step on and while the schedule's is above a hundredth of its peak; None where it has no rate.
+        config: to be merged into a DeepSpeed config; empty if DeepSpeed can express nothing of the schedule.
+        lost: what ``config`` leaves out, a sentence each.
+        worst_rate_ratio: the largest ratio of the larger to the smaller of its learning rate and the schedule's, from
+            the third step on, while the schedule's is above a hundredth of its peak; None if it has no rate.
     """
 
     config: dict[str, Any]
@@ -44,11 +44,11 @@ class Fragment:
 
 
 def to_deepspeed(schedule: ClanSchedule, *, base_lr: float | None) -> Fragment:
-    """The nearest ``WarmupDecayLR`` or ``WarmupLR``: straight up to the rate at the decay's start, then as found.
+    """The nearest ``WarmupDecayLR`` or ``WarmupLR``: a straight line up to the rate at which the decay starts.
 
     Args:
         schedule: the one to approximate.
-        base_lr: the rate that a relative gene multiplies; None where it is not known or not constant.
+        base_lr: the rate that a relative gene multiplies; None if it is not known or not constant.
     """
     lost = _lost_genes(schedule)
     gene = next((g for g in schedule.described_genes if g.target == "lr" and g.groups is None), None)
@@ -57,7 +57,7 @@ def to_deepspeed(schedule: ClanSchedule, *, base_lr: float | None) -> Fragment:
     if gene.relative and base_lr is None:
         return Fragment(
             {},
-            (*lost, "the run had a schedule of its own beside the gene: keep that one, with ClanScheduleLR(own=...)"),
+            (*lost, "the run had a schedule of its own beside the gene: keep it, with ClanScheduleLR(own=...)"),
         )
     base = (base_lr if gene.relative and base_lr is not None else 1.0) * schedule.rate_factor
     rates = [base * schedule.value_at(gene.name, s) * schedule.lr_factor_at(s) for s in range(schedule.num_steps)]
@@ -74,7 +74,7 @@ def to_deepspeed(schedule: ClanSchedule, *, base_lr: float | None) -> Fragment:
 def _candidates(rates: Sequence[float], decay_start: int) -> list[dict[str, Any]]:
     """The few settings that can be near: up from zero or from the first rate, until the decay or at once.
 
-    ``WarmupDecayLR`` goes down again to where it came up from, so that a decay to zero must start from zero.
+    ``WarmupDecayLR`` decays to the rate from which it warms up, so a decay to zero needs a warm-up from zero.
     """
     decays = decay_start < len(rates)
     top = rates[min(decay_start, len(rates) - 1)]
@@ -87,8 +87,8 @@ def _candidates(rates: Sequence[float], decay_start: int) -> list[dict[str, Any]
 
 
 def deepspeed_rate(params: dict[str, Any], step: int) -> float:
-    """The rate that DeepSpeed 0.19's ``WarmupLR`` or ``WarmupDecayLR`` gives the step after ``step`` completed ones."""
-    # Its first call to step() comes after the first update, so that it runs one step behind.
+    """The rate of DeepSpeed 0.19's ``WarmupLR`` or ``WarmupDecayLR`` in the step after ``step`` completed ones."""
+    # The scheduler's first step() is called after the first update, so it is one step behind.
     behind = max(step - 1, 0)
     low, high, warm = params["warmup_min_lr"], params["warmup_max_lr"], params["warmup_num_steps"]
     share = 1.0
@@ -102,17 +102,17 @@ def deepspeed_rate(params: dict[str, Any], step: int) -> float:
 
 def _lost_genes(schedule: ClanSchedule) -> tuple[str, ...]:
     names = [g.name for g in schedule.described_genes if g.target != "lr" or g.groups is not None]
-    return (f"{', '.join(names)}: no scheduler of DeepSpeed's sets them",) if names else ()
+    return (f"{', '.join(names)}: DeepSpeed has no scheduler that sets them",) if names else ()
 
 
 def _last_move(rates: Sequence[float]) -> int:
-    """The last step whose rate is another than the one before it."""
+    """The last step whose rate differs from that of the step before."""
     return next((step for step in range(len(rates) - 1, 0, -1) if rates[step] != rates[step - 1]), 0)
 
 
 def _worst_ratio(wanted: Sequence[float], said: Sequence[float]) -> float:
     floor = max(wanted) / 100
     stride = max(len(wanted) // _NUM_COMPARED, 1)
-    # In its first two steps every one of DeepSpeed's warm-ups is at its lowest rate.
+    # In its first two steps each of DeepSpeed's warm-ups has its lowest rate.
     pairs = [(a, max(b, floor)) for a, b in zip(wanted[3::stride], said[3::stride], strict=True) if a > floor]
     return max((max(a / b, b / a) for a, b in pairs), default=1.0)

@@ -20,11 +20,11 @@ _INDEX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """What is there of a model.
+    """The files of one model.
 
     Attributes:
         files: with the tensors, in order.
-        index: which says what is where; None where one file has everything.
+        index: names the file of each tensor; None if one file has all of them.
     """
 
     files: list[Path]
@@ -32,7 +32,7 @@ class WeightFiles:
 
     @property
     def main(self) -> Path:
-        """The one that is named to whoever loads it."""
+        """The file to load: the index, or the only file."""
         return self.index or self.files[0]
 
 
@@ -40,7 +40,7 @@ def find(folder: Path, stem: str) -> WeightFiles | None:
     """The weights ``stem`` in a folder, or None.
 
     Raises:
-        ClanError: if the index is damaged, or a file that it names is gone.
+        ClanError: if the index is damaged, or a file that it names is missing.
     """
     index = folder / (stem + _INDEX)
     if not index.is_file():
@@ -58,10 +58,10 @@ def find(folder: Path, stem: str) -> WeightFiles | None:
 
 
 def read(files: WeightFiles) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-    """All tensors (safetensors checks that they fill each file exactly), and the metadata.
+    """All tensors and the metadata. safetensors checks that tensors fill each file exactly.
 
     Raises:
-        ClanError: if a file is damaged, lacks what the index says, or a weight is not finite.
+        ClanError: if a file is damaged or differs from the index, or a weight is not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -70,7 +70,7 @@ def read(files: WeightFiles) -> tuple[dict[str, torch.Tensor], Mapping[str, str]
     for path in files.files:
         try:
             with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise ClanError(f"{path} is damaged: {error}. Copy it again from the run's host.") from error
@@ -98,16 +98,17 @@ def write(
     """Writes each rank's part of a model; all ranks of a member call it.
 
     Args:
-        tensors: this rank's, whose names no other has; None where it has none.
-        folder, stem: where to, and how the files begin.
-        gather: what each rank of the member gave, by rank.
-        place: this rank among them.
-        max_bytes: of one file's tensors, where a single one is not larger.
+        tensors: this rank's; no other rank has one of these names. None if it has none.
+        folder: to write into.
+        stem: with which the files' names begin.
+        gather: returns what each rank of the member gave, by rank.
+        place: this rank's number in the member.
+        max_bytes: of one file's tensors. A single larger tensor has a file of its own.
         metadata: of each file.
 
     Returns:
-        The name of the file to load, equal on all ranks: the only one, or the index, which rank 0 still
-        has to put in its place (:func:`settle`) when all have written theirs.
+        The name of the file to load, equal on all ranks: the only file, or the index. When all ranks have written
+        their files, rank 0 calls :func:`settle`, which gives the index its name.
 
     Raises:
         OSError: if the file system refuses.
@@ -126,17 +127,17 @@ def write(
             "metadata": {"total_size": sum(sum(size.values()) for size in sizes)},
             "weight_map": {tensor: name for name, size in zip(names, sizes, strict=True) for tensor in size},
         }
-        # Under another name until the files are all there: who finds an index may load what it names.
+        # It has another name until all files are there: a program that finds an index may load what it names.
         (folder / f"{stem}{_INDEX}.part").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return stem + _INDEX
 
 
 def settle(folder: Path, stem: str, name: str) -> None:
-    """On one rank, when every file is written: the index takes its place, and what an earlier model left goes.
+    """Gives the index its name and removes what an earlier model left. One rank calls it when all have written.
 
     Args:
-        folder, stem: as they were given to :func:`write`.
-        name: what it returned.
+        folder, stem: as for :func:`write`.
+        name: what :func:`write` returned.
     """
     index, single = folder / (stem + _INDEX), folder / (stem + SUFFIX)
     if name == index.name:
@@ -153,7 +154,7 @@ def _names(stem: str, count: int) -> list[str]:
 
 
 def _split(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> list[dict[str, torch.Tensor]]:
-    """In their order, in parts of at most ``max_bytes``; a larger tensor has a part of its own."""
+    """The tensors in their order, in parts of at most ``max_bytes``. A larger tensor has a part of its own."""
     parts: list[dict[str, torch.Tensor]] = []
     room = 0
     for name, tensor in tensors.items():
@@ -170,7 +171,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, s
 
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata=dict(metadata))
-    # safetensors writes through a private temporary file: readable as the run's other files are.
+    # safetensors makes its file private. It becomes as readable as the run's other files.
     part.chmod(0o644)
     with part.open("rb") as file:
         os.fsync(file.fileno())

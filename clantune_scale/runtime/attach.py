@@ -8,24 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from clantune_scale.config.batch import BatchPlan
-from clantune_scale.config.default_genes import genes_for
+from clantune_scale.config.default_genes import ADAMW, genes_of
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import expected_steps, sees_samples_once
 from clantune_scale.core.strategies import Strategy, build
-from clantune_scale.data.loaders import make_window
 from clantune_scale.distributed.self_check import check_parameters, check_world
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
 from clantune_scale.results.champion_formats import check_forms
 from clantune_scale.runtime.clan import Clan
-from clantune_scale.runtime.engine_protocol import Backend
+from clantune_scale.runtime.engine_protocol import Backend, TunedEngine
 from clantune_scale.runtime.genome_application import Setter, bind_genes
 from clantune_scale.runtime.line.members import TrainStep
 from clantune_scale.runtime.line.refusals import require_line
+from clantune_scale.runtime.loaders import make_window
 from clantune_scale.runtime.validation_window import Evaluate
 
 AnyClan = TypeVar("AnyClan", bound=Clan)
@@ -75,26 +77,19 @@ def attach_to(
         world: from joining.
         block: for the members that are present.
         eval_data: map-style dataset on which selection compares members.
-        batch: how the clan's batch is divided; the engine's own on every member where None.
+        batch: how the clan's batch is divided; the engine's own on every member if None.
         evaluate: ``(engine, batch) -> loss`` in place of the model's own loss, or None.
         setters: by target, for genes that the user registers.
-        collate_fn: joins validation samples to a batch; torch's default where None.
-        total_steps: optimizer steps of the whole run, where the block does not say.
-        num_samples: of the training data, for the default genes; None where nobody knows.
+        collate_fn: joins validation samples to a batch; torch's default if None.
+        total_steps: optimizer steps of the whole run, if the block does not say.
+        num_samples: of the training data, for the default genes; None if it is not known.
         train_step: does one optimizer step, for members on the line; None if the loop takes its steps from the clan.
 
     Raises:
         ConfigError: if the genes, the data or the engine cannot be used.
         TopologyError: if ranks do not form the clan.
     """
-    is_line = block.members == "line"
-    if batch is None:
-        batch = BatchPlan.of_members(
-            1 if is_line else block.population_size,
-            micro_batch=backend.micro_batch_size,
-            accumulation=backend.accumulation,
-            dp_size=backend.dp_size,
-        )
+    batch = batch or _own_batch(backend, block)
     total_steps = block.total_steps or total_steps
     _check_engine(world, backend, block)
     is_once = sees_samples_once(
@@ -104,8 +99,6 @@ def attach_to(
         num_steps=expected_steps(total_steps, block.round_length),
     )
     genes, strategy = _rules(block, backend, setters or {}, total_steps=total_steps, is_once=is_once)
-    if is_line:
-        require_line(block, strategy, genes, backend, setters=setters or {})
     clan = kind(
         world=world,
         backend=backend,
@@ -122,12 +115,22 @@ def attach_to(
     return clan
 
 
+def _own_batch(backend: Backend, block: ClanConfig) -> BatchPlan:
+    """The clan's batch if every engine trains on the batch that it was made with; members on the line share one."""
+    return BatchPlan.of_members(
+        1 if block.members == "line" else block.population_size,
+        micro_batch=backend.micro_batch_size,
+        accumulation=backend.accumulation,
+        dp_size=backend.dp_size,
+    )
+
+
 def _check_engine(world: ClanWorld, backend: Backend, block: ClanConfig) -> None:
     """Refuses, on all ranks, an engine that does not fit the clan or its config."""
     world.arrange(pp=backend.pp_size, tp=backend.tp_size, stands=(backend.pp_rank, backend.dp_rank, backend.tp_rank))
     if block.members == "groups":
         check_world(world, backend.device)
-        check_parameters(world, backend)
+        check_parameters(world, backend.module)
     check_forms(block.checkpoint.champion, backend.engine, backend)
     _require_rates(backend)
 
@@ -160,7 +163,29 @@ def _rules(
         total_steps: optimizer steps of the whole run, or None.
         is_once: whether no sample is seen twice, which default genes depend on.
     """
-    configs = genes_for(block, backend, sees_samples_once=is_once)
+    rule, decays = optimizer_facts(backend)
+    configs = genes_of(block, sees_samples_once=is_once, optimizer=rule, weight_decays=decays)
     genes = bind_genes(configs, backend, setters, quiet=configs.keys() - block.genes.keys())
     facts = block.facts(genes, total_steps=total_steps, sees_samples_once=is_once)
-    return genes, build(block.strategy.name, facts, block.strategy.options)
+    strategy = build(block.strategy.name, facts, block.strategy.options)
+    if block.members == "line":
+        require_line(block, strategy, genes, backend, setters=setters)
+    return genes, strategy
+
+
+def optimizer_facts(backend: TunedEngine) -> tuple[str, list[float]]:
+    """(update rule, weight decays) of a member's optimizer, the same on all its ranks (a member collective).
+
+    Each pipeline stage has parameter groups of its own, and a stage may have none with a decay. All ranks of a member
+    must bind the same genes. So they agree on the largest decay, and on AdamW if no stage has another rule.
+    """
+    rule = backend.update_rule()
+    decays = [float(group.get("weight_decay", 0.0)) for group in backend.param_groups()]
+    if backend.pp_size == 1:
+        return rule, decays
+    everyone = torch.tensor(
+        [max(decays, default=0.0), float(rule not in (ADAMW, ""))], dtype=torch.float64, device=backend.device
+    )
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+    largest, is_other = everyone.tolist()
+    return "mixed" if is_other else ADAMW, [largest]

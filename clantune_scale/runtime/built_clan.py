@@ -16,20 +16,21 @@ from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundClock
 from clantune_scale.core.strategies import Population, Strategy
-from clantune_scale.data.loaders import make_loader, make_sampler, make_window
 from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader
 from clantune_scale.data.watch import BatchWatch, Stopwatch
 from clantune_scale.distributed.world import ClanGroups, ClanWorld
 from clantune_scale.gradients.nonfinite_mask import NonfiniteMask
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.results import champion
+from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.engine_protocol import Backend
 from clantune_scale.runtime.genome_application import Expression, Setter
 from clantune_scale.runtime.line.members import OnTheLine, TrainStep
+from clantune_scale.runtime.loaders import make_loader, make_sampler, make_window
 from clantune_scale.runtime.measurement import Measurement
 from clantune_scale.runtime.members import InGroups, MemberParts, Members
 from clantune_scale.runtime.phases import PhaseManager
-from clantune_scale.runtime.recorder import Recorder, Summary
+from clantune_scale.runtime.recorder import Recorder
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.transfer import MemberState, Transfers
@@ -103,7 +104,6 @@ class BuiltClan:
             self.view, self.progress, self.expression, self.measurement, self._probe, lambda: self.state()
         )
         self.members: Members = OnTheLine(parts, train_step) if is_line else InGroups(parts, self.transfers)
-        self._is_driven = not is_line
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False

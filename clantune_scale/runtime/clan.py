@@ -13,11 +13,9 @@ from typing import Any
 
 from clantune_scale.checkpoint.opening import Opening
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
-from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.built_clan import BuiltClan
 from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
 from clantune_scale.runtime.diagnostics import Diagnostics
-from clantune_scale.runtime.line.refusals import TURNS_REMEDY
 from clantune_scale.runtime.steps import Step, endless, new_step, repeated_step
 from clantune_scale.transfer import Snapshot
 
@@ -90,7 +88,7 @@ class Clan(BuiltClan):
         if self.members.in_turns:
             self.rounds.step_done()
             return
-        self._require_driver()
+        self.members.require_driver()
         self.members.step_done()
         self.recorder.step(done)
         if done.ends_phase and not self.members.run_turns():
@@ -121,7 +119,8 @@ class Clan(BuiltClan):
         Raises:
             ClanError: if the loop's body took no optimizer step.
         """
-        batches, self._is_driven = endless(loader), True
+        batches = endless(loader)
+        self.members.drive()
         while until is None or self.num_steps < until:
             done = self.phases.position
             yield from new_step(self.backend, batches, self.members.hold)
@@ -129,17 +128,6 @@ class Clan(BuiltClan):
                 for repeated in self.members.take_turns():
                     yield from repeated_step(self.backend, repeated)
                 self._step_counted(done)
-
-    def _require_driver(self) -> None:
-        """After the first step it is known how the loop gets its steps."""
-        if self._is_driven:
-            return
-        self._is_driven = True
-        if self.members.needs_driver:
-            raise ConfigError(
-                "this strategy lets members compete, and members on the line take turns in it, which this loop does "
-                f"not give them. {TURNS_REMEDY}"
-            )
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, return to the phase snapshot if there is one, decide, transfer, record."""

@@ -15,31 +15,17 @@ Protocol               Used by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
+from clantune_scale.checkpoint.streams import RandomState
 from clantune_scale.core.line import DecayRule
+from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.transfer import MemberState
-
-
-class GradientGroups(Protocol):
-    """The stand-alone groups over which gradients cross members, made when first asked for."""
-
-    def gradient(self, team: tuple[int, ...]) -> Any:
-        """All (member, data) ranks of a team that hold this rank's part of the model."""
-
-    def across_members(self, team: tuple[int, ...], member_ranks: Sequence[int]) -> Any:
-        """The ranks with these places in their member's world, in all members of the team."""
-
-    def weigh(self, gradients: Sequence[torch.Tensor], team: tuple[int, ...]) -> None:
-        """Scales this rank's terms of a sum over a team, in place, before the sum; non-finite ones become zero."""
-
-    def replica_group(self, team: tuple[int, ...]) -> Any:
-        """This rank's peers, one in each member of the team."""
 
 
 class HasDevice(Protocol):
@@ -122,6 +108,10 @@ class UpdateHooks(Protocol):
         Gradients cross ranks in a step's last one only.
         """
 
+    @property
+    def own_step(self) -> Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object] | None:
+        """One optimizer step on the (args, kwargs) of forward passes, as the loop does it; None if it is not known."""
+
     def clear_gradients(self) -> None:
         """Drops gradients that a loop has not zeroed yet, before a step that the loop does not know of."""
 
@@ -185,16 +175,6 @@ class Evaluates(HasDevice, Protocol):
             batch: as the data loader gives it.
             evaluate: the user's ``(engine, batch) -> loss``; None for the model's own loss.
         """
-
-
-class RandomState(HasDevice, Protocol):
-    """Random streams of this rank beside torch's, numpy's and Python's own; often there are none."""
-
-    def random_streams(self) -> dict[str, torch.Tensor]:
-        """uint8 states, by name."""
-
-    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
-        """Takes over such states."""
 
 
 class EngineState(Protocol):

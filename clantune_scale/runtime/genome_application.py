@@ -20,7 +20,7 @@ import torch.distributed as dist
 from clantune_scale.config.gene_catalogue import build_gene, target_of
 from clantune_scale.config.schema import GeneConfig
 from clantune_scale.core import decay
-from clantune_scale.core.genome import GROUP_KEYS, Gene
+from clantune_scale.core.genome import GROUP_KEYS, Gene, chosen_groups, replaces_schedule
 from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.runtime.engine_protocol import TunedEngine
 
@@ -248,19 +248,6 @@ def _write(group: dict[str, Any], gene: Gene, value: float) -> None:
         group[key] = torch.full_like(group[key], float(wanted))
     else:
         group[key] = wanted if place is None else tuple(wanted if i == place else v for i, v in enumerate(group[key]))
-
-
-def chosen_groups(groups: Sequence[dict[str, Any]], names: tuple[str, ...] | list[str] | None) -> list[dict[str, Any]]:
-    """The groups with these names (their ``"name"``, else their index); all if no names are given."""
-    if names is None:
-        return list(groups)
-    return [group for index, group in enumerate(groups) if str(group.get("name", index)) in names]
-
-
-def replaces_schedule(genes: Sequence[Gene], group: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether one of the genes replaces the user's own schedule in that group's learning rate."""
-    absolute = [gene for gene in genes if gene.target == "lr" and not gene.relative]
-    return any(group is chosen for gene in absolute for chosen in chosen_groups(groups, gene.groups))
 
 
 def _dropouts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:

@@ -67,12 +67,18 @@ class Members(Protocol):
         """Whether a phase has ended for the loop whose turns are not all taken."""
 
     @property
-    def needs_driver(self) -> bool:
-        """Whether turns will come that only ``clan.steps()`` can take."""
-
-    @property
     def meter(self) -> LossMeter:
         """Of the training losses that come now."""
+
+    def drive(self) -> None:
+        """Says that the loop takes its steps from ``clan.steps()``, which can take turns."""
+
+    def require_driver(self) -> None:
+        """After the first step: checks that turns can be taken in this loop.
+
+        Raises:
+            ConfigError: if they cannot, and will come.
+        """
 
     def share_gradients(self) -> None:
         """Hooks the engine's reduction of gradients, if gradients cross members."""
@@ -134,7 +140,7 @@ class InGroups:
         transfers: copies of state between members.
     """
 
-    in_turns = has_turns = needs_driver = False
+    in_turns = has_turns = False
 
     def __init__(self, parts: MemberParts, transfers: Transfers) -> None:
         self._parts, self._transfers = parts, transfers
@@ -142,6 +148,12 @@ class InGroups:
     @property
     def meter(self) -> LossMeter:
         return self._parts.progress.losses
+
+    def drive(self) -> None:
+        """Does nothing: members train at once."""
+
+    def require_driver(self) -> None:
+        """Does nothing: members train at once."""
 
     def share_gradients(self) -> None:
         view = self._parts.view

@@ -9,46 +9,28 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clantune_scale.checkpoint.manifest import FOLDER, committed
 from clantune_scale.checkpoint.opening import VARIABLE, Opening
 from clantune_scale.core.consensus import consensus
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.lineage import RoundRecord
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies import Decision, Population
+from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.tracking import KILLED, Tracking
 from clantune_scale.tracking.events import SCHEMA, cut_events, to_plain
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 from clantune_scale.tracking.uri import redact_command
 
 _VERSIONS = ("clantune-scale", "torch", "deepspeed", "mlflow", "numpy", "scipy")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended.
-
-    Attributes:
-        champion: the fittest member, or None if no loss was finite.
-        champion_loss: its mean loss on the validation window.
-        averaged: whether the champion's weights are its averaged ones, which were better than its last ones.
-        run_dir: the run's folder.
-        artifacts: by name, files on the host that wrote them (the champion's own for its weights).
-    """
-
-    champion: int | None
-    champion_loss: float
-    averaged: bool = False
-    run_dir: Path | None = None
-    artifacts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Recorder:
@@ -162,8 +144,8 @@ class Recorder:
         """
         if not self._view.world.is_clan_leader:
             return
-        rounds = self.run_dir / FOLDER
-        known = committed(rounds)
+        rounds = self.run_dir / ROUNDS
+        known = committed_rounds(rounds)
         where = rounds / known[0] if known else None
         if round_name is None:
             self.warn("the state at the end could not be committed")

@@ -45,6 +45,14 @@ def loss_of(output: Any) -> torch.Tensor:
     return candidate
 
 
+def found_loss(output: Any) -> torch.Tensor | None:
+    """As :func:`loss_of`; None if the output is something else (logits)."""
+    try:
+        return loss_of(output)
+    except EvaluationError:
+        return None
+
+
 class ValidationWindow:
     """A fixed set of examples, in batches that are divided among the ranks of a member.
 

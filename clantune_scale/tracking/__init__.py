@@ -154,7 +154,7 @@ class Tracking:
 
 
 def _uses_mlflow(config: TrackingConfig, *, is_writer: bool) -> bool:
-    """Whether the run goes to MLflow: where it is not installed and only the default asks for it, it goes without.
+    """Whether the run goes to MLflow. If MLflow is missing and only the default asks for it, the run goes without it.
 
     Raises:
         ClanError: if the config itself asks for it, by ``"mlflow": true`` or a ``tracking_uri``.

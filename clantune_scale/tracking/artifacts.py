@@ -1,7 +1,6 @@
-"""A run's files in MLflow, brought up to date as the run goes, never at more than a small share of its time.
+"""A run's files in MLflow. They are refreshed while the run goes on, in a small share of its time.
 
-Whatever takes processor time (drawing the report takes seconds) is done by a process of its own, at the lowest
-priority.
+A process of its own, at the lowest priority, draws the report: that takes seconds of processor time.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _MAX_S = 600.0
 class Artifacts:
     """Uploads a run's events, lineage, schedule, pictures and report.
 
-    A store that does not take them ends neither the run nor the metrics: it is logged once, and kept as the tag
+    If the store refuses them, the run and its metrics go on. The error is logged once, and is the value of the tag
     ``clantune.artifacts_error``.
 
     Args:
@@ -42,7 +41,7 @@ class Artifacts:
         self._has_complained = False
 
     def refresh_if_due(self) -> None:
-        """Uploads what there is, if the last time is long enough ago: half a minute, and 20 times what it took."""
+        """Uploads what there is, unless the last upload ended less than 30 s, or 20 times its own duration, ago."""
         if time.monotonic() >= self._not_before:
             self.refresh()
 
@@ -53,14 +52,14 @@ class Artifacts:
             with tempfile.TemporaryDirectory(prefix="clantune-") as scratch:
                 self._make(Path(scratch))
                 self._upload(Path(scratch))
-        # An artifact store fails in as many ways as there are stores; metrics must go on.
+        # Each kind of artifact store fails in its own ways, and metrics must go on.
         except Exception as error:
             self._complain(error)
         now = time.monotonic()
         self._not_before = now + max(_LEAST_S, (now - began) / _SHARE)
 
     def _make(self, scratch: Path) -> None:
-        """Writes the report into the run's folder, and what the run itself writes only at its end into ``scratch``."""
+        """Writes the report into the run's folder, and into ``scratch`` what the run itself writes only at its end."""
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "clantune_scale.tracking.snapshot", str(self._run_dir), str(scratch)]
@@ -71,7 +70,7 @@ class Artifacts:
 
     def _upload(self, scratch: Path) -> None:
         for name in _FILES:
-            # A file that the finished run has written itself is the better one.
+            # A file that the finished run has written itself is preferred.
             path = next((place / name for place in (self._run_dir, scratch) if (place / name).is_file()), None)
             if path is not None:
                 self._client.log_artifact(self._run, str(path))

@@ -1,4 +1,4 @@
-"""Hands events to a slow consumer on a thread of its own, so that training never waits for it."""
+"""Hands events to a slow consumer on a separate thread, so that training never waits for it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ class EventConsumer(Protocol):
     """What consumes events, one after the other, on the background thread."""
 
     def record(self, event: Event) -> None:
-        """Takes one event; whatever it raises ends the recording, not the run."""
+        """Takes one event. An exception here ends the recording, and the run goes on."""
 
     def close(self) -> None:
-        """Everything was recorded when this returns; called once, after the last event."""
+        """Returns when everything is recorded. Called once, after the last event."""
 
 
 class Background:
     """A daemon thread with a bounded queue in front of a recorder.
 
     Args:
-        make_recorder: builds the recorder, on the thread: imports and connections are slow too.
-        capacity: events that may wait; one more counts as a failure, because the recorder is then
-            slower than the run.
+        make_recorder: builds the recorder, on the thread, because imports and connections are slow too.
+        capacity: events that may wait. One more is a failure, because the recorder is then slower than the run.
     """
 
     def __init__(self, make_recorder: Callable[[], EventConsumer], *, capacity: int = 10_000) -> None:
         self._make_recorder = make_recorder
         self._capacity = capacity
-        # SimpleQueue.put is reentrant: the SIGTERM handler may interrupt a put and put the last event itself.
+        # SimpleQueue.put is reentrant. The SIGTERM handler may interrupt a put, and puts the last event itself.
         self._queue: SimpleQueue[Event | None] = SimpleQueue()
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="clantune-tracking", daemon=True)
@@ -60,7 +59,7 @@ class Background:
         self._queue.put(event)
 
     def close(self, *, deadline_s: float) -> None:
-        """Waits until all is recorded, at most ``deadline_s``; what is left then counts as a failure."""
+        """Waits at most ``deadline_s`` seconds until everything is recorded. Events that are left are a failure."""
         self._queue.put(None)
         self._thread.join(deadline_s)
         if self._thread.is_alive() and self._failure is None:
@@ -72,7 +71,7 @@ class Background:
             while (event := self._queue.get()) is not None and self._failure is None:
                 recorder.record(event)
             recorder.close()
-        # Whatever a tracking server or its client does wrong must not reach training; it is kept and reported.
+        # Whatever a tracking server or its client raises must not reach training. It is kept and reported.
         except Exception as error:
             self._failure = self._failure or in_short(error)
 

@@ -1,4 +1,4 @@
-"""The run's record: one JSON object per line, written before anything else hears of the event."""
+"""The run's record: one JSON object per line. The file gets an event before MLflow and the terminal do."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from clantune_scale.tracking.uri import redact
 
 SCHEMA = 1
 
-# JSON has no words for these; as strings they survive every reader, and `read_events` turns them back.
+# JSON has no words for these numbers. Every reader takes strings, and `read_events` turns them back into numbers.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-# A disk that has no room now may have some later.
+# With these errors a disk has no room now, and may have some later.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class EventLog:
     """Appends events to a file, each in one write to the kernel, so that a killed process loses none.
 
-    The file has no buffer of its own: a signal handler may append while the same thread is appending. What a full
-    disk does not take waits in memory and goes first with the next event.
+    The file is unbuffered, because a signal handler may append while the same thread is appending. What a full disk
+    refuses waits in memory and is written before the next event.
 
     Args:
-        path: the file, which must not exist: a record is never continued by another run.
-        continues: whether the run is the one that wrote the file.
+        path: the file. It must not exist unless ``continues``: no run writes into another run's record.
+        continues: whether this run wrote the file in an earlier launch.
     """
 
     def __init__(self, path: Path, *, continues: bool = False) -> None:
@@ -46,7 +46,7 @@ class EventLog:
 
     @property
     def num_bytes(self) -> int:
-        """What has been written, earlier launches of the run and what waits for room included."""
+        """Bytes of the record. Earlier launches of the run and what waits for room are included."""
         return os.fstat(self._file).st_size + len(self._waiting)
 
     @property
@@ -60,10 +60,10 @@ class EventLog:
         Args:
             kind: what happened, for example ``"round_end"``.
             step: optimizer steps completed.
-            fields: anything made of dataclasses, pydantic models, numpy values and plain data.
+            fields: made of dataclasses, pydantic models, numpy values and plain data.
 
         Returns:
-            The event as plain data: what :func:`read_events` will give, credentials in URIs removed.
+            The event as plain data, as :func:`read_events` will give it, without credentials in URIs.
         """
         event = {"schema": SCHEMA, "kind": kind, "time_s": time.time(), "step": int(step), **to_plain(fields)}
         self._write((json.dumps(_spell(event), allow_nan=False) + "\n").encode())
@@ -81,7 +81,7 @@ class EventLog:
                 return
 
     def close(self) -> None:
-        """Closes the file; harmless the second time."""
+        """Closes the file. A second call does nothing."""
         if self._file >= 0:
             self._write(b"")
         file, self._file = self._file, -1
@@ -90,21 +90,21 @@ class EventLog:
 
 
 def cut_events(path: Path, num_bytes: int) -> str | None:
-    """Ends a run's events where a committed round was captured; what came after goes into ``events.lost-N.jsonl``.
+    """Cuts a run's events at the point at which a round was captured. The rest moves to ``events.lost-N.jsonl``.
 
-    The file itself is replaced, so that whoever follows it sees that it is another one.
+    The file is replaced, so that a program that follows it sees that it is another file.
 
     Args:
         path: of the events.
         num_bytes: length of what stays.
 
     Returns:
-        The name of the file that has the rest; None where there was none.
+        The name of the file that has the rest; None if there was no rest.
     """
     if not path.exists():
         return None
     data = path.read_bytes()
-    # A machine that died may have lost the file's end: what stays is whole lines.
+    # A machine that died may have lost the file's end, so only whole lines stay.
     num_bytes = data.rfind(b"\n", 0, num_bytes) + 1
     kept, rest = data[:num_bytes], data[num_bytes:]
     if not rest:
@@ -127,12 +127,12 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def iter_events(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The events of a run, oldest first, one at a time: a long run of many members has gigabytes of them as objects.
+    """The events of a run, oldest first, one at a time. As objects, those of a long run of many members are gigabytes.
 
-    A last line that is cut off (it is being written, or the machine died while it was) is left out.
+    An incomplete last line is left out: it is being written, or the machine died meanwhile.
 
     Raises:
-        ClanError: if another line is no event, or the schema is newer than this package.
+        ClanError: if another line is not an event, or the schema is newer than this package.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -153,19 +153,19 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     """The event in a line of the file; None for an empty line.
 
     Raises:
-        ValueError: if the line is no JSON object, or not one with a schema and a kind.
+        ValueError: if the line is not a JSON object with a schema and a kind.
     """
     if not line.strip():
         return None
     event = json.loads(line)
     if not (isinstance(event, dict) and isinstance(event.get("schema"), int) and "kind" in event):
         raise ValueError("there is no object with a schema and a kind")
-    # Most lines have no such word, and looking into every value takes longer than parsing does.
+    # Most lines have none of these words, and looking into every value takes longer than parsing.
     return _unspell(event) if any(word.encode() in line for word in _NON_FINITE) else event
 
 
 def check_schema(event: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raises ClanError if the event is of a newer version than this package knows; ``path`` is named."""
+    """Raises a ClanError that names ``path`` if the event has a newer schema than this package knows."""
     if event["schema"] > SCHEMA:
         raise ClanError(f"{path} has events of schema {event['schema']}, this package reads {SCHEMA}. Upgrade it.")
 

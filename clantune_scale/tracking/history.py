@@ -1,4 +1,4 @@
-"""A run read back from its events: lineage and schedule, of a run that is over or of one that still goes."""
+"""A run read back from its events, finished or not: its genes, its lineage, its schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def start_of(events: Iterable[Event]) -> Event:
     for event in events:
         if event["kind"] == "run_start":
             return event
-    raise ClanError("the events have no run_start: the run had not begun when they were read. Try again later.")
+    raise ClanError("the events have no run_start, so the run had not started when they were read. Try again later.")
 
 
 def rounds_of(events: Iterable[Event]) -> list[Event]:
@@ -34,7 +34,7 @@ def rounds_of(events: Iterable[Event]) -> list[Event]:
 
 
 def end_of(events: Iterable[Event]) -> Event | None:
-    """The ``run_end`` event, or None while the run goes on (or where it was killed at once)."""
+    """The ``run_end`` event; None while the run goes on, or if it was killed at once."""
     return next((event for event in events if event["kind"] == "run_end"), None)
 
 
@@ -44,7 +44,7 @@ def genes_of(events: Iterable[Event]) -> tuple[Gene, ...]:
 
 
 def champion_of(events: Sequence[Event]) -> int:
-    """The champion where the run has ended with one, else the member with the lowest loss in the last round.
+    """The champion if the run has ended with one, else the member with the lowest loss in the last round.
 
     Raises:
         ClanError: if no round was finished, or no loss in the last one was finite.
@@ -54,7 +54,7 @@ def champion_of(events: Sequence[Event]) -> int:
         return end["champion"]
     rounds = rounds_of(events)
     if not rounds:
-        raise ClanError("no round was finished, so that there is no champion yet. Try again after the first round.")
+        raise ClanError("no round is finished, so there is no champion yet. Try again after the first round.")
     finite = [m for m in rounds[-1]["members"] if _finite(m["loss"]) is not None]
     if not finite:
         raise ClanError(f"no member had a finite loss in round {rounds[-1]['round']}. Name one with --member.")
@@ -77,21 +77,21 @@ def lineage_from_events(events: Iterable[Event]) -> Lineage:
 
 
 def schedule_from_events(events: Sequence[Event], *, member: int | None = None) -> ClanSchedule:
-    """The schedule that trained what ``member`` carries after the last finished round.
+    """The schedule that trained the weights which ``member`` has after the last finished round.
 
-    The factor on learning rates is recorded at each round's last step; between, it is taken as linear and
-    continuous from 1 on, which is what strategies make of it.
+    The factor on learning rates is recorded at each round's last step. Between these steps it is taken as linear, and
+    as continuous from 1 on: that is how strategies compute it.
 
     Args:
         events: of the run.
-        member: whose ancestry to follow; the champion's where None.
+        member: whose ancestry to follow; the champion's if None.
 
     Raises:
         ClanError: if no round was finished, or there is no such member.
     """
     genes, lineage = genes_of(events), lineage_from_events(events)
     chosen = champion_of(events) if member is None else member
-    # A resumed run may have gone on with another number of members.
+    # A resumed run may have another number of members.
     size = len(rounds_of(events)[-1]["members"])
     if not 0 <= chosen < size:
         raise ClanError(f"there is no member {chosen} in a clan of {size}. Give 0 to {size - 1}.")
@@ -119,7 +119,7 @@ def _record(event: Event) -> RoundRecord:
 def _phase(plain: Mapping[str, Any]) -> Phase:
     known = {key: value for key, value in plain.items() if key in Phase.__dataclass_fields__}
     teams = known.pop("teams", None)
-    # Phases had no teams at first.
+    # Events of older runs have no teams.
     given = {"teams": tuple(teams)} if teams is not None else {}
     return Phase(**{**known, **given, "kind": PhaseKind(plain["kind"])})
 
@@ -135,7 +135,7 @@ def _factors(rounds: Sequence[Event]) -> list[tuple[int, int, float, float]]:
     for event in rounds:
         start, end, recorded = event["start_step"], event["step"], event.get("lr_factor", 1.0)
         slope = (recorded - first) / (end - 1 - start) if end - 1 > start else 0.0
-        # A line that reaches zero would go on below it by a rounding.
+        # Rounding could take a line that reaches zero below it.
         last = max(recorded + slope, 0.0)
         lines.append((start, end, first, last))
         first = last

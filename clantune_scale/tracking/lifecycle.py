@@ -17,11 +17,11 @@ FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 class Lifecycle:
     """Calls ``close(status)`` when the process ends without having closed the run itself.
 
-    Hooks are taken at construction and put back by :meth:`release`, which the run's own closing calls. A
-    hook that someone else has put on top of ours meanwhile stays.
+    The constructor sets the hooks, and :meth:`release` restores the previous ones. Closing the run calls it. A hook
+    that other code has set on top of ours meanwhile stays.
 
     Args:
-        close: closes the run with a status; must be harmless the second time.
+        close: closes the run with a status. A second call must do nothing.
     """
 
     def __init__(self, close: Callable[[str], None]) -> None:
@@ -29,20 +29,20 @@ class Lifecycle:
         self._previous_excepthook = sys.excepthook
         sys.excepthook = self._on_exception
         self._previous_sigterm: Any = None
-        # Only the main thread may set signal handlers; a run that is started elsewhere goes without.
+        # Only the main thread may set signal handlers. A run that another thread starts has none.
         self._handles_sigterm = threading.current_thread() is threading.main_thread()
         if self._handles_sigterm:
             self._previous_sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
         atexit.register(self._on_exit)
 
     def release(self) -> None:
-        """Puts back the hooks that were found."""
+        """Restores the previous hooks."""
         atexit.unregister(self._on_exit)
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._previous_excepthook
         on_main_thread = threading.current_thread() is threading.main_thread()
         if self._handles_sigterm and on_main_thread and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            # None stands for a handler that was not set from Python and cannot be put back; the default is nearest.
+            # None means that the handler was not set from Python and cannot be restored. The default is nearest.
             signal.signal(signal.SIGTERM, self._previous_sigterm or signal.SIG_DFL)
         self._handles_sigterm = False
 
@@ -59,7 +59,7 @@ class Lifecycle:
             if callable(previous):
                 previous(number, frame)
             elif previous != signal.SIG_IGN:
-                # As if we had never been here: the default action ends the process with the signal's own status.
+                # As without our hook: the default action ends the process with the signal's own status.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""The last line of a terminal, written over while a round goes on; nothing of it ever reaches a log file."""
+"""The last line of a terminal, which is overwritten while a round goes on. It never reaches a log file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Screen(Protocol):
         """Prints a line that stays."""
 
     def status(self, text: str) -> bool:
-        """Shows where the run is; False where it is not shown, and a line must say it."""
+        """Shows where the run is. Returns False if it cannot, so that a line must say it."""
 
 
 class Lines:
-    """Lines and nothing else: a log file, a pipe, SLURM.
+    """Only lines that stay: for a log file, a pipe, SLURM.
 
     Args:
-        stream: where they go; today's ``sys.stdout`` where None.
+        stream: where they go; if None, what ``sys.stdout`` is at each call.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -37,12 +37,12 @@ class Lines:
         print(text, file=self._stream or sys.stdout, flush=True)
 
     def status(self, text: str) -> bool:
-        """Nothing: a log keeps every line for ever."""
+        """Shows nothing: a log keeps every line."""
         return False
 
 
 class Live:
-    """A terminal whose last line is written over.
+    """A terminal whose last line is overwritten.
 
     Args:
         stream: a terminal.
@@ -58,7 +58,7 @@ class Live:
         self._stream.flush()
 
     def status(self, text: str) -> bool:
-        """Writes the last line over; an empty text takes it away."""
+        """Overwrites the last line. An empty text removes it."""
         # A line that wraps could not be erased again.
         self._shown = text[: shutil.get_terminal_size().columns - 1]
         self._stream.write(_ERASE_LINE + self._shown)
@@ -67,7 +67,7 @@ class Live:
 
 
 def screen(stream: TextIO | None = None) -> Screen:
-    """:class:`Live` on a terminal that can erase a line, :class:`Lines` anywhere else."""
+    """:class:`Live` on a terminal that can erase a line, and :class:`Lines` elsewhere."""
     chosen = stream or sys.stdout
     is_live = chosen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return Live(chosen) if is_live else Lines(stream)
@@ -82,7 +82,7 @@ class Progress:
         self._phase = (0, "", 0, 0)
 
     def take(self, event: Event) -> str | None:
-        """The line after this event; None where it changes nothing."""
+        """The line after this event; None if the event does not change it."""
         kind, step = event["kind"], event["step"]
         if kind in ("run_start", "resume"):
             self._total, self._began = event["total_steps"], (step, event["time_s"])
@@ -100,7 +100,7 @@ class Progress:
         return f"step {step}{whole}  round {index} {phase} {step - start}/{length}"
 
     def _left(self, event: Event) -> str:
-        """Time that is left if the rest of the run is as fast as all of it was so far, evaluations included."""
+        """The time that is left if the rest of the run is as fast as the run so far, evaluations included."""
         done = event["step"] - self._began[0] if self._began else 0
         if done <= 0 or self._began is None or self._total is None:
             return ""

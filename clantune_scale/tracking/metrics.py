@@ -19,7 +19,7 @@ def of_step(event: Event) -> Metrics:
 
 
 def of_phase(event: Event) -> Metrics:
-    """Of the clan, where a phase begins: a square wave over the steps."""
+    """The clan's, when a phase begins: a square wave over the steps."""
     return {"phase/competitive": float(event["phase"] == "competitive")}
 
 

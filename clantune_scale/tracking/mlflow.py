@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,27 @@ from clantune_scale.tracking.artifacts import Artifacts
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.events import iter_events, read_events
 from clantune_scale.tracking.lifecycle import KILLED
-from clantune_scale.tracking.system_metrics import start_monitor
 
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
-# Its pages open on runs and charts, not on what MLflow has for language model applications.
+# With this tag MLflow's pages open on runs and charts, and not on traces of language model applications.
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
-# In the run's folder: which runs of which store are its own.
+# A file in the run's folder. It names the MLflow runs of this run, and their store.
 _IDS = "mlflow.json"
 _SETTINGS = ("config", "topology", "batch", "total_steps", "resumed_from", "start_genome", "tokens_per_sample")
 
 
 class MlflowRecorder:
-    """Writes events through :class:`mlflow.MlflowClient` with explicit run ids (``MLFLOW_RUN_ID`` changes nothing).
+    """Writes events through :class:`mlflow.MlflowClient` with explicit run ids. ``MLFLOW_RUN_ID`` changes nothing.
 
-    Calls wait for the server: use it behind :class:`Background` while training.
+    Calls wait for the server. Use it behind :class:`Background` while training.
 
     Args:
         uri: tracking URI.
-        experiment: name of the experiment, made where it does not exist.
+        experiment: name of the experiment; it is made if it does not exist.
         run_dir: folder of the run; artifacts of a local store go beside it.
-        is_live: whether the run goes on meanwhile: files are refreshed as it goes, not at its end alone.
-        system_metrics: whether this host is monitored while it does.
+        is_live: whether the run is still training. Its files are then refreshed meanwhile, and not only at its end.
+        system_metrics: whether this host is monitored while the run trains.
 
     Raises:
         ClanError: if MLflow is not installed.
@@ -56,7 +55,7 @@ class MlflowRecorder:
         uris.set_client_defaults()
         from mlflow import MlflowClient
 
-        # "Creating initial MLflow database tables...", in the middle of the user's terminal.
+        # It would print "Creating initial MLflow database tables..." in the middle of the user's terminal.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
         self._run_dir = run_dir
@@ -80,7 +79,7 @@ class MlflowRecorder:
         self.children: list[str] = []
 
     def record(self, event: Event) -> None:
-        """Sends one event; kinds that MLflow has no place for are left out."""
+        """Sends one event. Kinds for which MLflow has no place are left out."""
         self._step_now = event["step"]
         handler = self._handlers.get(event["kind"])
         if handler is not None:
@@ -111,14 +110,14 @@ class MlflowRecorder:
         self._accompany()
 
     def _accompany(self) -> None:
-        """What goes along with the parent run."""
+        """Starts what goes along with the parent run: its files, and the monitor of the host."""
         assert self.parent is not None
         self._artifacts = Artifacts(self._client, self.parent, self._run_dir)
         if self._monitors_system:
-            self._monitor = start_monitor(self.parent, uri=self._uri, step=lambda: self._step_now)
+            self._monitor = _start_monitor(self.parent, uri=self._uri, step=lambda: self._step_now)
 
     def _resume(self, event: Event) -> None:
-        """Goes on with the runs of the launch before; where this store has none, they are made from the file."""
+        """Continues the MLflow runs of the previous launch. If this store has none, makes them from the events file."""
         ids = self._known_ids()
         if self.parent is None and ids is not None:
             self.parent, self.children = ids["parent"], list(ids["children"])
@@ -142,7 +141,7 @@ class MlflowRecorder:
             (self._run_dir / _IDS).write_text(json.dumps(ids))
 
     def _known_ids(self) -> dict[str, Any] | None:
-        """The ids that the first launch wrote down, where this is the store that knows them."""
+        """The ids that the first launch wrote down; None if they belong to another store."""
         path = self._run_dir / _IDS
         if not (self._is_live and path.exists()):
             return None
@@ -183,7 +182,7 @@ class MlflowRecorder:
             tags["clantune.champion"] = event["champion"]
             found["champion_loss"] = event["champion_loss"]
         self._log(self.parent, event, found, tags)
-        # The status first: a process that is being killed may not get as far as the files.
+        # The status goes first. A process that is being killed may not get as far as the files.
         for run in (*self.children, self.parent):
             self._client.set_terminated(run, status=event["status"], end_time=_milliseconds(event))
         self._artifacts.refresh()
@@ -216,26 +215,57 @@ class MlflowRecorder:
             self._client.log_batch(run, params=params[start : start + _MAX_PARAMS_PER_BATCH], synchronous=True)
 
 
+def _start_monitor(run: str, *, uri: str, step: Callable[[], int]) -> Any:
+    """Starts MLflow's ``SystemMetricsMonitor`` on a separate thread. It watches this host until ``finish()``.
+
+    MLflow's environment variables (``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL`` and others) say how often it samples.
+    GPUs need the package ``nvidia-ml-py``. Without it they are left out.
+
+    Args:
+        run: id of the MLflow run that gets the metrics.
+        uri: tracking URI.
+        step: gives the run's optimizer step, which is the step of every other metric too.
+
+    Returns:
+        The monitor.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    # It would print "Started monitoring system metrics." in the middle of the user's terminal.
+    logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.WARNING)
+
+    class Monitor(SystemMetricsMonitor):
+        def publish_metrics(self, metrics: dict[str, float]) -> None:
+            self._logging_step = step()
+            super().publish_metrics(metrics)
+
+    monitor = Monitor(run, tracking_uri=uri)
+    monitor.start()
+    return monitor
+
+
 def upload(run_dir: Path, *, uri: str | None = None, experiment: str | None = None) -> str:
-    """Replays a run's events into fresh MLflow runs; earlier uploads are left as they are.
+    """Replays a run's events into new MLflow runs. Earlier uploads stay as they are.
 
     Args:
         run_dir: folder that holds ``events.jsonl``.
-        uri: tracking URI; where None, the run's own, ``MLFLOW_TRACKING_URI`` or the local default.
-        experiment: name of the experiment; the run's own where None.
+        uri: tracking URI; if None, the run's own, ``MLFLOW_TRACKING_URI`` or the local default.
+        experiment: name of the experiment; the run's own if None.
 
     Returns:
         The id of the parent run.
 
     Raises:
-        ClanError: if the file has no ``run_start``, its URI had credentials, which are not stored, or MLflow is not
-            installed.
+        ClanError: if the file has no ``run_start``, if its URI had credentials (they are not stored), or if MLflow is
+            not installed.
     """
     run_dir = run_dir.resolve()
     events = read_events(run_dir / "events.jsonl")
     start = next((event for event in events if event["kind"] == "run_start"), None)
     if start is None:
-        raise ClanError(f"{run_dir / 'events.jsonl'} has no run_start event: there is nothing to upload.")
+        raise ClanError(
+            f"{run_dir / 'events.jsonl'} has no run_start event. Give the folder of a run that has started."
+        )
     tracking = start["config"]["tracking"]
     uri = uri or uris.resolve(tracking["tracking_uri"], directory=run_dir.parent)
     if "***" in uri:
@@ -244,7 +274,7 @@ def upload(run_dir: Path, *, uri: str | None = None, experiment: str | None = No
     for event in events:
         recorder.record(event)
     if not any(event["kind"] == "run_end" for event in events):
-        # The process died without a word; its runs must not stay "running" for ever.
+        # The process was killed before it could write its end. Its MLflow runs must not stay "running" for ever.
         recorder.record(events[-1] | {"kind": "run_end", "status": KILLED, "champion": None, "artifacts": {}})
     assert recorder.parent is not None
     return recorder.parent
@@ -277,7 +307,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _key(name: str) -> str:
-    """A name that MLflow takes: a gene's may have characters that a metric's may not."""
+    """A name that MLflow takes. A gene's name may have characters that a metric's must not have."""
     return re.sub(r"[^\w./ :-]", "_", name)
 
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 
-# Okabe and Ito's palette, told apart with every common colour blindness; the line style goes on where it ends.
+# Okabe and Ito's palette: people with any common colour blindness tell these apart. After the last one the line style
+# changes.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 _STYLES = ("-", "--", ":", "-.")
 
 
 def plot_genes(events: Sequence[Event], path: Path) -> Path:
-    """Draws fitness, the learning rate and one panel per gene, competitive phases shaded, and writes a PNG.
+    """Draws fitness, the learning rate and each gene in a panel, shades competitive phases, and writes a PNG.
 
     Args:
         events: as :func:`read_events` gives them, with at least one ``round_end``.
@@ -31,13 +32,13 @@ def plot_genes(events: Sequence[Event], path: Path) -> Path:
         ClanError: if no round was finished, or matplotlib is not installed.
     """
     require("matplotlib", needed_by="the picture of the genes")
-    # The object interface with its own canvas leaves the user's pyplot state and backend alone.
+    # The object interface with a canvas of its own does not touch the user's pyplot state and backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rounds = [event for event in events if event["kind"] == "round_end"]
     if not rounds:
-        raise ClanError(f"there is no finished round to draw into {path}. Let the run finish one.")
+        raise ClanError(f"no round is finished, so there is nothing to draw into {path}. Let the run finish one.")
     genes = next(event["genes"] for event in events if event["kind"] == "run_start")
     figure = Figure(figsize=(9, 2.2 * (2 + len(genes)) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -59,19 +60,19 @@ def plot_genes(events: Sequence[Event], path: Path) -> Path:
 
 
 def _draw_ends(axes: Axes, rounds: Sequence[Event], values: dict[int, list[float]]) -> None:
-    """What was read at each round's end, by member."""
+    """Draws what was measured at each round's end, a line for each member."""
     steps = [event["step"] for event in rounds]
     for member, ends in values.items():
         axes.plot(steps, ends, marker=".", label=f"member {member}", **_look(member))
 
 
 def _members(rounds: Sequence[Event]) -> range:
-    """All that there ever were: a resumed run may have gone on with another number."""
+    """All members that there ever were: a resumed run may have another number of them."""
     return range(max(len(event["members"]) for event in rounds))
 
 
 def _of(table: Sequence[Any], member: int, *keys: str) -> float:
-    """A member's value, nan in a round in which it was not there."""
+    """A member's value; nan in a round in which the member was not there."""
     if member >= len(table):
         return math.nan
     value = table[member]
@@ -87,7 +88,7 @@ def _draw_gene(axes: Axes, rounds: Sequence[Event], gene: dict[str, Any]) -> Non
         axes.plot(*_held(rounds, values), **_look(member))
     consensus = [event["consensus"].get(name) for event in rounds]
     if all(value is not None for value in consensus):
-        axes.plot(*_held(rounds, consensus), color="black", linewidth=1, label="the clan's")
+        axes.plot(*_held(rounds, consensus), color="black", linewidth=1, label="clan's value")
         axes.legend(fontsize="small")
     if gene["scale"] == "log":
         axes.set_yscale("log")
@@ -95,7 +96,7 @@ def _draw_gene(axes: Axes, rounds: Sequence[Event], gene: dict[str, Any]) -> Non
 
 
 def _held(rounds: Sequence[Event], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Points of a line for values that hold for a whole round each."""
+    """Points of a line for values that each hold for a whole round."""
     steps = [step for event in rounds for step in (event["start_step"], event["step"])]
     return steps, [value for value in values for _ in range(2)]
 

@@ -1,4 +1,7 @@
-"""``python -m clantune_scale.tracking.receiver``: the other end of :class:`clantune_scale.tracking.sender.Sender`."""
+"""The process at the other end of a :class:`clantune_scale.tracking.sender.Sender`.
+
+The sender starts it as ``python -m clantune_scale.tracking.receiver``.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,17 @@ def receive(lines: Iterable[bytes]) -> None:
         last = json.loads(line)
         recorder.record(last)
     if last is not None and last["kind"] != "run_end":
-        # The sender died without a word (a kill that nobody can catch); its runs must not stay "running" for ever.
+        # The sender was killed before it could send the end. Its MLflow runs must not stay "running" for ever.
         recorder.record({**last, "kind": "run_end", "status": KILLED, "champion": None, "artifacts": {}})
 
 
 if __name__ == "__main__":
-    # A launcher that ends a node, and Ctrl-C, mean every process; this one ends when it has no more to send.
+    # A launcher that ends a node, and Ctrl-C, signal every process. This one ends when it has no more to send.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
         receive(sys.stdin.buffer)
-    # Whatever a tracking server or its client does wrong is a line for the process that trains.
+    # Whatever a tracking server or its client raises becomes a line for the process that trains.
     except Exception as error:
         print(in_short(error), flush=True)
         sys.exit(1)

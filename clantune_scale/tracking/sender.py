@@ -1,7 +1,7 @@
 """A recorder in a process of its own.
 
-MLflow's client keeps Python's lock for some tenths of a second per round. As a thread of the process that trains it
-would hold up every operation in that time, because each waits for the lock anew.
+MLflow's client holds Python's lock for some tenths of a second per round. A thread of the training process that did
+this would delay every operation in that time, because each operation waits for the lock anew.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from clantune_scale.tracking.background import Event
 
 
 class Sender:
-    """Passes events on to ``python -m clantune_scale.tracking.receiver``, a line of JSON each.
+    """Passes events on to ``python -m clantune_scale.tracking.receiver``, each as a line of JSON.
 
-    The other process goes on after a signal that ends this one, until it has sent what it was given; where this one
-    dies without a word, it closes the run as killed.
+    The other process ignores the signals that end this one, and ends when it has sent everything. If this process is
+    killed, the other one closes the run as killed.
 
     Args:
-        settings: arguments of :class:`clantune_scale.tracking.mlflow.MlflowRecorder`. They go through the pipe: the
-            URI may have credentials, which everyone could read in a command line.
+        settings: arguments of :class:`clantune_scale.tracking.mlflow.MlflowRecorder`. They go through the pipe, because
+            the URI may have credentials, and everyone can read a command line.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Sender:
         """Passes one event on.
 
         Raises:
-            RecordingStopped: if the other process has ended, with its reason.
+            RecordingStopped: with its reason, if the other process has ended.
         """
         self._write(event)
 
@@ -53,7 +53,7 @@ class Sender:
         """Waits until everything is sent.
 
         Raises:
-            RecordingStopped: if it was not, with the reason.
+            RecordingStopped: with the reason, if something was not sent.
         """
         self._end(is_failure=False)
 
@@ -66,7 +66,7 @@ class Sender:
             self._end(is_failure=True)
 
     def _end(self, *, is_failure: bool) -> None:
-        # The other process says a word only when it fails; what is left in our buffer has no reader then.
+        # The other process writes only when it fails. What is left in our buffer then has no reader.
         try:
             said, _ = self._process.communicate()
         except BrokenPipeError:

@@ -18,8 +18,8 @@ class Terminal:
 
     Args:
         events_path: the events file, named at the end.
-        mlflow_hint: how to look at the run in MLflow; None where it is not used.
-        on: where it is printed; standard output where None, live if that is a terminal.
+        mlflow_hint: how to look at the run in MLflow; None if MLflow is not used.
+        on: where it is printed; standard output if None, live if that is a terminal.
     """
 
     def __init__(self, *, events_path: Path, mlflow_hint: str | None, on: Screen | None = None) -> None:
@@ -37,7 +37,7 @@ class Terminal:
         }
 
     def show(self, event: Event) -> None:
-        """Prints one event; kinds that need no line print none, and a step none where a live line tells it."""
+        """Prints one event. Some kinds need no line, and a step needs none if a live line shows it."""
         status = self._progress.take(event)
         is_told = status is not None and self._screen.status(status)
         if event["kind"] == "run_end":

@@ -1,4 +1,4 @@
-"""Where MLflow is: the tracking URI of a run, what its client takes by default, and what of it may be shown."""
+"""Where MLflow is: a run's tracking URI without its secrets, and defaults for MLflow's client."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-# Up to the last @ of the authority: a password may hold one. SQLAlchemy takes user:password with slashes too, which
-# a port before the path is not.
+# Matches up to the last @ of the authority, because a password may contain one. SQLAlchemy allows slashes in
+# user:password. A port before the path looks similar and is excluded.
 _USERINFO = re.compile(r"(?<=://)(?:[^/\s?#:@]*:(?!\d{1,5}(?:[/?#]|$|\s))[^\s@]*@(?:[^/\s?#@]*@)*|[^/\s?#]*@)")
 _SECRET_WORDS = r"token|secret|passphrase|passwd|password|pwd|pass|key|sig|credential|auth|odbc_connect"
 _SECRET_QUERY = re.compile(rf"(?i)(?<=[?&;])([^=&;\s]*(?:{_SECRET_WORDS})[^=&;\s]*)=[^&;\s]*")
-# What MLflow and its stores read from the environment. It is in no URI, and might be in a server's answer.
+# Secrets that MLflow and its stores read from the environment. No URI holds them, but a server's answer may.
 _SECRET_VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_PASSWORD",
@@ -26,7 +26,7 @@ _SECRET_VARIABLES = (
 # Options that mean a secret; "--tokens-per-step" and "--key-size" do not.
 _SECRET_OPTION = re.compile(r"(?i)^--?(?:.*[-_.])?(?:password|passwd|secret|api[-_]?key|(?:access|auth|api)[-_]token)$")
 
-# With MLflow's own defaults (7 retries, 120 s each) a dead server holds a call for minutes; its telemetry is one more
+# With MLflow's own defaults (7 retries of 120 s) a call to a dead server takes minutes. Its telemetry is one more
 # server to wait for.
 _CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -36,13 +36,14 @@ _CLIENT_DEFAULTS = {
 
 
 def redact(text: str) -> str:
-    """``text`` without secrets: the user part and the secret query values of every URI in it, replaced by ``***``.
+    """``text`` with ``***`` in place of secrets.
 
-    So is what MLflow's own variables for tokens and passwords hold.
+    Secrets are the user part and the secret query values of every URI, and the values of MLflow's environment
+    variables for tokens and passwords.
     """
     for name in _SECRET_VARIABLES:
         value = os.environ.get(name, "")
-        # Shorter ones are parts of words.
+        # A shorter value may be a part of an ordinary word.
         if len(value) >= 6:
             text = text.replace(value, "***")
     if "://" not in text:
@@ -51,7 +52,7 @@ def redact(text: str) -> str:
 
 
 def redact_command(arguments: Sequence[str]) -> str:
-    """A command line as a shell takes it, without secrets: those of URIs, and values of options such as --password."""
+    """A command line as a shell takes it. Secrets in URIs and the values of options such as --password are hidden."""
     shown = []
     hides_next = False
     for argument in arguments:
@@ -69,19 +70,19 @@ def resolve(configured: str | None, *, directory: Path) -> str:
     """The tracking URI to use.
 
     Args:
-        configured: the config's, which goes before everything.
-        directory: folder of the runs; it gets the SQLite file where neither the config nor
-            ``MLFLOW_TRACKING_URI`` names a server. (MLflow's own default is the current folder.)
+        configured: the config's, which has precedence.
+        directory: folder of the runs. It gets the SQLite file if neither the config nor ``MLFLOW_TRACKING_URI`` names
+            a server. (MLflow's own default is the current folder.)
     """
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve() / 'mlflow.db'}"
 
 
 def hint(uri: str) -> str:
-    """How to look at what is there: a command for a database, the redacted address of a server."""
+    """How to look at the runs there: a command for a database, or the redacted address of a server."""
     return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else redact(uri)
 
 
 def set_client_defaults() -> None:
-    """Sets what the user has not set, before MLflow is imported."""
+    """Sets the variables that the user has not set. Call it before MLflow is imported."""
     for name, value in _CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -32,13 +32,13 @@ def watch(
 
     Args:
         run_dir: folder of the run; it need not be there yet.
-        on: where it is printed; standard output where None, live if that is a terminal.
+        on: where it is printed; standard output if None, live if that is a terminal.
         poll_s: seconds between two reads of the file.
         timeout_s: seconds without an event after which watching ends; None waits for ever.
         past_rounds: rounds that were over when watching began and are still shown; the rest is counted.
 
     Returns:
-        The status that the run ended with; None where ``timeout_s`` ran out.
+        The status that the run ended with; None if ``timeout_s`` ran out.
 
     Raises:
         ClanError: if a line that is complete is no event, or of a newer version.

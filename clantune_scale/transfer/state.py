@@ -9,14 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a DTensor, sharing its memory; any other tensor as it is. Both without autograd."""
-    with torch.no_grad():
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return part.detach()
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,26 @@ from tests.backends.test_contract import _assert_equal, _block, _difference, _le
 TRIAL = {"trial_cost": 0.6, "trial_at": 0.09}
 TOTAL, ROUND = 100, 5
 NUM_STEPS = 40
-#: The cases that a run without ``-m slow`` has, one of each kind of sharding.
+#: The cases of the other contract that say something new on the line: one of each kind of sharding and precision.
+CHOSEN = {
+    "zero": ("0", "1", "2", "3", "1-bf16", "3-bf16"),
+    "pipeline": ("1-tied", "1-dp"),
+    "deepspeed_tp": ("auto-1", "mpu-1"),
+    "deepspeed_moe": ("1",),
+    "fsdp": ("dp", "dp-tp", "bf16", "compiled"),
+    "ddp": ("dp", "compiled"),
+    "megatron": ("dp-distributed", "tp-pp", "dp-bf16"),
+}
+#: Those that a run without ``-m slow`` has.
 QUICK = ("ddp-dp", "fsdp-dp")
 
 
 def _cases() -> list[Any]:
     found = []
     for name in FAMILIES:
-        for case, setup in family(name).CASES.items():
+        module = family(name)
+        chosen = {case: module.CASES[case] for case in CHOSEN[name]} | getattr(module, "LINE_CASES", {})
+        for case, setup in chosen.items():
             marks = [] if f"{name}-{case}" in QUICK else [pytest.mark.slow]
             found.append(pytest.param(name, setup, id=f"{name}-{case}", marks=marks))
     return found

@@ -148,8 +148,8 @@ def _scheduled() -> dict[str, Any]:
     """A member with Megatron's schedule and its calculator, driven by hand."""
     from megatron.core import num_microbatches_calculator as calculator
 
-    from clantune_scale.config.default_genes import optimizer_facts
     from clantune_scale.config.schema import GeneConfig
+    from clantune_scale.runtime.attach import optimizer_facts
     from clantune_scale.runtime.genome_application import Expression, bind_genes
     from tests import megatron_shim
 
@@ -194,17 +194,22 @@ def _scheduled() -> dict[str, Any]:
         _step(model, optimizer, [_windows(0, 4)])
     except ClanError as error:
         found["forgotten"] = str(error)
-    state = backend.state()
-    saved = state.scalars["schedule"]
-    scheduler.num_steps = 20
-    state.load_scalars({"optimizer": state.scalars["optimizer"], "schedule": saved})
-    found["schedule"] = (scheduler.num_steps, optimizer.param_groups[0]["lr"] == scheduler.get_lr({}))
+    found["schedule"] = _loaded_again(backend, optimizer, scheduler)
     backend.detach()
     expression.restore()
     found["restored"] = (
         [layer.hidden_dropout for layer in model.module.decoder.layers], backend.clip, backend.accumulation,
     )  # fmt: skip
     return found
+
+
+def _loaded_again(backend: Any, optimizer: Any, scheduler: Any) -> tuple[int, bool]:
+    """The schedule's step after its state was loaded, and whether the optimizer has the rate of that step."""
+    state = backend.state()
+    saved = state.scalars["schedule"]
+    scheduler.num_steps = 20
+    state.load_scalars({"optimizer": state.scalars["optimizer"], "schedule": saved})
+    return scheduler.num_steps, optimizer.param_groups[0]["lr"] == scheduler.get_lr({})
 
 
 def test_genes_go_after_the_schedule_and_keep_each_groups_share():
@@ -281,3 +286,15 @@ def _gated(tp: int) -> torch.Tensor:
 def test_the_halves_of_a_gated_layer_are_joined_one_by_one():
     for replica_group in run_ranks(2, _gated, 2, preload=family.PRELOAD):
         assert torch.equal(replica_group, torch.arange(len(replica_group), dtype=replica_group.dtype))
+
+
+# Megatron-core warns of what is not installed beside it.
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_that_contradicts_the_configs_threshold_is_refused_with_both():
+    from clantune_scale.backends.megatron.attach import _require_same_clipping
+
+    said = r"the config says gradient_clipping: 1, and the optimizer has clip_grad=0.5. Build the optimizer with Optim"
+    with pytest.raises(ConfigError, match=said):
+        _require_same_clipping({"gradient_clipping": 1.0}, 0.5)
+    _require_same_clipping({"gradient_clipping": 0.5}, 0.5)
+    _require_same_clipping({}, 0.5)

@@ -14,6 +14,7 @@ from clantune_scale.checkpoint.restore import fault_of
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import read_events
+from clantune_scale.tracking.run_dir import committed_rounds
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.checkpoint.runs import launch, named, resumed
 from tests.ranks import RankError, run_ranks
@@ -38,7 +39,7 @@ def run_dir(tmp_path_factory):
     config = named(_config(directory, asynchronous=False), "damaged")
     (outcome, *_) = run_ranks(RANKS, in_member_worlds, _train, config, 12, "stop")
     assert outcome.round_name == "round-000002-step-00000012"
-    assert manifest.committed(Path(outcome.run_dir) / "rounds") == [outcome.round_name, "round-000001"]
+    assert committed_rounds(Path(outcome.run_dir) / "rounds") == [outcome.round_name, "round-000001"]
     return Path(outcome.run_dir)
 
 
@@ -69,7 +70,7 @@ def _flip(path, place, bit):
 
 
 def test_a_whole_round_has_no_fault(run_dir):
-    for name in manifest.committed(run_dir / "rounds"):
+    for name in committed_rounds(run_dir / "rounds"):
         assert _fault(run_dir / "rounds" / name) is None
 
 
@@ -163,7 +164,7 @@ def test_the_round_before_is_taken_and_said_aloud(copy, tmp_path):
 
 
 def test_with_no_whole_round_left_nothing_is_started(copy, tmp_path):
-    for name in manifest.committed(copy / "rounds"):
+    for name in committed_rounds(copy / "rounds"):
         (copy / "rounds" / name / "clan.json").write_bytes(b"{}")
     with pytest.raises(RankError, match=r"none of the rounds .* clan\.json has 2 bytes in place of .* start anew"):
         run_ranks(RANKS, in_member_worlds, _train, resumed(_config(tmp_path), copy), 12, "leave")

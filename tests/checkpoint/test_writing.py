@@ -16,6 +16,7 @@ from clantune_scale.checkpoint.opening import look_for_run
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import CheckpointError
 from clantune_scale.tracking import read_events
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds, round_name
 from tests.backends.small_runs import ds_config, in_member_worlds
 from tests.checkpoint.runs import launch, named
 from tests.ranks import run_ranks
@@ -45,7 +46,7 @@ def test_members_that_are_clones_share_one_state(tmp_path):
 def test_only_the_last_rounds_stay(tmp_path):
     config = named(_config(tmp_path, asynchronous=False, keep_last=3, every_rounds=2), "pruned")
     (outcome, *_) = run_ranks(2, in_member_worlds, _train, config, 50, "leave")
-    names = manifest.committed(Path(outcome.run_dir) / "rounds")
+    names = committed_rounds(Path(outcome.run_dir) / "rounds")
     assert names == ["round-000009", "round-000007", "round-000005"]
     with pytest.raises(ValueError, match="keep_last"):
         ClanConfig(population_size=2, checkpoint={"keep_last": 1})
@@ -56,7 +57,7 @@ def test_null_writes_nothing(tmp_path):
     (outcome, *_) = run_ranks(
         2, in_member_worlds, _train, named(_config(tmp_path, every_rounds=None), "no"), 11, "leave"
     )
-    assert manifest.committed(Path(outcome.run_dir) / "rounds") == []
+    assert committed_rounds(Path(outcome.run_dir) / "rounds") == []
 
 
 def _committed_on_the_way(rank, config):
@@ -65,12 +66,12 @@ def _committed_on_the_way(rank, config):
     train(engine, loader, 7)
     rounds = engine.clan.rounds
     rounds._made._attempt.thread.join()
-    folder = rounds.run_dir / manifest.FOLDER
-    before = manifest.committed(folder)
+    folder = rounds.run_dir / ROUNDS
+    before = committed_rounds(folder)
     engine.clan.world.replica_group.gather_json(None)
     train(engine, loader, 8)
     engine.clan.world.replica_group.gather_json(None)
-    found = before, manifest.committed(folder)
+    found = before, committed_rounds(folder)
     engine.clan.finish()
     return found
 
@@ -118,7 +119,7 @@ def test_a_full_disk_costs_a_round_on_disk_and_nothing_else(how, tmp_path):
     (outcome, *_) = run_ranks(2, in_member_worlds, _full_disk, named(config, "full"), how)
     assert outcome.exact == whole.exact
     rounds = Path(outcome.run_dir) / "rounds"
-    assert manifest.committed(rounds) == ["round-000002", "round-000000"]
+    assert committed_rounds(rounds) == ["round-000002", "round-000000"]
     assert not list(rounds.glob(".*"))
     (warning,) = [e["message"] for e in read_events(Path(outcome.run_dir) / "events.jsonl") if e["kind"] == "warning"]
     assert "round-000001" in warning and "Training goes on" in warning
@@ -137,9 +138,9 @@ def test_rounds_are_found_by_their_folders_newest_first(tmp_path):
     for name in ("round-000002", "round-000010", "round-000010-step-00000123", ".round-000011.1.partial", "lost-1"):
         (tmp_path / name).mkdir()
     (tmp_path / "round-000012").write_text("no folder")
-    assert manifest.committed(tmp_path) == ["round-000010", "round-000010-step-00000123", "round-000002"]
-    assert manifest.round_name(10, 123) == "round-000010-step-00000123"
-    assert manifest.committed(tmp_path / "nothing") == []
+    assert committed_rounds(tmp_path) == ["round-000010", "round-000010-step-00000123", "round-000002"]
+    assert round_name(10, 123) == "round-000010-step-00000123"
+    assert committed_rounds(tmp_path / "nothing") == []
 
 
 def test_a_file_is_replaced_whole(tmp_path):

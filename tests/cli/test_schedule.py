@@ -66,7 +66,7 @@ def test_a_deepspeed_fragment_says_what_is_lost(call, finished_run):
     said = call("schedule", finished_run.folder, "--format", "deepspeed", "--json")
     assert said.data["config"]["scheduler"]["type"] == "WarmupDecayLR"
     assert said.data["config"]["scheduler"]["params"]["total_num_steps"] == 40
-    assert any("beta1, dropout: no scheduler" in lost for lost in said.data["lost"])
+    assert any("beta1, dropout: DeepSpeed has no scheduler" in lost for lost in said.data["lost"])
     text = call("schedule", finished_run.folder, "--format", "deepspeed").out
     assert '"WarmupDecayLR"' in text and "// lost: " in text
 

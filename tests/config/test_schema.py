@@ -157,3 +157,19 @@ def test_load_config_finds_the_block_in_whatever_the_front_doors_take(tmp_path):
     assert load_config(tmp_path / "config.json") == ({"train_batch_size": 6}, block)
     assert load_config({"population_size": 3}) == load_config(block) == ({}, block)
     assert load_config({"train_batch_size": 6}) == ({"train_batch_size": 6}, None)
+
+
+def test_more_members_are_not_left_than_there_are():
+    with pytest.raises(ConfigError, match="clantune.faults is.*min_members should be at most population_size, 2"):
+        parse_block({"population_size": 2, "faults": {"min_members": 3}})
+
+
+def test_survivors_need_rounds_on_disk():
+    with pytest.raises(ConfigError, match="min_members needs rounds on disk.*checkpoint.every_rounds"):
+        parse_block({"population_size": 2, "faults": {"min_members": 1}, "checkpoint": {"every_rounds": None}})
+
+
+def test_a_clan_may_go_on_with_fewer_members():
+    block = parse_block({"population_size": 2, "faults": {"min_members": 2}})
+    assert (block.faults.deadline_s, block.faults.rejoin_s) == (300, 60)
+    assert parse_block({"population_size": 2}).faults.min_members is None

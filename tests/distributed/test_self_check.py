@@ -14,11 +14,6 @@ from tests.backends.small_runs import Net, ds_config, in_member_worlds, member_e
 from tests.ranks import RankError, free_port, run_ranks
 
 
-class OneModule:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-
 def build(kind: str) -> nn.Module:
     module = Net()
     if kind == "wider":
@@ -38,7 +33,7 @@ def build(kind: str) -> nn.Module:
 def _check_parameters(kinds):
     clan = world.join(len(kinds), timeout_s=30)
     try:
-        check_parameters(clan, OneModule(build(kinds[clan.member])))
+        check_parameters(clan, build(kinds[clan.member]))
         said = ""
     except DivergenceError as error:
         said = str(error)

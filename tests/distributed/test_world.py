@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from clantune_scale.distributed import world
+from clantune_scale.distributed.groups import stand_alone_group
 from clantune_scale.errors import TopologyError
 from tests.ranks import RankError, free_port, run_ranks
 
@@ -78,3 +79,19 @@ def test_an_unreachable_store_is_named():
 def test_without_a_launcher_the_missing_variables_are_named():
     with pytest.raises(TopologyError, match="lacks WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
         world.join(2, environ={"RANK": "0"})
+
+
+def _meet_again():
+    clan = world.join(3, timeout_s=30)
+    sums = []
+    for attempt in range(3):
+        group = stand_alone_group(clan.store, "again", clan.member, 3, device_type="cpu", timeout_s=20)
+        total = torch.tensor([float(10**attempt * (clan.member + 1))])
+        dist.all_reduce(total, group=group)
+        sums.append(total.item())
+        clan.replica_group.gather_json(None)
+    return sums
+
+
+def test_a_group_can_be_made_again_under_its_name():
+    assert run_ranks(3, _meet_again) == [[6.0, 60.0, 600.0]] * 3

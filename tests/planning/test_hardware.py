@@ -41,7 +41,7 @@ def test_json_may_be_a_file_and_start_from_a_preset(tmp_path):
     ("given", "message"),
     [
         ("h10", r"there is no hardware 'h10'. Did you mean 'h100'"),
-        ('{"like": "h999"}', "there is no hardware 'h999' to be like"),
+        ('{"like": "h999"}', "is 'h999', which is no preset"),
         ('{"memory": 1}', "hardware has no 'memory'. Did you mean 'memory_bytes'"),
         ('{"like": "h100", "memory_bytes": -1}', "memory_bytes is -1. Give a positive number"),
         ('{"memory_bytes": 1}', "the hardware lacks compute_flops_s"),

@@ -12,7 +12,8 @@ from torch import nn
 
 from clantune_scale.core.schedule import ClanSchedule, Segment
 from clantune_scale.core.stretch import stretched
-from clantune_scale.results.replay import BetweenSteps, ClanScheduleLR
+from clantune_scale.results.replay import ClanScheduleLR
+from clantune_scale.runtime.between_steps import BetweenSteps
 from clantune_scale.runtime.genome_application import Expression
 from clantune_scale.tracking import read_events
 from clantune_scale.tracking.history import champion_of, schedule_from_events

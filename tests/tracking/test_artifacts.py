@@ -110,7 +110,7 @@ def test_a_live_run_is_refreshed_as_it_goes_and_monitored_at_its_own_steps(tmp_p
 @pytest.mark.parametrize("is_live", [True, False])
 def test_an_upload_monitors_nothing(tmp_path, monkeypatch, is_live):
     started = []
-    monkeypatch.setattr("clantune_scale.tracking.mlflow.start_monitor", lambda run, **_: started.append(run))
+    monkeypatch.setattr("clantune_scale.tracking.mlflow._start_monitor", lambda run, **_: started.append(run))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     recorder = MlflowRecorder(uri, experiment="clantune", run_dir=tmp_path, is_live=is_live, system_metrics=True)
     recorder.record(simulated_run.start(num_rounds=1, num_members=4))

@@ -43,5 +43,5 @@ def test_a_member_that_does_not_exist_is_refused(finished_run):
 
 
 def test_before_the_first_round_there_is_no_champion():
-    with pytest.raises(ClanError, match="no round was finished"):
+    with pytest.raises(ClanError, match="no round is finished"):
         champion_of([{"kind": "run_start"}])

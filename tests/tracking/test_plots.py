@@ -48,5 +48,5 @@ def test_colors_do_not_repeat_without_another_style():
 
 
 def test_no_round_no_picture(tmp_path):
-    with pytest.raises(ClanError, match="no finished round"):
+    with pytest.raises(ClanError, match="no round is finished"):
         plots.plot_genes(list(events(0)), tmp_path / "genes.png")

@@ -15,12 +15,12 @@ from typing_extensions import Unpack
 from clantune_scale.backends.deepspeed.engine import DeepSpeedBackend, suppress_start_up_noise
 from clantune_scale.backends.deepspeed.pipeline import PipelineBackend
 from clantune_scale.backends.deepspeed.place import degrees_of, mpu_refusals, unmarked_shards
-from clantune_scale.backends.torch.attach import LoopClan
+from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.data.sampler import require_samples
+from clantune_scale.data.sampler import ClanDataLoader, require_samples
 from clantune_scale.distributed import world
 from clantune_scale.distributed.one_world import one_world
 from clantune_scale.distributed.topology import Topology
@@ -28,6 +28,7 @@ from clantune_scale.errors import ClanError, ConfigError, TopologyError
 from clantune_scale.runtime.arguments import ClanArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
 from clantune_scale.runtime.clan import Clan
+from clantune_scale.runtime.engine_protocol import Backend
 
 # Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
 _initialize_engine = deepspeed.initialize
@@ -64,7 +65,8 @@ def initialize(
     Args:
         args, model, optimizer, model_parameters, training_data, lr_scheduler, distributed_port, mpu,
             dist_init_required, collate_fn, config, mesh_param, config_params: as DeepSpeed documents them.
-        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it.
+        eval_data: map-style dataset on which selection compares members. Keep a test split apart from it. A batch
+            reaches the engine by keyword if it is a mapping, by position if it is a tuple or list, else as it is.
         num_workers: worker processes of the loader that is made from ``training_data``.
         {arguments}
 
@@ -87,15 +89,19 @@ def initialize(
         "collate_fn": collate_fn,
         "mesh_param": mesh_param,
     }
-    given = config if config is not None else config_params
-    given = given if given is not None else getattr(args, "deepspeed_config", None)
-    if given is None:
-        raise ConfigError("there is no DeepSpeed config. Pass config=..., or --deepspeed_config FILE to the script.")
-    ds_config, block = extract(load_ds_config(given))
+    ds_config, block = extract(load_ds_config(_given_config(args, config, config_params)))
     if block is None or not block.enabled:
         passed["args"] = _without_config(args)
         return _initialize_engine(**passed, training_data=training_data, config=ds_config)
     return _initialize_clan(passed, ds_config, block, training_data, eval_data, num_workers, arguments)
+
+
+def _given_config(args: Any, config: Any, config_params: Any) -> Any:
+    """The config, from the first place of DeepSpeed's three that has one."""
+    for given in (config, config_params, getattr(args, "deepspeed_config", None)):
+        if given is not None:
+            return given
+    raise ConfigError("there is no DeepSpeed config. Pass config=..., or --deepspeed_config FILE to the script.")
 
 
 def _initialize_clan(
@@ -156,11 +162,16 @@ def _initialize_clan(
         loader = engine.clan.loader(
             training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
         )
-        if isinstance(backend, PipelineBackend):
-            backend.feed(loader)
-        else:
-            engine.training_dataloader = loader
+        _feed(backend, loader)
     return engine, optimizer, loader, scheduler
+
+
+def _feed(backend: Backend, loader: ClanDataLoader) -> None:
+    """Puts the clan's loader in the place of the one that the engine would read from."""
+    if isinstance(backend, PipelineBackend):
+        backend.feed(loader)
+    else:
+        backend.engine.training_dataloader = loader
 
 
 def _initialize_line(
@@ -189,10 +200,7 @@ def _initialize_line(
         loader = clan.loader(
             training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
         )
-        if isinstance(clan.backend, PipelineBackend):
-            clan.backend.feed(loader)
-        else:
-            engine.training_dataloader = loader
+        _feed(clan.backend, loader)
     return engine, optimizer, loader, scheduler
 
 
@@ -232,9 +240,6 @@ def attach_engine(
         )
     examples = require_examples(arguments.get("eval_data"), function)
     backend = PipelineBackend(engine) if _is_pipeline(engine.module) else DeepSpeedBackend(engine)
-    train_step = arguments.get("train_step")
-    if isinstance(backend, PipelineBackend):
-        train_step = train_step or backend.train_step
     clan = engine.clan = attach_to(
         backend,
         EngineClan,
@@ -246,7 +251,7 @@ def attach_engine(
         collate_fn=arguments.get("collate_fn"),
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
-        train_step=train_step,
+        train_step=arguments.get("train_step"),
     )
     return clan
 

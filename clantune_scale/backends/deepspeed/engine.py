@@ -20,11 +20,10 @@ from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ConfigError
-from clantune_scale.gradients.hooks import GradientSharing, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.line.decays import decay_rule
-from clantune_scale.runtime.validation_window import loss_of
+from clantune_scale.runtime.validation_window import found_loss, loss_of
 from clantune_scale.transfer import MemberState
 
 
@@ -49,6 +48,8 @@ class DeepSpeedBackend:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self._undo: list[Callable[[], None]] = []
+        # Whether the loop makes its loss of the model's outputs by itself.
+        self._has_foreign_loss = False
         _refuse_unsupported(engine)
 
     @cached_property
@@ -162,6 +163,16 @@ class DeepSpeedBackend:
         """Nothing: DeepSpeed counts micro-batches itself."""
         return nullcontext()
 
+    @property
+    def own_step(self) -> Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object] | None:
+        """One optimizer step, if the loop gives to ``engine.backward`` just what the model returned as its loss."""
+        return None if self._has_foreign_loss else self._train_step
+
+    def _train_step(self, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        for args, kwargs in calls:
+            self.engine.backward(loss_of(self.engine(*args, **kwargs)))
+            self.engine.step()
+
     def clear_gradients(self) -> None:
         """Does nothing: ``engine.step`` has zeroed them."""
 
@@ -216,14 +227,25 @@ class DeepSpeedBackend:
             if engine.module.training:
                 on_batch(args, kwargs)
 
-        handle = engine.register_forward_pre_hook(before_forward, with_kwargs=True)
+        returned: list[torch.Tensor | None] = [None]
+
+        def after_forward(_: Any, args: Any, output: Any) -> None:
+            if engine.module.training:
+                returned[0] = found_loss(output)
+
         backward = engine.backward
 
         def backward_watched(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._has_foreign_loss |= loss is not returned[0] or bool(args or kwargs)
+            returned[0] = None
             on_loss(loss)
             return backward(loss, *args, **kwargs)
 
-        self._undo += [handle.remove, replace_method(engine, "backward", backward_watched)]
+        self._undo += [
+            engine.register_forward_pre_hook(before_forward, with_kwargs=True).remove,
+            engine.register_forward_hook(after_forward).remove,
+            replace_method(engine, "backward", backward_watched),
+        ]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

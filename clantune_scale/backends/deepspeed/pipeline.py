@@ -54,7 +54,12 @@ class PipelineBackend(DeepSpeedBackend):
 
         self._undo.append(replace_method(engine, "_aggregate_total_loss", total_counted))
 
-    def train_step(self, batches: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    @property
+    def own_step(self) -> Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object] | None:
+        """One call of ``train_batch``, which computes the loss itself."""
+        return self._train_step
+
+    def _train_step(self, batches: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
         """One optimizer step on batches that :meth:`watch` showed; the engine's own loader stays where it is."""
         engine = self.engine
         found = {name: getattr(engine, name) for name in ("data_iterator", "training_dataloader")}

@@ -10,10 +10,9 @@ from typing_extensions import Unpack
 from clantune_scale.backends.megatron.engine import MegatronBackend
 from clantune_scale.backends.megatron.rules import only_chunk
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, clipping_of, split_batch, with_arguments
-from clantune_scale.config.deepspeed_file import load_config
+from clantune_scale.config.deepspeed_file import load_config, require_block
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.distributed import world
-from clantune_scale.distributed.join import require_block
 from clantune_scale.distributed.one_world import one_world
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError, TopologyError

@@ -18,9 +18,8 @@ from clantune_scale.backends.megatron.training_loss import TrainingLoss
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.errors import ClanError
-from clantune_scale.gradients.hooks import GradientSharing, evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, evaluation_mode, replace_method
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.transfer import MemberState
 
@@ -139,6 +138,9 @@ class MegatronBackend:
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """Nothing: Megatron's schedule runs all micro-batches of a step in one call."""
         return nullcontext()
+
+    # The number of micro-batches, the schedule's arguments and the scheduler's increment are the loop's.
+    own_step = None
 
     def clear_gradients(self) -> None:
         self.engine.zero_grad_buffer()

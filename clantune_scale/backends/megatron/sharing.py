@@ -23,8 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clantune_scale.gradients.hooks import GradientSharing, replace_method
-from clantune_scale.runtime.engine_protocol import GradientGroups
+from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 
 
 def share(model: Any, config: Any, sharing: GradientSharing) -> list[Callable[[], None]]:

@@ -12,34 +12,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from clantune_scale.backends.join import join
 from clantune_scale.backends.torch.ddp import DDPBackend
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp import FSDPBackend, data_parallel_size
+from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.backends.torch.plain import PlainBackend
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, clipping_of, split_batch, with_arguments
-from clantune_scale.config.deepspeed_file import load_config
+from clantune_scale.config.deepspeed_file import load_config, require_block
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.distributed.join import join, require_block
 from clantune_scale.distributed.one_world import one_world
 from clantune_scale.distributed.world import ClanWorld
 from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.arguments import LoopArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
-from clantune_scale.runtime.clan import Clan
-
-
-class LoopClan(Clan):
-    """A clan in a loop of the user's own; see :func:`attach`."""
-
-    backend: LoopBackend
-
-    def clip_grad_norm_(self) -> torch.Tensor:
-        """[] the gradient norm of the member; scales gradients down to the threshold in effect.
-
-        Use it in place of torch's: the threshold may be a gene, and only some parameters may be tensor-parallel. If
-        the loop does not call it, the clan clips just before the optimizer's update.
-        """
-        return self.backend.clip_gradients()
 
 
 @shares(LoopArguments)
@@ -63,7 +49,7 @@ def attach(
         clan = clantune_scale.attach(model, optimizer, scheduler, config=config, eval_data=validation)
         for step in clan.steps(clan.loader(dataset), until=num_steps):
             for batch in step:
-                (model(batch) / len(step)).backward()
+                (model(*batch) / len(step)).backward()
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -71,8 +57,12 @@ def attach(
 
     A loop of another form works too. It calls ``optimizer.step()`` after ``clan.backend.accumulation`` micro-batches,
     and ``scheduler.step()`` once after each if there is a scheduler. A round's end (evaluation, cloning) happens inside
-    the call that ends the step. The clan sees losses that the model returns, or that a returned mapping or object has
-    as ``loss``. A model that returns logits trains too; give ``evaluate`` then.
+    the call that ends the step.
+
+    A validation batch reaches the model as ``model(**batch)`` if it is a mapping, as ``model(*batch)`` if it is a tuple
+    or list, and else as ``model(batch)``, on the device of the parameters. The clan reads the loss that the model
+    returns, or that a returned mapping or object has as ``loss``. A model that returns logits trains too; give
+    ``evaluate`` then.
 
     Args:
         model: what the loop calls; ``torch.compile`` may be around it or in it.

@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.errors import ConfigError
+from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 class DDPBackend(LoopBackend):

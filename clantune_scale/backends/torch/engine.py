@@ -18,14 +18,13 @@ from clantune_scale.backends.torch.refusals import require_known_parameters, req
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
-from clantune_scale.errors import ClanError, EvaluationError
+from clantune_scale.errors import ClanError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
-from clantune_scale.gradients.hooks import evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode, replace_method
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 from clantune_scale.runtime.line.decays import decay_rule
-from clantune_scale.runtime.validation_window import loss_of
+from clantune_scale.runtime.validation_window import found_loss, loss_of
 from clantune_scale.transfer import MemberState
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -107,6 +106,9 @@ class LoopBackend(ABC):
     def inference_weights(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights that its optimizers want to be evaluated and saved."""
         return self._optimizers.inference_weights()
+
+    # How a plain loop makes gradients of the model's outputs cannot be seen.
+    own_step = None
 
     def clear_gradients(self) -> None:
         self._optimizers.zero_grad()
@@ -226,7 +228,7 @@ class LoopBackend(ABC):
         @torch.compiler.disable
         def after_forward(_: Any, args: Any, output: Any) -> None:
             if self.engine.training:
-                loss = _found_loss(output)
+                loss = found_loss(output)
                 if loss is not None:
                     on_loss(loss)
 
@@ -310,14 +312,6 @@ class LoopBackend(ABC):
     def detach(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-def _found_loss(output: Any) -> torch.Tensor | None:
-    """The loss in the output of a training forward pass; None if the output is something else (logits)."""
-    try:
-        return loss_of(output)
-    except EvaluationError:
-        return None
 
 
 def _plain_name(name: str) -> str:

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp_sharing import ShardSharing
 from clantune_scale.errors import ConfigError
+from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 class FSDPBackend(LoopBackend):

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd import Variable
 
+from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
 
 
 class ShardSharing:

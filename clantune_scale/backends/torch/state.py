@@ -9,8 +9,9 @@ import torch
 
 from clantune_scale.core.genome import GROUP_KEYS
 from clantune_scale.errors import ConfigError
+from clantune_scale.gradients.clip import local
 from clantune_scale.transfer import MemberState
-from clantune_scale.transfer.state import Piece, local, merged, plain
+from clantune_scale.transfer.state import Piece, merged, plain
 
 # A group's entries that genes, schedules and the clan set: they travel with a round, and not with a clone.
 _SET = {key for key, _ in GROUP_KEYS.values()} | {"params", "initial_lr", "clantune_lr"}
@@ -72,9 +73,11 @@ def _require_plain(optimizer: InnerOptimizer, key: str, value: Any) -> None:
     """Refuses optimizer state that is no tensor and no number. A clone would not copy it."""
     if value is None or torch.is_tensor(value) or isinstance(value, bool | int | float):
         return
+    # Several optimizers that act as one say by name which they are.
+    name = getattr(optimizer, "name", type(optimizer).__name__)
     raise ConfigError(
-        f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__}, for each parameter, and a clone would "
-        f"not copy it: only tensors and numbers are moved. Use another optimizer."
+        f"{name} keeps {key!r}, a {type(value).__name__}, for each parameter, "
+        f"and a clone would not copy it: only tensors and numbers are moved. Use another optimizer."
     )
 
 

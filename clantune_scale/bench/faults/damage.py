@@ -18,6 +18,7 @@ from clantune_scale.checkpoint import manifest
 from clantune_scale.checkpoint.restore import fault_of
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import CheckpointError
+from clantune_scale.tracking.run_dir import committed_rounds
 
 NUM_FLIPS = 1000
 _NEWEST, _BEFORE = "round-000002", "round-000001"
@@ -119,7 +120,7 @@ def _resume(workload: Workload, folder: Path, whole: Path, spoilt: str) -> str:
 
 def _nothing_left(workload: Workload, name: str, whole: Path, folder: Path) -> FaultResult:
     shutil.copytree(whole / "run", folder / "run")
-    names = manifest.committed(folder / "run" / "rounds")
+    names = committed_rounds(folder / "run" / "rounds")
     for round_name in names:
         _truncate(folder / "run" / "rounds" / round_name / "clan.json")
     ended = workload.launch(folder, block=workload.block(folder, resume=str(folder / "run")))
@@ -154,8 +155,8 @@ def _full_disk(workload: Workload, name: str, whole: Path, folder: Path) -> Iter
 def _after_full_disk(folder: Path, whole: Path, ended: list) -> str:
     if "is full" not in ended[0].text:
         return "no rank reported that the disk is full"
-    if manifest.committed(folder / "run" / "rounds") != [_NEWEST, "round-000000"]:
-        return f"committed: {manifest.committed(folder / 'run' / 'rounds')}"
+    if committed_rounds(folder / "run" / "rounds") != [_NEWEST, "round-000000"]:
+        return f"committed: {committed_rounds(folder / 'run' / 'rounds')}"
     if not any(_BEFORE in event["message"] for event in events(folder, "warning")):
         return f"no warning names {_BEFORE}"
     steps = [event["step"] for event in events(folder, "step")]

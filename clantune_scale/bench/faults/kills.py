@@ -23,7 +23,7 @@ from clantune_scale.bench.faults.workload import (
     stood,
     uninterrupted,
 )
-from clantune_scale.checkpoint import manifest
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 
 #: By action, and by what the repeated launch did: it resumed, started again, or found the run finished.
 WHAT = {
@@ -85,7 +85,7 @@ def inject(workload: Workload, name: str, place: int, folder: Path) -> Iterator[
         began = time.monotonic()
         here = folder / f"kill-{number}"
         here.mkdir()
-        # Every second workload's rounds are written beside training, where the point does not ask for its own moment.
+        # Every second workload's rounds are written beside training, unless the point asks for its own moment.
         first = injected[0]
         block = workload.block(here, asynchronous=place % 2 == 0 and first.point.partition(":")[0] not in _LEADERS)
         how, wrong = _stop_and_go_on(workload, injected, block, here, whole)
@@ -108,7 +108,7 @@ def _stop_and_go_on(
         return OVER, _outcome(folder, whole)
     for path in folder.glob("stood-*.json"):
         path.unlink()
-    committed = manifest.committed(folder / "run" / manifest.FOLDER)
+    committed = committed_rounds(folder / "run" / ROUNDS)
     how = RESUMED if committed else ANEW
     ended = workload.launch(folder, block=block)
     if any(rank.code for rank in ended):

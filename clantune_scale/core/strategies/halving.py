@@ -28,7 +28,6 @@ from clantune_scale.core.strategies.base import Decision, Population, RunFacts, 
 from clantune_scale.core.strategies.lengths import round_end
 from clantune_scale.core.strategies.options import require
 from clantune_scale.core.strategies.selection import survivors
-from clantune_scale.core.strategies.teams import join, leaders_of
 from clantune_scale.errors import ClanError, ConfigError
 
 
@@ -161,7 +160,7 @@ class Halving(Strategy):
         ends_rung = plan.end_step in self._ends[:-1]
         if ends_rung:
             staying = staying[: self._num_survivors(plan.end_step, population.memory["num_entrants"])]
-        joined = join(teams, [team for team, _ in staying])
+        joined = join_teams(teams, [team for team, _ in staying])
         leader_of = dict(staying)
         donors = tuple(
             member if team == before and fitness.is_finite[member] else leader_of[team]
@@ -211,3 +210,32 @@ def _reason(before: int, team: int, rises: bool, size: int, *, is_finite: bool) 
 
 def _finite(loss: float) -> float | None:
     return float(loss) if math.isfinite(loss) else None
+
+
+def leaders_of(teams: Sequence[int], order: Sequence[int]) -> list[tuple[int, int]]:
+    """(team, its fittest member), from the fittest team on; a team without a finite loss is left out.
+
+    Args:
+        teams: by member.
+        order: members whose loss is finite, from the fittest on.
+    """
+    leaders: dict[int, int] = {}
+    for member in order:
+        leaders.setdefault(teams[member], member)
+    return list(leaders.items())
+
+
+def join_teams(teams: tuple[int, ...], staying: Sequence[int]) -> tuple[int, ...]:
+    """By member, its next team. A team that stays keeps its members; the others go one by one to the smallest team.
+
+    Args:
+        teams: by member.
+        staying: the teams that go on, from the fittest on; the fitter of equally small ones gets the next member.
+    """
+    sizes = {team: teams.count(team) for team in staying}
+    joined = list(teams)
+    for member, team in enumerate(teams):
+        if team not in sizes:
+            joined[member] = min(staying, key=sizes.__getitem__)
+            sizes[joined[member]] += 1
+    return tuple(joined)

@@ -41,7 +41,6 @@ from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.lengths import phases, round_end
 from clantune_scale.core.strategies.options import require
-from clantune_scale.core.strategies.scaling import ratio, times
 from clantune_scale.core.strategies.selection import survivors
 
 
@@ -127,9 +126,9 @@ class HDET(Strategy):
         o, memory = self.options, population.memory
         base, velocity = dict(memory["base"]), dict(memory["velocity"])
         for gene in self._explored:
-            centre = gene.decode(times(gene, gene.initial, base[gene.name]))
+            centre = gene.decode(gene.times(gene.initial, base[gene.name]))
             delta = math.fsum(
-                weight * (ratio(gene, genome.values[gene.name], centre) - 1.0)
+                weight * (gene.ratio(genome.values[gene.name], centre) - 1.0)
                 for weight, genome in zip(weights, population.genomes, strict=True)
             )
             velocity[gene.name] = o.momentum * velocity[gene.name] + (1.0 - o.momentum) * delta
@@ -148,7 +147,7 @@ class HDET(Strategy):
         for gene in self._explored:
             order = mutation.permutation(self.facts.seed, round_, mutation.CLAN, f"hdet:{gene.name}", count=size)
             for own, place in zip(values, order, strict=True):
-                own[gene.name] = gene.decode(times(gene, gene.initial, memory["base"][gene.name] * rho[place]))
+                own[gene.name] = gene.decode(gene.times(gene.initial, memory["base"][gene.name] * rho[place]))
         return Population(tuple(Genome(own, initial.step_sizes) for own in values), memory)
 
 
@@ -173,6 +172,6 @@ def softmax_weights(losses: Sequence[float], temperature: float) -> list[float]:
 def _shifted(gene: Gene, base: float, velocity: float, options: HDETOptions) -> float:
     """The next base, moved by the gene's ``max_change`` at most and inside its bounds."""
     wanted = base * (1.0 + options.rate * velocity) + options.pull * (1.0 - base)
-    before, after = (times(gene, gene.initial, factor) for factor in (base, wanted))
+    before, after = (gene.times(gene.initial, factor) for factor in (base, wanted))
     capped = min(max(after, before - gene.max_change), before + gene.max_change)
-    return ratio(gene, gene.decode(capped), gene.initial)
+    return gene.ratio(gene.decode(capped), gene.initial)

@@ -31,7 +31,6 @@ from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.lengths import round_end
 from clantune_scale.core.strategies.options import require
-from clantune_scale.core.strategies.scaling import times
 from clantune_scale.core.strategies.selection import root, survivors
 
 
@@ -192,9 +191,9 @@ def explored(
 def perturbed(gene: Gene, value: float, factor: float) -> float:
     """``value`` times ``factor``, reflected at the bounds; a whole number moves by at least one."""
     if not gene.integer:
-        return gene.decode(gene.reflect(times(gene, value, factor)))
+        return gene.decode(gene.reflect(gene.times(value, factor)))
     whole = gene.expressed(value)
-    moved = gene.expressed(gene.decode(gene.reflect(times(gene, whole, factor))))
+    moved = gene.expressed(gene.decode(gene.reflect(gene.times(whole, factor))))
     if moved != whole:
         return moved
     step = 1.0 if factor > 1 else -1.0

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import Store
 
-from clantune_scale.checkpoint import manifest
 from clantune_scale.distributed.bootstrap import Address
 from clantune_scale.distributed.elastic.failures import one_line, peer_failure
 from clantune_scale.distributed.elastic.generation import Generation
@@ -25,6 +24,7 @@ from clantune_scale.distributed.elastic.heartbeat import Heartbeat
 from clantune_scale.distributed.elastic.quorum import resume_remedy, within
 from clantune_scale.distributed.elastic.restart import restart_process
 from clantune_scale.distributed.store import own_connection
+from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 
 if TYPE_CHECKING:
     from clantune_scale.config.schema import FaultsConfig
@@ -207,7 +207,7 @@ class Supervisor:
         newest = None
         if run_dir is not None:
             self._environ[RESUME] = run_dir
-            newest = manifest.committed(Path(run_dir) / manifest.FOLDER)[0]
+            newest = committed_rounds(Path(run_dir) / ROUNDS)[0]
         else:
             self._environ.pop(RESUME, None)
         has_all = self._members == self.generation.members
@@ -226,6 +226,6 @@ class Supervisor:
 
     def _resumable(self) -> str | None:
         """The run's folder, if it holds a committed round."""
-        if self.run_dir is None or not manifest.committed(self.run_dir / manifest.FOLDER):
+        if self.run_dir is None or not committed_rounds(self.run_dir / ROUNDS):
             return None
         return str(self.run_dir)

@@ -19,7 +19,7 @@ from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.line.points import Points
-from clantune_scale.runtime.line.refusals import may_compete
+from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
 from clantune_scale.runtime.line.snapshot import TrainingSnapshot
 from clantune_scale.runtime.line.turns import Turns, contestants_of
 from clantune_scale.runtime.members import MemberParts, names_of_groups
@@ -50,6 +50,7 @@ class OnTheLine:
         self._points: Points | None = None
         self._moves = parts.view.config.line.go_on_from == "fittest" and self._backend.moves_with_weights
         self._decays_of: int | None = None
+        self._is_driven = False
         self.turns: Turns | None = None
         # Between a round's end and the decision.
         self._ended_points: Points | None = None
@@ -64,12 +65,28 @@ class OnTheLine:
         return self.turns is not None and self._parts.view.phases.position.step >= self.turns.end_step
 
     @property
-    def needs_driver(self) -> bool:
-        return self._train_step is None and may_compete(self._parts.view.strategy)
-
-    @property
     def meter(self) -> LossMeter:
         return self.turns.meter if self.turns is not None and self.in_turns else self._parts.progress.losses
+
+    def drive(self) -> None:
+        self._is_driven = True
+
+    def require_driver(self) -> None:
+        if self._is_driven or self._step is not None or not may_compete(self._parts.view.strategy):
+            return
+        raise ConfigError(
+            "this strategy lets members compete, and members on the line take turns in it, which this loop does not "
+            f"give them. To give them, {TURNS_REMEDY}"
+        )
+
+    @property
+    def _step(self) -> TrainStep | None:
+        """Does one step of a turn; None if only ``clan.steps()`` can."""
+        return self._train_step or self._backend.own_step
+
+    @property
+    def _yields_turns(self) -> bool:
+        return self._is_driven and self._train_step is None
 
     def share_gradients(self) -> None:
         """Shows the probe the gradient norm. Gradients are reduced as the engine reduces them."""
@@ -108,11 +125,11 @@ class OnTheLine:
             self._begin_turns(position)
 
     def on_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.turns is not None and self._train_step is not None:
+        if self.turns is not None and not self._yields_turns:
             self.turns.hold((args, kwargs))
 
     def hold(self, batch: Any) -> None:
-        if self.turns is not None and self._train_step is None:
+        if self.turns is not None and self._yields_turns:
             self.turns.hold(batch)
 
     def step_done(self) -> None:
@@ -153,14 +170,20 @@ class OnTheLine:
             self._end_turn(turns.meter.round_losses, is_whole=False)
 
     def run_turns(self) -> bool:
-        """Takes all turns by the user's callable; returns False if there is none."""
+        """Takes all turns by a callable; returns False if ``clan.steps()`` is to take them."""
         if self.turns is None:
             return True
-        if self._train_step is None:
+        if self._yields_turns:
             return False
+        step = self._step
+        if step is None:
+            raise ClanError(
+                "the loop made its loss of the model's outputs by itself since the competition began, and its turns "
+                "cannot be repeated without it. Loop over clan.steps(loader), or pass train_step=... to attach()."
+            )
         for batches in self.take_turns():
             before = self._backend.num_steps
-            self._train_step(batches)
+            step(batches)
             if self._backend.num_steps == before:
                 raise ClanError(
                     f"train_step took no optimizer step after {before}. It has to do one step on the micro-batches "

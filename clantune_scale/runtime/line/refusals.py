@@ -13,9 +13,9 @@ from clantune_scale.core.strategies import Strategy
 from clantune_scale.errors import ConfigError
 
 _GROUPS = 'or set "members" to "groups"'
-#: What to do if members compete, which needs the loop's help.
+#: How a loop gives members their turns, or does without them; after "To give them, ".
 TURNS_REMEDY = (
-    "Loop over clan.steps(loader); or pass train_step=..., which does one optimizer step, to attach(); or leave the "
+    "loop over clan.steps(loader); or pass train_step=..., which does one optimizer step, to attach(); or leave the "
     'competition out: "strategy": {"name": "clan", "options": {"trial_cost": 0}}.'
 )
 

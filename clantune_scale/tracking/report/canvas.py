@@ -1,7 +1,7 @@
-"""What all drawings of the report have in common: size, colours, shading, and how they get onto the page.
+"""What all drawings of the report share: size, colours, shading, and how they get onto the page.
 
-Colours are Okabe and Ito's, which people with any of the common colour blindnesses tell apart; line styles and
-markers say the same once more, for a printer without colours.
+The colours are Okabe and Ito's: people with any common colour blindness tell them apart. Line styles and markers
+differ too, for a printer without colours.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X"
 
-# Inches. At this width the letters are still 10 CSS pixels high on a telephone's 360.
+# Inches. At this width letters are still 10 CSS pixels high on a telephone of 360 pixels.
 _WIDTH = 5.2
 _MAX_SHADES = 120
 _MAX_MARKS = 80
 _UNJOINED = {"linestyle": ""}
 
-#: matplotlib's own annotation lists every key of its settings as a Literal; a plain name does not pass.
+#: ``Any``, because matplotlib's annotation lists every key as a Literal and a plain ``str`` does not pass.
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -43,7 +43,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    # Letters stay letters: they are found, read aloud, and in the page's own font.
+    # Letters stay text: a reader can search them and have them read aloud, and they have the page's font.
     "svg.fonttype": "none",
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
@@ -55,11 +55,11 @@ class Drawing:
     """One picture of the report.
 
     Attributes:
-        name: of its file.
-        title: above it.
-        caption: what is seen, in words, below it.
+        name: of the picture's file.
+        title: above the picture.
+        caption: below it; says in words what it shows.
         draw: draws it onto an empty figure.
-        rows: its height, in panels.
+        rows: height of the picture, in panels.
         notes: what was thinned.
     """
 
@@ -72,12 +72,12 @@ class Drawing:
 
 
 def render(drawing: Drawing, folder: Path) -> str:
-    """Draws it, writes ``folder/NAME.png``, and returns it as an ``<svg>`` element."""
+    """Draws a picture, writes ``folder/NAME.png``, and returns the picture as an ``<svg>`` element."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Marks and clips are referred to by id: the salt keeps those of two pictures on one page apart.
+    # Marks and clips have ids. The salt makes those of two pictures on one page different.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": drawing.name}):
         figure = Figure(figsize=(_WIDTH, 0.6 + 2.5 * drawing.rows), layout="constrained")
         FigureCanvasAgg(figure)
@@ -89,7 +89,7 @@ def render(drawing: Drawing, folder: Path) -> str:
 
 
 def _element(document: str) -> str:
-    """The ``<svg>`` of a document, sized by the page, without the ids that nothing refers to."""
+    """The ``<svg>`` of a document. The page sets its size, and ids to which nothing refers are removed."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[a-zA-Z0-9]+_\d+">', "<g>", svg)
@@ -99,13 +99,13 @@ def _element(document: str) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` for a label: a user's dollar sign is no formula, and a leading underscore hides nothing."""
+    """``text`` for a label. A user's dollar sign starts no formula, and a leading underscore hides no label."""
     escaped = text.replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{escaped}" if escaped.startswith("_") else escaped
 
 
 def look(index: int, *, marked: bool) -> dict[str, Any]:
-    """How the line of member ``index`` looks; marks where there are few points."""
+    """How the line of member ``index`` looks; with marks if ``marked``."""
     style: dict[str, Any] = {
         "color": COLORS[index % len(COLORS)],
         "linestyle": STYLES[index // 2 % len(STYLES)],
@@ -114,19 +114,19 @@ def look(index: int, *, marked: bool) -> dict[str, Any]:
 
 
 def held(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points of a line for values [R] that hold for a whole round each."""
+    """Points of a line for values [R] that each hold for a whole round."""
     return np.stack([run.start_steps, run.end_steps], axis=1).ravel(), np.repeat(values, 2)
 
 
 def members(axes: Axes, run: Run, values: np.ndarray, *, holds: bool = False, joined: bool = True) -> None:
-    """Draws what the members have, a line each; of many members, their spread.
+    """Draws each member's values as a line. If there are many members, draws their range and quantiles.
 
     Args:
-        axes: where.
-        run: whose rounds they are.
+        axes: to draw into.
+        run: of the values.
         values: [R, M].
-        holds: whether a value holds for its whole round (a gene), or was read at its end (a loss).
-        joined: whether lines join the marks, where there are marks.
+        holds: whether a value holds for its whole round (a gene), or was measured at its end (a loss).
+        joined: whether lines join the marks, if there are marks.
     """
     points = (lambda column: held(run, column)) if holds else (lambda column: (run.end_steps, column))
     if run.num_members <= thin.MAX_LINES:
@@ -148,7 +148,7 @@ def members(axes: Axes, run: Run, values: np.ndarray, *, holds: bool = False, jo
 
 
 def shade_phases(axes: Axes, run: Run) -> None:
-    """Greys the competitive phases; those too close together to be told apart become one area, lighter."""
+    """Shades competitive phases in grey. If they are too many to tell apart, shades one lighter area."""
     spans = run.competitive
     if len(spans) <= _MAX_SHADES:
         for first, last in spans:
@@ -158,14 +158,14 @@ def shade_phases(axes: Axes, run: Run) -> None:
 
 
 def shading_note(run: Run) -> str:
-    """What the grey means, for a caption; empty where there is none."""
+    """What the grey means, for a caption; empty if there is no grey."""
     spans = run.competitive
     if not len(spans):
         return ""
     if len(spans) <= _MAX_SHADES:
         return " Grey: competitive phases."
     share = (spans[:, 1] - spans[:, 0]).sum() / (spans[-1, 1] - spans[0, 0])
-    return f" Grey: {len(spans):,} competitive phases, too many to draw apart; they are {share:.1%} of the steps there."
+    return f" Grey: {len(spans):,} competitive phases, too many to draw apart. They are {share:.1%} of the steps there."
 
 
 def thinning_notes(run: Run) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ def panel(axes: Axes, run: Run, ylabel: str) -> Iterator[None]:
 
 
 def step_axis(axes: Axes, run: Run) -> None:
-    """Optimizer steps from left to right, all of them, in few enough numbers that they do not touch."""
+    """An axis over all optimizer steps, with few enough numbers that they do not touch."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_xlabel("optimizer steps")
@@ -200,13 +200,13 @@ def step_axis(axes: Axes, run: Run) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """The legend of ``axes``, under the whole figure: nothing is hidden behind it."""
+    """Puts the legend of ``axes`` under the whole figure, so that it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2)
 
 
 def plain_ticks(axes: Axes) -> None:
-    """Numbers as people write them, at 1, 2 and 5, where the axis spans few decades."""
+    """Writes numbers in full, and at 1, 2 and 5 if the axis spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.get_ylim()

@@ -19,7 +19,7 @@ _PANELS = {
 
 
 def coherence(run: Run) -> Drawing | None:
-    """A panel for each of drift, alignment and gradient norm that the events have; None where they have none."""
+    """A panel for each of drift, alignment and gradient norm that the events have; None if they have none."""
     present = {name: label for name, label in _PANELS.items() if run.has(name)}
     if not present:
         return None

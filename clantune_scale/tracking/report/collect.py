@@ -22,14 +22,14 @@ _MEASURED = ("loss", "standard_error", "gradient_norm", "drift", "alignment", "s
 
 
 def read_run(events: Iterable[Event], *, where: Path) -> Run:
-    """The run that the events tell of.
+    """The run whose events these are.
 
     Args:
-        events: oldest first; taken one at a time.
+        events: oldest first; read one at a time.
         where: their file, for messages.
 
     Raises:
-        ClanError: if there is no ``run_start``, or no round was finished.
+        ClanError: if there is no ``run_start``, or no finished round.
     """
     collected = _Collected()
     for event in events:
@@ -37,13 +37,16 @@ def read_run(events: Iterable[Event], *, where: Path) -> Run:
     if collected.start is None:
         raise ClanError(f"{where} has no run_start event. Give the folder of a run that has started.")
     if not collected.end_steps:
-        raise ClanError(f"{where} has no finished round yet, so that there is nothing to report. Wait for one round.")
+        raise ClanError(f"{where} has no finished round yet, so there is nothing to report. Wait for one round.")
     return collected.as_run()
 
 
 @dataclass
 class _Collected:
-    """Rows as they come; each round's members become arrays at once, objects of a long run would not fit."""
+    """Rows in the order of the events.
+
+    Each round's members become arrays at once, because the objects of a long run would not fit into memory.
+    """
 
     start: Event | None = None
     end: Event | None = None
@@ -78,7 +81,7 @@ class _Collected:
         elif kind == "round_end":
             self._take_round(event)
         elif kind == "resume" and event.get("sources") and self.donors:
-            # Members have other numbers from here on: each carries what its source carried after the last round.
+            # The members are renumbered here. Each has the state that its source had after the last round.
             self.donors[-1] = self.donors[-1][event["sources"]]
         elif kind == "run_end":
             self.end = event
@@ -161,9 +164,9 @@ class _Collected:
 
 
 def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """[rounds, members]: rows of a run whose number of members changed are as long as the longest.
+    """[rounds, members]: the rows. If the number of members has changed, all are as long as the longest.
 
-    Who is not there has no value (nan), and as a donor nobody but itself.
+    A member that was not there has no value (nan), and is its own donor.
     """
     width = max((row.size for row in rows if row.ndim), default=0)
     if all(row.size == width for row in rows if row.ndim):

@@ -1,4 +1,4 @@
-"""What a run says about a gene: how far it went, whether members' losses followed it, whether a bound stopped it."""
+"""What a run says about a gene: how far it moved, whether members' losses followed it, whether a bound stopped it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from clantune_scale.core.genome import Gene
 from clantune_scale.tracking.report.series import Run
 
-# With three or fewer members a line explains half of anything by chance, and two it explains wholly.
+# By chance a line explains half of the differences among three members, and all of those between two.
 _MIN_MEMBERS = 4
 _MIN_ROUNDS = 3
-# Ten thousand rounds would make any trace of an effect clear.
+# After ten thousand rounds even a trace of an effect would be significant. A smaller share does not matter.
 _MATTERS = 0.05
 
 
@@ -22,16 +22,16 @@ class Influence:
 
     Attributes:
         first: every member's value before the first round.
-        last: the one after the last decision.
+        last: the clan's value after the last decision.
         moves: [decisions] changes of the clan's value while members might differ, scale units.
-        explained: share of the differences in loss between members that goes with their differences in this gene,
-            mean over rounds (squared Pearson correlation: in a straight line, so that a gene at its optimum shows
-            little); None where it cannot be told.
+        explained: share of the differences in loss between members that goes with their differences in this gene, mean
+            over rounds; None if there are too few members or rounds. It is the squared Pearson correlation. That is a
+            straight line, so a gene at its optimum shows little.
         chance: what unrelated numbers would give, 1 / (members - 1).
-        is_clear: whether ``explained`` is above chance by more than two standard errors over the rounds, and by
-            enough to care (0.05).
-        at_low: share of the members' rounds in which the gene lay at its lower bound (within 1 % of the range).
-        at_high: the same for the upper one.
+        is_clear: whether ``explained`` is above chance by more than two standard errors over the rounds, and by at
+            least 0.05.
+        at_low: share of the members' rounds in which the gene was at its lower bound (within 1 % of the range).
+        at_high: the same for the upper bound.
     """
 
     first: float
@@ -45,7 +45,7 @@ class Influence:
 
     @property
     def path(self) -> float:
-        """Length of the way, scale units."""
+        """Sum of the moves' lengths, scale units."""
         return float(np.abs(self.moves).sum())
 
 
@@ -75,10 +75,10 @@ def influence(run: Run, gene: Gene) -> Influence:
 
 
 def _standard_error(series: np.ndarray) -> float:
-    """Of the mean of values that follow each other: members keep their genomes, so that rounds repeat each other.
+    """Of the mean of a series. Members keep their genomes from round to round, so neighbours are correlated.
 
-    For a first-order autoregressive series the variance of the mean grows by (1 + r) / (1 - r), r the correlation of
-    neighbours.
+    For a first-order autoregressive series the variance of the mean grows by (1 + r) / (1 - r), where r is the
+    correlation of neighbours.
     """
     off = series - series.mean()
     correlation = float((off[1:] * off[:-1]).sum() / max((off**2).sum(), 1e-12))
@@ -87,13 +87,18 @@ def _standard_error(series: np.ndarray) -> float:
 
 
 def _explained(values: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Squared correlation over members, of every round in which both differ; [R, M] in scale units and losses."""
+    """Squared correlation over members, for every round in which both differ.
+
+    Args:
+        values: [R, M] the gene, scale units.
+        loss: [R, M].
+    """
     if values.shape[1] < _MIN_MEMBERS:
         return np.empty(0)
     usable = np.isfinite(loss).all(axis=1)
     x = values[usable] - values[usable].mean(axis=1, keepdims=True)
     y = loss[usable] - loss[usable].mean(axis=1, keepdims=True)
     spread = (x**2).sum(axis=1) * (y**2).sum(axis=1)
-    # Where members do not differ, what is left of the subtraction is rounding.
+    # If members do not differ, the subtraction leaves only rounding errors.
     differ = ((x**2).sum(axis=1) > 1e-16) & ((y**2).sum(axis=1) > 1e-24)
     return (x * y).sum(axis=1)[differ] ** 2 / spread[differ]

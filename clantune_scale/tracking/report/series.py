@@ -16,7 +16,7 @@ class Run:
 
     Attributes:
         start: its ``run_start`` event.
-        end: its ``run_end`` event; None while it goes on (or where it died without a word).
+        end: its ``run_end`` event; None while the run goes on, or if it was killed.
         genes: of its genomes.
         start_steps: [R] optimizer steps that were done before each round.
         end_steps: [R] optimizer steps that were done after it.
@@ -25,20 +25,20 @@ class Run:
         values: by gene, [R, M]; what each member carried through the round.
         step_sizes: by gene, [R, M], scale units.
         consensus: by gene, [R]; the clan's one value.
-        donors: [R, M] whose state each member received at the round's end; itself where it kept its own.
+        donors: [R, M] whose state each member received at the round's end; itself if it kept its own.
         restored: [R] bool; the clan was rolled back.
         undone: [R] bool; the round's training was discarded by a rollback.
-        explores: by round, the genes in which members might differ; None where the events do not say.
+        explores: by round, the genes in which members might differ; None if the events do not say.
         rates: [R, M] learning rate of the first parameter group at the round's end.
         lr_factor: [R] the final decay's share in its last step.
-        scheduled_rate: [R] the same group's rate by the user's own schedule; nan where the events do not say.
+        scheduled_rate: [R] the same group's rate by the user's own schedule; nan if the events do not say.
         seconds: by what they were spent on, [R].
         competitive: [K, 2] first and last step of every competitive phase.
         training: [S, 3] step, training loss and seconds per step.
         throughput: by phase kind, [samples, tokens or nan, seconds] in all.
-        samples: trained by the clan so far; None where the events do not say.
+        samples: trained by the clan so far; None if the events do not say.
         tokens: the same in tokens.
-        stragglers: (step, member, seconds) where a round had one.
+        stragglers: (step, member, seconds) of each round that had one.
         overfitting: steps of the rounds' ends at which the strategy reported overfitting.
         warnings: (step, message).
     """
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def loss(self) -> np.ndarray:
-        """[R, M] mean loss on the common window; not finite where a member's was not."""
+        """[R, M] mean loss on the common window; not finite if a member's was not."""
         return self.measured["loss"]
 
     @property

@@ -1,4 +1,4 @@
-"""Fewer points that tell the same: what is drawn of a run that has more rounds or members than a page has pixels."""
+"""Fewer points that show the same, for a run that has more rounds or members than a page has pixels."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def is_long(num_points: int) -> bool:
 
 
 def bins(num_points: int) -> np.ndarray:
-    """First index of each stretch of points that is drawn as one, at most ``MAX_POINTS // 2`` of them."""
+    """First index of each stretch of points that is drawn as one; at most ``MAX_POINTS // 2`` stretches."""
     return np.unique(np.linspace(0, num_points, MAX_POINTS // 2, endpoint=False).astype(int))
 
 
 def thin_line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A line's lowest and highest point of every stretch, in the order in which they came.
+    """A line's lowest and highest point in every stretch, in their order.
 
-    No peak is lost: this is what drawing all points would have put on as many pixels. Short lines come back
-    as they are; stretches without a finite value keep one point, so that the gap shows.
+    No peak is lost: all points, drawn on as many pixels, would look the same. A short line is returned as it is. A
+    stretch without a finite value keeps one point, so that the gap shows.
 
     Args:
         x: [points], increasing.
-        y: [points], nan where there is none.
+        y: [points], nan if there is no value.
     """
     if not is_long(len(x)):
         return x, y
@@ -47,7 +47,7 @@ def thin_band(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndar
     """A band's envelope: the lowest ``low`` and the highest ``high`` of every stretch, at the stretch's first x.
 
     Args:
-        x, low, high: [points]; nan where there is no value.
+        x, low, high: [points]; nan if there is no value.
     """
     if not is_long(len(x)):
         return x, low, high

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -18,7 +18,7 @@ from tests.backends.families import Setup, join_groups
 from tests.backends.families.loops import MICRO, Loop, TiedNet
 from tests.backends.families.loops import token_datasets as datasets
 
-__all__ = ["CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
+__all__ = ["CASES", "LINE_CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
 
 CASES = {
     "dp": Setup(dp=2, accumulation=2, clip=0.1, is_tied=True),
@@ -32,6 +32,11 @@ CASES = {
         dp=2, dtype="bf16", optimizer="sgd", clip=0.1, is_tied=True, is_slow=True, options={"reduce": torch.bfloat16}
     ),
     "compiled": Setup(dp=2, accumulation=2, clip=0.1, is_tied=True, is_slow=True, options={"compile": "aot_eager"}),
+}
+# A clan of groups refuses these.
+LINE_CASES = {
+    "hybrid": Setup(dp=2, accumulation=2, clip=0.1, is_tied=True, options={"replicas": 2}),
+    "offload": Setup(dp=2, clip=0.1, is_tied=True, is_slow=True, options={"offload": True}),
 }
 # Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds sums of gradients.
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
@@ -56,7 +61,11 @@ def start(setup: Setup, block: dict | None) -> Sharded:
     join_groups(block)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // setup.tp, setup.tp), mesh_dim_names=("dp", "tp"))
+    if "replicas" in setup.options:
+        shape = (setup.options["replicas"], dist.get_world_size() // setup.options["replicas"])
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "dp"))
+    else:
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // setup.tp, setup.tp), mesh_dim_names=("dp", "tp"))
     model = sharded(setup, TiedNet(), mesh)
     if "compile" in setup.options:
         model = torch.compile(model, backend=setup.options["compile"])
@@ -66,7 +75,9 @@ def start(setup: Setup, block: dict | None) -> Sharded:
 def sharded(setup: Setup, model: TiedNet, mesh: Any) -> nn.Module:
     if setup.tp > 1:
         parallelize_module(model.mlp, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    options: dict[str, Any] = {"mesh": mesh["dp"]}
+    options: dict[str, Any] = {"mesh": mesh if "replicas" in setup.options else mesh["dp"]}
+    if setup.options.get("offload"):
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if setup.dtype == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, setup.options["reduce"])
     fully_shard(model.mlp, **options)

@@ -13,7 +13,7 @@ from tests.backends.small_runs import MICRO, SGD, Net, ds_config, plain_engine
 from tests.small_clans import datasets, train
 from tests.small_clans import start as start_clan
 
-__all__ = ["CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
+__all__ = ["CASES", "LINE_CASES", "MICRO", "TOLERANCE", "datasets", "start", "twin", "twin_loss"]
 
 CASES = {
     "0": Setup(dp=2, accumulation=2, clip=0.5, options={"stage": 0}, is_slow=True),
@@ -23,6 +23,15 @@ CASES = {
     "1-three": Setup(members=3, options={"stage": 1}, is_slow=True),
     "1-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 1}, is_slow=True),
     "3-bf16": Setup(dp=2, dtype="bf16", optimizer="sgd", clip=0.5, options={"stage": 3}, is_slow=True),
+}
+# As two members each, these would only repeat cases above.
+LINE_CASES = {
+    "2-offload": Setup(
+        dp=2, clip=0.5, options={"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}}, is_slow=True
+    ),
+    "3-offload": Setup(
+        dp=2, clip=0.5, options={"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}}}, is_slow=True
+    ),
 }
 # Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds sums of gradients.
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}
@@ -75,6 +84,9 @@ def start(setup: Setup, block: dict | None) -> Zero:
 
 def _config(setup: Setup) -> dict:
     config = ds_config(setup.options["stage"], dtype=setup.dtype, accumulation=setup.accumulation, clip=setup.clip)
+    if "zero" in setup.options:
+        config["zero_optimization"] = config["zero_optimization"] | setup.options["zero"]
+        config["zero_force_ds_cpu_optimizer"] = False
     if setup.optimizer == "sgd":
         config["optimizer"] = SGD
     config["optimizer"]["params"] = config["optimizer"]["params"] | {"lr": setup.lr}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import clantune_scale
+from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.errors import ClanError, ConfigError, TopologyError
 from clantune_scale.tracking import read_events
 from tests.backends.small_runs import MICRO, Net, in_member_worlds
@@ -249,3 +251,25 @@ def test_without_a_process_group_nothing_is_parallel():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="there is no process group yet"):
         _attach(model, optimizer, {"population_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("batch", "called"),
+    [
+        ({"inputs": torch.ones(2), "scale": torch.tensor(3.0)}, {"inputs": 2.0, "scale": 3.0}),
+        ([torch.ones(2), torch.tensor(3.0)], {"inputs": 2.0, "scale": 3.0}),
+        ((torch.ones(2), torch.tensor(3.0)), {"inputs": 2.0, "scale": 3.0}),
+        (torch.ones(2), {"inputs": 2.0, "scale": 1.0}),
+    ],
+    ids=["mapping", "list", "tuple", "tensor"],
+)
+def test_a_validation_batch_is_passed_by_keyword_by_position_or_as_it_is(batch, called):
+    seen = {}
+
+    def model(inputs: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        seen.update(inputs=float(inputs.sum()), scale=float(scale))
+        return inputs.sum() * scale
+
+    backend = SimpleNamespace(engine=model, device=torch.device("cpu"), tp_group=None)
+    loss = LoopBackend.batch_loss(backend, batch, None)
+    assert seen == called and loss == called["inputs"] * called["scale"]

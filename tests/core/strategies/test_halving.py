@@ -10,6 +10,7 @@ import pytest
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundClock
 from clantune_scale.core.strategies import Population, build
+from clantune_scale.core.strategies.halving import join_teams, leaders_of
 from clantune_scale.errors import ConfigError, EvaluationError
 from tests.core.strategies.facts import DROPOUT, LR, WEIGHT_DECAY, facts, fitness_of
 
@@ -237,3 +238,15 @@ def test_a_race_that_cannot_be_run_is_refused(run, options, message):
     with pytest.raises(ConfigError) as error:
         build("halving", run, options)
     assert message in str(error.value)
+
+
+def test_a_team_is_as_fit_as_its_fittest_member_and_one_without_a_finite_loss_is_left_out():
+    assert leaders_of((0, 0, 2, 3, 2), order=[4, 1, 2, 0]) == [(2, 4), (0, 1)]
+
+
+def test_the_rest_go_one_by_one_to_the_smallest_team_the_fitter_first():
+    assert join_teams((0, 1, 2, 3), [2, 1]) == (2, 1, 2, 1)
+    assert join_teams((0, 1, 2, 3, 4), [4, 1]) == (4, 1, 1, 4, 4)
+    assert join_teams((0, 0, 0, 3, 4), [0, 3]) == (0, 0, 0, 3, 3)  # 0 has three already
+    assert join_teams((0, 0, 2, 2), [2]) == (2, 2, 2, 2)
+    assert join_teams((0, 1), [0, 1]) == (0, 1)

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from clantune_scale.checkpoint import manifest
 from clantune_scale.config.schema import FaultsConfig
 from clantune_scale.distributed.elastic import supervisor
 from clantune_scale.distributed.elastic.generation import VARIABLE, Generation
 from clantune_scale.distributed.elastic.supervisor import Supervisor
+from clantune_scale.tracking.run_dir import ROUNDS
 
 GONE = RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 
@@ -46,7 +46,7 @@ def supervised(run_dir=None, *, generation=None, min_members=2):
 
 
 def commit(run_dir, name):
-    (run_dir / manifest.FOLDER / name).mkdir(parents=True)
+    (run_dir / ROUNDS / name).mkdir(parents=True)
 
 
 def fail(error):

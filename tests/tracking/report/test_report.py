@@ -178,6 +178,6 @@ def test_ten_thousand_rounds_of_sixty_four_members(tmp_path):
     assert "of 64 members the spread is drawn" in page.text("fitness")
     assert "every 50 rounds are drawn as one stretch" in page.text("gene-0")
     assert "160,000 clones are counted in 200 stretches" in page.text("family")
-    assert "10,000 competitive phases, too many to draw apart; they are 10.0% of the steps there" in page.text(
+    assert "10,000 competitive phases, too many to draw apart. They are 10.0% of the steps there" in page.text(
         "costs"
     ) + (page.text("fitness"))
