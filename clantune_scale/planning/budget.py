@@ -17,6 +17,7 @@ from clantune_scale.planning.job import Job, describe_job
 from clantune_scale.planning.measured import Measured
 from clantune_scale.planning.memory import RankMemory, copies_of, rank_memory
 from clantune_scale.planning.preflight import run_facts
+from clantune_scale.planning.walk import Walk, walk_through
 
 _DUTIES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 

@@ -1,4 +1,4 @@
-"""Bytes of state that one rank holds. It is sharded over a member's ranks, or over all ranks with members on the line."""
+"""Bytes of state that one rank holds: a shard over its member's ranks, or over all ranks with members on the line."""
 
 from __future__ import annotations
 
