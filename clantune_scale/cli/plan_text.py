@@ -56,17 +56,18 @@ def _price(data: dict[str, Any]) -> Iterator[str]:
     memory = data["memory"]
     clan, plain = memory["clan"], memory["plain"]
     more = clan["device"] - plain["device"]
-    shards = "all ranks, as without a clan"
-    if data["form"] == "groups":
-        shards = "a member's ranks and not over all ranks"
-    percent = 100 * more / plain["device"]
-    yield f"  State is sharded over {shards}: {amount(more)} more on each device ({percent:.0f} %)."
+    state = "State is sharded over all ranks, as without a clan"
+    if data["zero_stage"] == 0:
+        state = "State is whole on each device, as without a clan"
+    elif data["form"] == "groups":
+        state = "State is sharded over a member's ranks and not over all ranks"
+    yield f"  {state}: {amount(more)} more on each device ({100 * more / plain['device']:.0f} %)."
     yield "  Activations and buffers are extra; a clan does not change them."
     limit = memory["device_limit"]
     if limit is not None and clan["peak"] > limit:
-        advice = "fewer members, a higher ZeRO stage or more ranks"
-        if data["form"] == "line":
-            advice = '"line": {"store": "host"}, a higher ZeRO stage or more ranks'
+        # The centre's copy lies on the device only if the other arrays of a round do.
+        first = "fewer members" if data["form"] == "groups" else '"line": {"store": "host"}' if clan["centre"] else ""
+        advice = ", ".join(filter(None, (first, "a higher ZeRO stage or more ranks")))
         yield f"  It does not fit: a device has {amount(limit)}. Use {advice}."
 
 

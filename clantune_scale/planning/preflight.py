@@ -236,7 +236,7 @@ def _check_line(found: Preflight, block: ClanConfig, optimizer: ConfiguredOptimi
     if strategy is not None and strategy.has_one_state and may_compete(strategy):
         found.warnings.append(
             f"this strategy lets members compete, and members on the line take turns in it. A DeepSpeed loop takes "
-            f"them by itself if its loss is the model's own. In any other loop, {TURNS_REMEDY}"
+            f"them by itself if its loss is the model's own. Otherwise, {TURNS_REMEDY}"
         )
 
 

@@ -76,6 +76,12 @@ def test_the_page_names_the_chosen_form(call, line_config):
     assert "[groups]      line" in call("plan", QUICKSTART, *arguments).out
 
 
+def test_a_state_that_is_not_sharded_is_said_to_be_whole(call):
+    said = call("plan", ROOT / "configs/line.json", "--params", "1e6", "--world-size", 4)
+    # Without ZeRO in fp32: weights, gradients, two moments; an average and two arrays of a round.
+    assert "  State is whole on each device, as without a clan: 12 MB more on each device (75 %)." in said.out
+
+
 def test_bytes_on_the_line_stay_inside_the_one_model(call, line_config):
     data = call("plan", line_config, "--params", "1e6", "--world-size", 8, "--steps", 400, "--json").data
     traffic = data["traffic"]
@@ -105,6 +111,8 @@ def test_a_line_that_does_not_fit_may_store_its_arrays_on_the_host(call, line_co
     line_config.write_text(json.dumps(config))
     said = call("plan", line_config, *arguments)
     assert said.code == 0 and "does not fit" not in said.out
+    said = call("plan", line_config, "--params", "2e10", *arguments[2:])
+    assert "a device has 140 GB. Use a higher ZeRO stage or more ranks" in said.out
 
 
 def test_a_line_config_that_a_run_would_refuse_is_sent_to_validate(call, line_config):
