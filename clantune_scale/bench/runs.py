@@ -2,7 +2,8 @@
 
     python -m clantune_scale.bench.runs launch/pretrain_gpt.py configs/quickstart.json --methods fixed control clan
 
-``fixed`` is the same script without a clan, on the same ranks and the same batch. The script must accept ``--seed`` and
+``fixed`` is the same script without a clan, on the same ranks and the same batch. A strategy with ``-line`` after its
+name (``clan-line``) has its members on the line. The script must accept ``--seed`` and
 print a line with each requested figure (``test loss 1.2345 ...``), measured on data that selection never sees. Every
 run is a separate launch, one after the other. Its output is kept beside its results.
 """
@@ -26,6 +27,9 @@ from typing import Any
 from clantune_scale.errors import ClanError
 
 
+_ON_LINE = "-line"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one launch ended.
@@ -47,7 +51,8 @@ def config_of(base: dict[str, Any], method: str, seed: int, directory: Path) -> 
     """The script's DeepSpeed config for one launch."""
     block = {**base["clantune"], "seed": seed, "enabled": method != "fixed"}
     if method != "fixed":
-        block["strategy"] = method
+        name = method.removesuffix(_ON_LINE)
+        block |= {"strategy": name, "members": "groups" if name == method else "line"}
     block["tracking"] = {**block.get("tracking", {}), "directory": str(directory), "run_name": method, "mlflow": False}
     return {**base, "clantune": block}
 
@@ -113,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("script", type=Path, help="the training script")
     parser.add_argument("config", type=Path, help="its DeepSpeed config with the clantune block")
-    parser.add_argument("--methods", nargs="+", default=["fixed", "control", "clan"], help="strategies, or fixed")
+    parser.add_argument("--methods", nargs="+", default=["fixed", "control", "clan"], help="strategies (clan-line: on the line), or fixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, help="ranks to launch; by default as many as the block has members")
     parser.add_argument(

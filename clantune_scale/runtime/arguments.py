@@ -54,7 +54,7 @@ class LoopArguments(_Required, ClanArguments, total=False):
         num_samples: of the training data. Weight decay is a gene by default if no sample is seen twice.
         train_step: for members on the line whose loop does not take its steps from ``clan.steps()``: does one optimizer
             step, as the loop does, on the micro-batches that it gets, each the (args, kwargs) of a forward pass of the
-            model. Contestants of a competitive phase are trained with it, on batches that the loop has drawn.
+            model. Competitors of a competitive phase are trained with it, on batches that the loop has drawn.
     """
 
     micro_batch_size: int | None

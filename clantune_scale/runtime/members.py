@@ -60,7 +60,7 @@ class Members(Protocol):
 
     @property
     def in_turns(self) -> bool:
-        """Whether the steps that are taken now repeat a phase for another contestant. The run does not count them."""
+        """Whether the steps that are taken now repeat a phase for another competitor. The run does not count them."""
 
     @property
     def has_turns(self) -> bool:

@@ -57,3 +57,6 @@ def test_a_fixed_run_is_the_same_config_without_a_clan(tmp_path):
     assert fixed["clantune"]["enabled"] is False and fixed["train_batch_size"] == 8
     clan = runs.config_of(base, "clan", 3, tmp_path)
     assert clan["clantune"]["strategy"] == "clan" and clan["clantune"]["seed"] == 3 and clan["clantune"]["enabled"]
+    line = runs.config_of(base, "clan-line", 3, tmp_path)
+    assert clan["clantune"]["members"] == "groups"
+    assert line["clantune"]["strategy"] == "clan" and line["clantune"]["members"] == "line"

@@ -97,7 +97,7 @@ def test_a_whole_run_decides_nearly_what_real_members_decide(genes):
 
 
 def test_a_trial_in_turns_is_the_trial_of_real_members():
-    """Contestants never meet: up to the trial's end nothing but the cooperative rounds before it differs."""
+    """Competitors never meet: up to the trial's end nothing but the cooperative rounds before it differs."""
     groups, line = both("clan", LR, num_steps=42, **RACE)
     trial = next(i for i, record in enumerate(line.lineage) if record.phases[0].kind is PhaseKind.COMPETITIVE)
     ours, theirs = line.lineage[trial], groups.lineage[trial]

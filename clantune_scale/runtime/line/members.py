@@ -21,7 +21,7 @@ from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.line.points import Points
 from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
 from clantune_scale.runtime.line.snapshot import TrainingSnapshot
-from clantune_scale.runtime.line.turns import Turns, contestants_of
+from clantune_scale.runtime.line.turns import Turns, competitors_of
 from clantune_scale.runtime.members import MemberParts, names_of_groups
 
 TrainStep = Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object]
@@ -142,7 +142,7 @@ class OnTheLine:
     def fitness(self, *, averaged: bool) -> Fitness:
         if self.turns is not None:
             turns = self.turns
-            ended = [turns.ended[turns.contestant_of(member)].losses for member in range(self._size)]
+            ended = [turns.ended[turns.competitor_of(member)].losses for member in range(self._size)]
             return Fitness.from_losses(np.stack(ended))
         measurement = self._parts.measurement
         if self._points is None:
@@ -198,7 +198,7 @@ class OnTheLine:
         losses = [parts.progress.losses.round_losses] * size
         if self.turns is not None:
             turns = self.turns
-            ended = [turns.ended[turns.contestant_of(member)] for member in range(size)]
+            ended = [turns.ended[turns.competitor_of(member)] for member in range(size)]
             losses, rates = [one.training for one in ended], [one.learning_rate for one in ended]
         unknown = np.full(size, np.nan)
         totals = torch.tensor([[float(nonfinite_counts), *own] for own in losses], dtype=torch.float64)
@@ -284,12 +284,12 @@ class OnTheLine:
 
     def _begin_turns(self, position: Position) -> None:
         parts = self._parts
-        contestants = contestants_of(parts.values(position.phase))
-        parts.expression.express(contestants[0].values)
-        if len(contestants) < 2:
+        competitors = competitors_of(parts.values(position.phase))
+        parts.expression.express(competitors[0].values)
+        if len(competitors) < 2:
             return
         self.turns = Turns(
-            contestants,
+            competitors,
             position.step,
             position.step + position.phase.num_steps,
             TrainingSnapshot(parts.state(), self._backend, parts.progress.phase_snapshot),
@@ -327,14 +327,14 @@ class OnTheLine:
     def _go_on_from_turn(self, turns: Turns, weights: tuple[float, ...]) -> None:
         if max(weights) != 1.0:
             raise ConfigError('one model cannot average states that parted in turns. Set members to "groups".')
-        wanted = turns.contestant_of(weights.index(1.0))
+        wanted = turns.competitor_of(weights.index(1.0))
         assert turns.best is not None
         held, end = turns.best
         if held != wanted:
             raise ClanError(
-                f"the decision takes the state of a contestant with loss {float(turns.ended[wanted].losses.mean()):g}, "
+                f"the decision takes the state of a competitor with loss {float(turns.ended[wanted].losses.mean()):g}, "
                 f"and the fittest one's, {float(turns.ended[held].losses.mean()):g}, is the one that is held. Members "
                 f'on the line go on from the fittest of a competitive phase; set members to "groups".'
             )
-        if held != len(turns.contestants) - 1:
+        if held != len(turns.competitors) - 1:
             end.restore(self._parts.state(), self._backend)

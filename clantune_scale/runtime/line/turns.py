@@ -1,9 +1,9 @@
-"""Members in time: contestants of a competitive phase train one after the other, from one state, on the same batches.
+"""Members in time: competitors of a competitive phase train one after the other, from one state, on the same batches.
 
-The loop's own steps are the first contestant's turn. The batches that it draws are held in host memory. The other turns
+The loop's own steps are the first competitor's turn. The batches that it draws are held in host memory. The other turns
 follow at the phase's end and train on them, so that the loop around sees the steps and the batches of a run without a
 clan. Each turn is measured at its end. Only the start and the best end are held: a phase costs two copies of the state
-in host memory, whatever the number of contestants.
+in host memory, whatever the number of competitors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clantune_scale.transfer import MemberState
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Competitor:
     """One turn.
 
     Attributes:
@@ -34,10 +34,10 @@ class Contestant:
     values: dict[str, float]
 
 
-def contestants_of(values: Sequence[dict[str, float]]) -> list[Contestant]:
+def competitors_of(values: Sequence[dict[str, float]]) -> list[Competitor]:
     """The different genomes among the members, in the order in which they come.
 
-    Contestants train on the same batches from the same state, so that equal genomes end in equal states.
+    Competitors train on the same batches from the same state, so that equal genomes end in equal states.
 
     Args:
         values: [members] by gene.
@@ -45,7 +45,7 @@ def contestants_of(values: Sequence[dict[str, float]]) -> list[Contestant]:
     found: dict[tuple[tuple[str, float], ...], list[int]] = {}
     for member, own in enumerate(values):
         found.setdefault(tuple(sorted(own.items())), []).append(member)
-    return [Contestant(tuple(members), dict(values[members[0]])) for members in found.values()]
+    return [Competitor(tuple(members), dict(values[members[0]])) for members in found.values()]
 
 
 class HeldBatch:
@@ -94,20 +94,20 @@ class Turns:
     """The turns of one competitive phase.
 
     Args:
-        contestants: at least two.
+        competitors: at least two.
         start_step: optimizer steps done before the phase.
         end_step: optimizer steps done at its end.
-        start: the state from which each contestant trains.
+        start: the state from which each competitor trains.
         losses_before: (sum, number) of this rank's training losses in the round before the phase.
         keeps: whether training goes on from a turn's end. If not, no end is held.
         samplers: states of the run's own samplers at the phase's start.
 
     Attributes:
-        ended: by contestant that has trained.
-        best: contestant whose end is held, and that end; None while there is none.
+        ended: by competitor that has trained.
+        best: competitor whose end is held, and that end; None while there is none.
     """
 
-    contestants: Sequence[Contestant]
+    competitors: Sequence[Competitor]
     start_step: int
     end_step: int
     start: TrainingSnapshot
@@ -121,9 +121,9 @@ class Turns:
     _open: list[HeldBatch] = field(default_factory=list)
 
     @property
-    def current(self) -> Contestant:
+    def current(self) -> Competitor:
         """Who trains now, or who trained last."""
-        return self.contestants[min(len(self.ended), len(self.contestants) - 1)]
+        return self.competitors[min(len(self.ended), len(self.competitors) - 1)]
 
     @property
     def is_first(self) -> bool:
@@ -132,8 +132,8 @@ class Turns:
 
     @property
     def is_over(self) -> bool:
-        """Whether all contestants have trained."""
-        return len(self.ended) == len(self.contestants)
+        """Whether all competitors have trained."""
+        return len(self.ended) == len(self.competitors)
 
     def hold(self, batch: Any) -> None:
         """Holds a micro-batch of the first turn."""
@@ -173,9 +173,9 @@ class Turns:
         for step in self._steps:
             yield [held.get() for held in step]
 
-    def contestant_of(self, member: int) -> int:
+    def competitor_of(self, member: int) -> int:
         """The turn that a member's place in the population stands for."""
-        return next(index for index, one in enumerate(self.contestants) if member in one.members)
+        return next(index for index, one in enumerate(self.competitors) if member in one.members)
 
 
 def _mean(losses: np.ndarray) -> float:

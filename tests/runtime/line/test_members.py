@@ -16,7 +16,7 @@ from clantune_scale.tracking import read_events
 from tests.small_references import DROPOUT, LR, SAMPLES, clan_of, network, samples, squared_error, strategy_of
 
 DECAY = Gene("weight_decay", relative=True, max_change=0.3)
-#: A trial of four contestants, long enough to be held in a run of 120 steps.
+#: A trial of four competitors, long enough to be held in a run of 120 steps.
 TRIAL = {"trial_cost": 0.6, "trial_at": 0.15}
 
 

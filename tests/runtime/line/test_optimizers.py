@@ -121,7 +121,7 @@ def test_several_optimizers_take_one_step_together(given, tmp_path):
     assert [group["lr"] for group in clan.backend.param_groups()] == pytest.approx([0.02 * 0.99**50, 0.01 * 0.99**50])
     rounds = list(clan.progress.lineage)
     assert any(len(set(record.losses)) == 4 for record in rounds)
-    # The trial is among them: each contestant's optimizers began where the phase began.
+    # The trial is among them: each competitor's optimizers began where the phase began.
     assert any(phase.kind.value == "competitive" for record in rounds for phase in record.phases)
     assert clan.fitness.mean.min() < 0.7 * before
     assert clan.backend.optimizer_name() == "Muon, AdamW"
