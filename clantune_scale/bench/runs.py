@@ -26,7 +26,6 @@ from typing import Any
 
 from clantune_scale.errors import ClanError
 
-
 _ON_LINE = "-line"
 
 
@@ -118,7 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("script", type=Path, help="the training script")
     parser.add_argument("config", type=Path, help="its DeepSpeed config with the clantune block")
-    parser.add_argument("--methods", nargs="+", default=["fixed", "control", "clan"], help="strategies (clan-line: on the line), or fixed")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["fixed", "control", "clan"],
+        help="strategies (clan-line: on the line), or fixed",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, help="ranks to launch; by default as many as the block has members")
     parser.add_argument(

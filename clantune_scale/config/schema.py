@@ -203,7 +203,11 @@ class LineConfig(Block):
     weights, as schedule-free ones do, has it so in any case)."""
 
     store: Literal["device", "host"] = "device"
-    """Where the arrays of a round lie: `device` (beside the weights), or `host` (copied over at the round's end)."""
+    """Where the average of the weights and the starts of a round lie: `device` (beside the weights), or `host` (weights
+    are copied there with each update of the average; raise `average_every` with it)."""
+
+    average_every: Count = 1
+    """Optimizer steps from one update of the average of the weights to the next."""
 
 
 class ClanConfig(Block):

@@ -168,14 +168,30 @@ def averaging_weight(num_steps: int, window_steps: int) -> float:
     return 1.0 / max(1.0, min(0.9 * num_steps, window_steps))
 
 
-def reads(plan: RoundPlan) -> list[float]:
+def averaging_weights(plan: RoundPlan, *, every: int = 1) -> list[float]:
+    """[steps] how far the average moves towards the weights after each step of a round; 0 in steps that are left out.
+
+    Args:
+        plan: of the round.
+        every: steps from one update to the next. An update stands for the steps since the one before, so that the
+            average forgets as fast; the round's last step has one.
+    """
+    weights, left = [], 1.0
+    for offset in range(plan.num_steps):
+        left *= 1.0 - averaging_weight(plan.start_step + offset + 1, plan.ema_window_steps)
+        is_update = (offset + 1) % every == 0 or offset + 1 == plan.num_steps
+        weights.append(1.0 - left if is_update else 0.0)
+        left = 1.0 if is_update else left
+    return weights
+
+
+def reads(plan: RoundPlan, *, every: int = 1) -> list[float]:
     """[steps] the share that the weights after each of the round's steps have in the average at its end.
 
-    The rest, to 1, is the share of the average at the start.
+    The rest, to 1, is the share of the average at the start. ``every`` is as in :func:`averaging_weights`.
     """
     shares, left = [], 1.0
-    for num_steps in range(plan.end_step, plan.start_step, -1):
-        weight = averaging_weight(num_steps, plan.ema_window_steps)
+    for weight in reversed(averaging_weights(plan, every=every)):
         shares.append(left * weight)
         left *= 1.0 - weight
     return shares[::-1]

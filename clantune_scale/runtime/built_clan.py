@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from clantune_scale.checkpoint.durable import DurableRounds
@@ -82,10 +83,10 @@ class BuiltClan:
     ) -> None:
         self.world, self.backend, self.config = world, backend, config
         self.genes, self.strategy, self.progress = genes, strategy, Progress()
+        is_line = config.members == "line"
         self.phases = PhaseManager(RoundClock(strategy.plan), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
         # A loss scaler expects non-finite gradients now and then, and handles them itself.
-        is_line = config.members == "line"
         if config.faults.nonfinite_mask and backend.loss_scale() is None and not is_line:
             self.groups.mask = NonfiniteMask(world.member, config.population_size, self.groups.gradient)
         self.view = ClanView(world, backend, config, batch, genes, strategy, self.phases, self.groups)
@@ -98,6 +99,8 @@ class BuiltClan:
             phases=self.phases,
             replica_group=world.replica_group,
             uses_ema=strategy.uses_ema,
+            average_every=config.line.average_every if is_line else 1,
+            average_device=torch.device("cpu") if is_line and config.line.store == "host" else None,
         )
         self._batches, self._clock, self._probe = BatchWatch(world.replica_group), Stopwatch(), GradientProbe()
         parts = MemberParts(

@@ -55,6 +55,7 @@ class Clan(BuiltClan):
         self.members.share_gradients()
         self.backend.around_update(self.members.updating)
         self.backend.after_step(self._after_step)
+        self.backend.after_skip(self.members.drop_held)
         self.backend.watch(self._on_batch, self._on_loss)
 
     def _on_batch(self, args: tuple, kwargs: dict) -> None:
@@ -84,7 +85,7 @@ class Clan(BuiltClan):
         if self.groups.mask is not None:
             self.groups.mask.end_step()
         if self.measurement.ema is not None and done.plan.uses_ema:
-            self.measurement.ema.update(done.step + 1, done.plan.ema_window_steps)
+            self.measurement.ema.after_step(done)
         if self.members.in_turns:
             self.rounds.step_done()
             return
@@ -124,7 +125,7 @@ class Clan(BuiltClan):
         while until is None or self.num_steps < until:
             done = self.phases.position
             yield from new_step(self.backend, batches, self.members.hold)
-            if done.ends_phase and self.members.has_turns:
+            if self.members.has_turns:
                 for repeated in self.members.take_turns():
                     yield from repeated_step(self.backend, repeated)
                 self._step_counted(done)

@@ -112,6 +112,13 @@ class UpdateHooks(Protocol):
     def own_step(self) -> Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object] | None:
         """One optimizer step on the (args, kwargs) of forward passes, as the loop does it; None if it is not known."""
 
+    def after_skip(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` after a step of the loop that updated nothing and is not counted."""
+
+    @property
+    def may_skip_steps(self) -> bool:
+        """Whether a step of the loop may update nothing and not be counted, because scaled gradients overflowed."""
+
     def clear_gradients(self) -> None:
         """Drops gradients that a loop has not zeroed yet, before a step that the loop does not know of."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
+import torch
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.distributed.groups import ReplicaGroup
@@ -25,6 +26,7 @@ class Measurement:
         phases: suspends gradient sharing during an evaluation.
         replica_group: this rank's peers.
         uses_ema: whether the strategy averages weights.
+        average_every, average_device: see :class:`WeightEma`.
 
     Attributes:
         ema: the moving average of this rank's fp32 weights, or None if the strategy uses none.
@@ -39,10 +41,14 @@ class Measurement:
         phases: PhaseManager,
         replica_group: ReplicaGroup,
         uses_ema: bool,
+        average_every: int = 1,
+        average_device: torch.device | None = None,
     ) -> None:
         self._window, self._evaluate = window, evaluate
         self._backend, self._phases, self._replica_group = backend, phases, replica_group
-        self.ema = WeightEma(backend.masters, backend.refresh) if uses_ema else None
+        self.ema = None
+        if uses_ema:
+            self.ema = WeightEma(backend.masters, backend.refresh, every=average_every, device=average_device)
 
     @property
     def tokens_per_sample(self) -> int | None:

@@ -101,6 +101,9 @@ class Members(Protocol):
     def hold(self, batch: Any) -> None:
         """Sees a micro-batch that ``clan.steps()`` is about to give to the loop."""
 
+    def drop_held(self) -> None:
+        """Forgets the micro-batches of a step that was skipped."""
+
     def step_done(self) -> None:
         """Ends a step that the run counts."""
 
@@ -178,6 +181,9 @@ class InGroups:
         """Does nothing: no batch is used twice."""
 
     def hold(self, batch: Any) -> None:
+        """Does nothing: no batch is used twice."""
+
+    def drop_held(self) -> None:
         """Does nothing: no batch is used twice."""
 
     def step_done(self) -> None:

@@ -23,6 +23,10 @@ class Steps(Protocol):
     @property
     def accumulation(self) -> int: ...
 
+    @property
+    def may_skip_steps(self) -> bool:
+        """Whether a step may update nothing, because scaled gradients overflowed."""
+
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """The context of one micro-batch's forward and backward. Gradients cross ranks in the step's last one only."""
 
@@ -72,7 +76,7 @@ def repeated_step(engine: Steps, batches: list[Any]) -> Iterator[Step]:
 def _checked(engine: Steps, step: Step) -> Iterator[Step]:
     before = engine.num_steps
     yield step
-    if engine.num_steps == before:
+    if engine.num_steps == before and not engine.may_skip_steps:
         raise ClanError(
             f"no optimizer step was taken after {before}. Inside `for step in clan.steps(loader)`, call "
             f"optimizer.step() once (and scheduler.step() after it, if attach() was given a scheduler)."

@@ -7,6 +7,7 @@ from clantune_scale.core.line import (
     DecayRule,
     Line,
     averaging_weight,
+    averaging_weights,
     decay_reach,
     kept_share,
     obstacle,
@@ -100,14 +101,20 @@ def test_who_all_members_go_on_from():
     assert successor(average) == (0.0, 0.5, 0.5)
 
 
-def test_an_average_is_its_start_and_the_weights_that_it_reads():
+@pytest.mark.parametrize("every", [1, 2, 4, 100])
+def test_an_average_is_its_start_and_the_weights_that_it_reads(every):
     own = plan()
     average, weights = 5.0, [1.0, -2.0, 3.0, 0.5, 7.0, 2.0]
-    expected = kept_share(own) * average + sum(a * b for a, b in zip(reads(own), weights, strict=True))
-    for step, weight in enumerate(weights, start=10):
-        average += (weight - average) * averaging_weight(step, 4)
+    shares = reads(own, every=every)
+    expected = kept_share(own) * average + sum(a * b for a, b in zip(shares, weights, strict=True))
+    moves = averaging_weights(own, every=every)
+    for offset, weight in enumerate(weights):
+        if every == 1:
+            assert moves[offset] == pytest.approx(averaging_weight(10 + offset, 4), rel=1e-14)
+        average += (weight - average) * moves[offset]
     assert average == pytest.approx(expected, rel=1e-14)
-    assert kept_share(own) + sum(reads(own)) == pytest.approx(1.0, rel=1e-14)
+    assert kept_share(own) + sum(shares) == pytest.approx(1.0, rel=1e-14)
+    assert [bool(move) for move in moves] == [(i + 1) % every == 0 or i == 5 for i in range(6)]
 
 
 @pytest.mark.parametrize(

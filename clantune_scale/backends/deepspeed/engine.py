@@ -173,6 +173,12 @@ class DeepSpeedBackend:
             self.engine.backward(loss_of(self.engine(*args, **kwargs)))
             self.engine.step()
 
+    # Skipped steps are counted.
+    may_skip_steps = False
+
+    def after_skip(self, callback: Callable[[], None]) -> None:
+        """Does nothing: every step of the loop is counted."""
+
     def clear_gradients(self) -> None:
         """Does nothing: ``engine.step`` has zeroed them."""
 

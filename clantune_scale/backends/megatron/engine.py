@@ -142,6 +142,12 @@ class MegatronBackend:
     # The number of micro-batches, the schedule's arguments and the scheduler's increment are the loop's.
     own_step = None
 
+    # Skipped steps are counted.
+    may_skip_steps = False
+
+    def after_skip(self, callback: Callable[[], None]) -> None:
+        """Does nothing: every step of the loop is counted."""
+
     def clear_gradients(self) -> None:
         self.engine.zero_grad_buffer()
         self._optimizer.zero_grad()

@@ -36,6 +36,7 @@ def attach(
     *,
     accumulation: int | None = None,
     gradient_clipping: float | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     **arguments: Unpack[LoopArguments],
 ) -> LoopClan:
     """Attaches a clan to a model in a loop of your own.
@@ -70,6 +71,7 @@ def attach(
         scheduler: goes with a clone, and ends each step; None if there is none or it moves otherwise.
         accumulation: micro-batches per optimizer step; None takes the config's, else 1. A gene may change it.
         gradient_clipping: gradient-norm threshold, 0 for none; None takes the config's, else 0. A gene may change it.
+        scaler: torch's ``GradScaler``, if the loop steps by one. Steps that it skips are not counted.
         {arguments}
 
     Returns:
@@ -99,7 +101,7 @@ def attach(
             CLIPPING: ("gradient_clipping", gradient_clipping),
         },
     )
-    backend = _backend(model, optimizer, scheduler, settings, block)
+    backend = _backend(model, optimizer, scheduler, settings, block, scaler)
     return attach_to(
         backend,
         LoopClan,
@@ -137,6 +139,7 @@ def _backend(
     scheduler: Any,
     settings: Mapping[str, Any],
     block: ClanConfig,
+    scaler: torch.amp.GradScaler | None,
 ) -> LoopBackend:
     """The backend for what the model is, its batch a share of the clan's (on the line, the whole of it).
 
@@ -149,15 +152,14 @@ def _backend(
     population_size = 1 if is_line else block.population_size
     if isinstance(module, DistributedDataParallel):
         options = _batch_and_clip(settings, population_size, dp_size=dist.get_world_size())
-        return DDPBackend(model, module, optimizer, scheduler, **options)
+        return DDPBackend(model, module, optimizer, scheduler, scaler=scaler, **options)
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         options = _batch_and_clip(settings, population_size, dp_size=data_parallel_size(module, is_line=is_line))
-        return FSDPBackend(model, module, optimizer, scheduler, is_line=is_line, **options)
+        return FSDPBackend(model, module, optimizer, scheduler, is_line=is_line, scaler=scaler, **options)
     if is_line:
         dp_size = dist.get_world_size() if dist.is_initialized() else 1
-        return PlainBackend(
-            model, module, optimizer, scheduler, **_batch_and_clip(settings, population_size, dp_size=dp_size)
-        )
+        options = _batch_and_clip(settings, population_size, dp_size=dp_size)
+        return PlainBackend(model, module, optimizer, scheduler, scaler=scaler, **options)
     raise ConfigError(
         f"the model is a plain {type(module).__name__}, whose gradients nothing averages. Apply fully_shard() to it or "
         f"wrap it in DistributedDataParallel, also if a member has one rank."

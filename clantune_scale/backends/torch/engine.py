@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, schedulers_in
 from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
+from clantune_scale.backends.torch.scaler import require_known_scaler, scale_of, set_scale, with_scale
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
@@ -44,6 +45,7 @@ class LoopBackend(ABC):
         micro_batch_size: samples per rank and backward pass.
         accumulation: micro-batches per optimizer step.
         gradient_clipping: gradient-norm threshold, 0 for none.
+        scaler: by which the loop scales the loss and takes its steps; None if it does not.
 
     Raises:
         ConfigError: if the optimizer's parameters are not the module's, or not in float32.
@@ -69,6 +71,7 @@ class LoopBackend(ABC):
         micro_batch_size: int,
         accumulation: int = 1,
         gradient_clipping: float = 0.0,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.engine, self.module = model, module
         self.micro_batch_size, self.accumulation, self.clip = micro_batch_size, accumulation, gradient_clipping
@@ -84,6 +87,9 @@ class LoopBackend(ABC):
         self._probe, self._order = GradientProbe(), PostingOrder()
         self._is_clipped = False
         self._step_end: StepEnd | None = None
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._has_looked_for_scaler = self._has_stepped = False
+        self._on_skip: Callable[[], None] | None = None
 
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizers.param_groups
@@ -122,6 +128,8 @@ class LoopBackend(ABC):
     def state(self) -> MemberState:
         fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
         found = state.member_state(self._optimizers, self._trained, fixed, self._schedulers, self.refresh, self._starts)
+        if self._scaler is not None:
+            with_scale(found, self.loss_scale, self.set_loss_scale)
         found.grow = lambda names: self._optimizers.grow(
             [parameter for _, parameter in self._trained], state.grown_indices(names)
         )
@@ -157,6 +165,9 @@ class LoopBackend(ABC):
 
         def before(_: Any, args: tuple, kwargs: dict) -> None:
             require_plain_step(args[1:], kwargs)
+            if not self._has_looked_for_scaler:
+                self._has_looked_for_scaler = True
+                require_known_scaler(self._optimizers.parts, self._scaler)
             if self._step_end is not None:
                 self._step_end.require_turn(index, self.num_steps)
             # If the last update raised, torch did not call the post hook, and the context is still open.
@@ -166,6 +177,7 @@ class LoopBackend(ABC):
 
         def after(*_: Any) -> None:
             entered.close()
+            self._has_stepped = True
 
         self._undo += [
             entered.close,
@@ -182,7 +194,7 @@ class LoopBackend(ABC):
         """Compares the posting order of the clan's collectives over the ranks, in the first step and once per phase."""
 
     def after_step(self, callback: Callable[[], None]) -> None:
-        """Calls back after the update. With a scheduler, it calls back when the scheduler's ``step`` returns."""
+        """Calls back after the update; after the ``step`` of schedulers and the ``update`` of a scaler if there are."""
 
         def call_back() -> None:
             self.num_steps += 1
@@ -191,13 +203,34 @@ class LoopBackend(ABC):
             callback()
 
         parts, schedulers = self._optimizers.parts, self._schedulers
-        self._step_end = end = StepEnd(len(parts), len(schedulers), call_back)
+        num_closing = len(schedulers) + (self._scaler is not None)
+        self._step_end = end = StepEnd(len(parts), num_closing, call_back)
         for index, part in enumerate(parts):
             self._undo.append(
                 part.register_step_post_hook(lambda *_, index=index: end.stepped("optimizer", index)).remove
             )
         for index, scheduler in enumerate(schedulers):
             self._undo.append(self._after_schedule(index, scheduler, end))
+        if self._scaler is not None:
+            self._undo.append(self._after_scaling(len(schedulers), self._scaler, end))
+
+    def after_skip(self, callback: Callable[[], None]) -> None:
+        """Calls back when the loop's scaler has skipped a step: its ``update`` comes, and no optimizer has stepped."""
+        self._on_skip = callback
+
+    def _after_scaling(self, index: int, scaler: torch.amp.GradScaler, end: StepEnd) -> Callable[[], None]:
+        """A step ends only after the scaler's ``update``, which is the last to change its state."""
+        update = scaler.update
+
+        @wraps(update)
+        def update_then_note(*args: Any, **kwargs: Any) -> None:
+            update(*args, **kwargs)
+            if not self._has_stepped and self._on_skip is not None:
+                self._on_skip()
+            self._has_stepped = False
+            end.stepped("scheduler", index)
+
+        return replace_method(scaler, "update", update_then_note)
 
     @staticmethod
     def _after_schedule(index: int, scheduler: Any, end: StepEnd) -> Callable[[], None]:
@@ -260,13 +293,21 @@ class LoopBackend(ABC):
             dist.broadcast(loss, group_src=0, group=self.tp_group)
         return loss
 
+    @property
+    def may_skip_steps(self) -> bool:
+        """Whether a step of the loop may update nothing, because scaled gradients overflowed."""
+        return self._scaler is not None
+
     def loss_scale(self) -> Mapping[str, Any] | None:
-        return None
+        return None if self._scaler is None else scale_of(self._scaler)
 
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
-        raise ClanError(
-            f"this loop does not scale the loss, so it cannot load the loss scale {dict(state)}. Train in bf16 or fp32."
-        )
+        if self._scaler is None:
+            raise ClanError(
+                f"this loop does not scale the loss, so it cannot load the loss scale {dict(state)}. Train in bf16 or "
+                f"fp32, or pass scaler=... to attach()."
+            )
+        set_scale(self._scaler, state)
 
     def optimizer_name(self) -> str:
         return self._optimizers.name

@@ -120,7 +120,7 @@ class StepEnd:
 
     Args:
         num_optimizers: of the loop.
-        num_schedulers: that the loop steps once for each step of the run.
+        num_schedulers: that the loop steps once for each step of the run; a loss scaler is one.
         call: at the end of a step.
     """
 
@@ -142,8 +142,9 @@ class StepEnd:
         """
         if self.awaits_schedulers:
             raise ClanError(
-                f"scheduler.step() was not called after optimizer step {num_steps + 1}. Call it once after each "
-                f"optimizer.step(). If it is not stepped once per optimizer step, leave it out of attach()."
+                f"scheduler.step() was not called after optimizer step {num_steps + 1} (or scaler.update(), with a "
+                f"scaler). Call it once after each optimizer.step(). If it is not stepped once per optimizer step, leave "
+                f"it out of attach()."
             )
         waiting = self._waiting_for["optimizer"]
         if index not in waiting:

@@ -17,7 +17,7 @@ from clantune_scale.bench.batched.sharing import Sharing, clip
 from clantune_scale.bench.batched.state import RowLayout, State
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.core.genome import Genome
-from clantune_scale.core.line import Line, averaging_weight
+from clantune_scale.core.line import Line, averaging_weight, averaging_weights
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
@@ -84,6 +84,7 @@ class BatchedClans:
         dtype: of weights and optimizer state.
         members: ``"line"`` computes members from the clan's centre in rounds that allow it (``core.line``); in all
             other rounds, and with ``"groups"``, members are real.
+        average_every: steps from one update of averaged weights to the next.
 
     Attributes:
         clans: [clans], their decisions so far.
@@ -104,7 +105,9 @@ class BatchedClans:
         num_eval_batches: int = 16,
         dtype: torch.dtype = torch.float32,
         members: Literal["groups", "line"] = "groups",
+        average_every: int = 1,
     ) -> None:
+        self._average_every = average_every
         self._on_line = members == "line"
         self._line_round: LineRound | None = None
         self.num_members = _shared({strategy.facts.population_size for strategy in strategies}, "population sizes")
@@ -155,7 +158,12 @@ class BatchedClans:
         for clan, num_samples in zip(self.clans, self._reading.num_samples, strict=True):
             clan.num_trained += num_samples
         if position.plan.uses_ema:
-            self.state.update_average(averaging_weight(self.num_steps, position.plan.ema_window_steps))
+            plan, offset = position.plan, self.num_steps - 1 - position.plan.start_step
+            weight = averaging_weight(self.num_steps, plan.ema_window_steps)
+            if self._average_every > 1:
+                weight = averaging_weights(plan, every=self._average_every)[offset]
+            if weight:
+                self.state.update_average(weight)
         if position.ends_round:
             self._end_round(position.plan)
 
@@ -218,7 +226,7 @@ class BatchedClans:
         ]
         if any(line is not None for line in lines):
             rules = [self._rule.decay_rule(clan.settings.base()) for clan in self.clans]
-            self._line_round = LineRound(lines, rules, plan, self.state)
+            self._line_round = LineRound(lines, rules, plan, self.state, average_every=self._average_every)
         return [
             clan.population.genomes if line is None else (Genome(line.centre),) * self.num_members
             for clan, line in zip(self.clans, lines, strict=True)

@@ -34,9 +34,18 @@ class LineRound:
         rules: [clans] how its optimizer applies a weight decay.
         plan: of the round, whose lengths and averages are the same for all clans.
         state: at the round's start.
+        average_every: steps from one update of the average to the next.
     """
 
-    def __init__(self, lines: Sequence[Line | None], rules: Sequence[DecayRule], plan: RoundPlan, state: State) -> None:
+    def __init__(
+        self,
+        lines: Sequence[Line | None],
+        rules: Sequence[DecayRule],
+        plan: RoundPlan,
+        state: State,
+        *,
+        average_every: int = 1,
+    ) -> None:
         self._averages = plan.uses_ema
         dtype = state.weights.dtype
         size = state.weights.shape[1]
@@ -47,7 +56,7 @@ class LineRound:
         # The average at the round's end, had the weights not moved.
         self._anchor = torch.lerp(state.weights, state.average, kept_share(plan)) if plan.uses_ema else None
         self._sums = [torch.zeros_like(state.weights) for _ in range(1 + plan.uses_ema)]
-        sources = [only_the_last(plan), reads(plan)][: len(self._sums)]
+        sources = [only_the_last(plan), reads(plan, every=average_every)][: len(self._sums)]
         # [roles][clans, steps]
         self._reach = [
             torch.tensor([decay_reach(source, rule) for rule in rules], dtype=torch.float64) for source in sources

@@ -36,6 +36,7 @@ class Method:
         duty_cycle: the user's.
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
         genes: in place of the default ones and the problem's.
+        average_every: steps from one update of averaged weights to the next.
         members: ``"groups"`` trains all members; ``"line"`` computes them from one model in rounds that allow it.
     """
 
@@ -48,6 +49,7 @@ class Method:
     schedule: str | None = None
     genes: Sequence[str] | None = None
     members: Literal["groups", "line"] = "groups"
+    average_every: int = 1
 
     def gene_names(self, problem: Problem, settings: Settings) -> tuple[str, ...]:
         """Names of the genes of a run that is configured with ``settings``."""

@@ -114,6 +114,7 @@ def _batch_of_runs(
         settings=settings,
         seeds=seeds,
         members=method.members,
+        average_every=method.average_every,
     )
     clans.run(problem.total_steps)
     return [

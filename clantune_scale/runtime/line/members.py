@@ -132,6 +132,10 @@ class OnTheLine:
         if self.turns is not None and self._yields_turns:
             self.turns.hold(batch)
 
+    def drop_held(self) -> None:
+        if self.turns is not None:
+            self.turns.drop_held()
+
     def step_done(self) -> None:
         if self.turns is not None:
             self.turns.step_done()
@@ -167,6 +171,8 @@ class OnTheLine:
             turns.meter.begin_round()
             parts.expression.express(turns.current.values)
             yield from turns.batches()
+            # A competitor whose scaled gradients overflowed has skipped steps that the first one took.
+            parts.view.phases.rewind(turns.end_step)
             self._end_turn(turns.meter.round_losses, is_whole=False)
 
     def run_turns(self) -> bool:
@@ -184,7 +190,7 @@ class OnTheLine:
         for batches in self.take_turns():
             before = self._backend.num_steps
             step(batches)
-            if self._backend.num_steps == before:
+            if self._backend.num_steps == before and not self._backend.may_skip_steps:
                 raise ClanError(
                     f"train_step took no optimizer step after {before}. It has to do one step on the micro-batches "
                     f"that it gets: forward, backward, optimizer.step() (and scheduler.step(), if there is one)."
@@ -279,6 +285,7 @@ class OnTheLine:
             plan=plan,
             rules=rules,
             moves_weights=self._moves,
+            average_every=parts.view.config.line.average_every,
             device=torch.device("cpu") if parts.view.config.line.store == "host" else None,
         )
 

@@ -34,6 +34,7 @@ class Points:
         moves_weights: whether weights can be written too; an observer, whose training goes on from the centre, saves
             a start and a decay.
         device: of the stored start and centre; None for the weights' own.
+        average_every: steps from one update of the average to the next.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Points:
         rules: Sequence[DecayRule | None],
         moves_weights: bool = True,
         device: torch.device | None = None,
+        average_every: int = 1,
     ) -> None:
         self._weights, self._average, self._group_of, self._device = weights, average, group_of, device
         self._line, self._moves_weights = line, moves_weights
@@ -65,7 +67,9 @@ class Points:
                 self._sums.append((self._decay, [decay_reach(only_the_last(plan), rule) for rule in known]))
             if average is not None:
                 self._average_decay = _zeros(weights())
-                self._sums.append((self._average_decay, [decay_reach(reads(plan), rule) for rule in known]))
+                self._sums.append(
+                    (self._average_decay, [decay_reach(reads(plan, every=average_every), rule) for rule in known])
+                )
 
     @property
     def sums_decays(self) -> bool:
@@ -162,7 +166,7 @@ class Points:
             self._start = [self._kept(weight) for weight in weights]
         if self._average is not None:
             self._anchor = [
-                self._kept(weight.to(average.dtype).lerp(average, kept))
+                self._kept(weight.detach().to(average).lerp(average, kept))
                 for weight, average in zip(weights, self._average, strict=True)
             ]
 

@@ -140,6 +140,10 @@ class Turns:
         if self.is_first:
             self._open.append(HeldBatch(batch))
 
+    def drop_held(self) -> None:
+        """Forgets the micro-batches of a step that was skipped."""
+        self._open = []
+
     def step_done(self) -> None:
         """Ends a step of the first turn: the micro-batches that came since are its."""
         if self.is_first:

@@ -244,3 +244,28 @@ def test_the_run_is_recorded_as_one_of_members_and_its_champion_loads(tmp_path):
     assert rates[0][1] / rates[0][0] == pytest.approx(rates[1][1] / rates[1][0])
     assert summary.champion == 0 and math.isfinite(summary.champion_loss)
     assert len(run.clan.evaluate(TensorDataset(*samples(7)))) == 4
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_an_average_of_every_fourth_step_measures_points_of_the_same_line(store, tmp_path):
+    """The members' averages are those of real members whose averages are updated as seldom."""
+    genes = {"lr": {}, "weight_decay": {}}
+    strategy = {"name": "clan", "options": {"trial_cost": 0}}
+    line = {"store": store, "average_every": 4}
+    run = Run(tmp_path, genes=genes, total_steps=120, strategy=strategy, line=line, round_length=6)
+    centre = [p.detach().clone() for p in run.model.parameters()]
+    genomes = run.clan.population.genomes
+    rates = [0.7 * genome.values["lr"] / 0.7 for genome in genomes]
+    run.train(6)
+    measured = run.lineage[0].losses
+    # By hand: each member trains on the gradients of the centre, which the round's first step has in common.
+    spread = (max(measured) - min(measured)) / min(measured)
+    assert spread > 1e-4 and len(set(measured)) == 4
+    ranked = sorted(range(4), key=lambda member: -rates[member])
+    assert sorted(range(4), key=lambda member: measured[member]) in (ranked, ranked[::-1])
+    every = Run(tmp_path / "every", genes=genes, total_steps=120, strategy=strategy, line={"store": store})
+    every.train(6)
+    # Fewer updates of the average read other weights of the same steps.
+    assert measured != every.lineage[0].losses
+    assert measured == pytest.approx(every.lineage[0].losses, rel=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(centre, run.model.parameters(), strict=True))
