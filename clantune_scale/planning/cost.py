@@ -66,11 +66,13 @@ def pace_of(
     if hardware is None or job.tokens_per_sample is None:
         return None
     flops_s = hardware.compute_flops_s * hardware.compute_share
+    host_bytes_s = hardware.host_bytes_s * hardware.link_share
     micro_batch_s = _TRAINING * job.num_parameters * job.micro_batch * job.tokens_per_sample / flops_s
 
     def computed_s(phase: Phase) -> float:
         sharing = job.in_phase(phase)
-        return micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+        step_s = micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+        return step_s + _average_copy_bytes(job) / host_bytes_s
 
     eval_tokens = job.num_samples / job.dp * job.tokens_per_sample
     plain = job.without_clan()
@@ -80,17 +82,21 @@ def pace_of(
         step_s=computed_s,
         evaluation_s=_FORWARD * job.num_parameters * eval_tokens / flops_s
         + _sending_s(evaluation_traffic(job, averaged=job.uses_ema), job, hardware),
-        transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware)
-        + copied / (hardware.host_bytes_s * hardware.link_share),
+        transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware) + copied / host_bytes_s,
     )
+
+
+def _average_copy_bytes(job: Job) -> float:
+    """Bytes of weights that a step sends to an average in host memory, in the mean."""
+    return job.shard * 4 / job.host_average_every if job.uses_ema and job.host_average_every else 0.0
 
 
 def _round_copy_bytes(job: Job, copies: Copies) -> int:
     """Bytes of a round on the line between device and host, if its arrays lie there.
 
-    Each array goes there and back once, and one of them comes back for each point.
+    Each array and the average go there and back once; the anchor and the average come for each point.
     """
-    return (2 * copies.host_arrays + job.points) * job.shard * 4 if copies.host_arrays else 0
+    return 2 * (copies.host_arrays + 1 + job.points) * job.shard * 4 if copies.host_arrays else 0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Job:
         persistence: largest parameter that ZeRO 3 does not partition for computing.
         keeps: elements that ZeRO 3 keeps gathered from the forward to the backward pass.
         points: members on the line of the one model; 0 if members are groups of ranks, or if there is no clan.
+        host_average_every: optimizer steps between two updates of an average that lies in host memory; None if it lies
+            on the device.
     """
 
     parameters: tuple[int, ...]
@@ -64,6 +66,7 @@ class Job:
     persistence: int = _PERSISTENCE
     keeps: int = _KEEPS
     points: int = 0
+    host_average_every: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -193,6 +196,7 @@ def describe_job(
     """
     zero = ds_config.get("zero_optimization") or {}
     optimizer = ds_config.get("optimizer") or {}
+    is_line = block.members == "line"
     name = str(optimizer.get("type", "adamw")).lower()
     moments = _MOMENTS.get(name, 2)
     if name == "sgd" and not optimizer.get("params", {}).get("momentum"):
@@ -215,7 +219,8 @@ def describe_job(
         tokens_per_sample=tokens_per_sample,
         persistence=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE)),
         keeps=int(min(zero.get("stage3_max_live_parameters", _KEEPS), zero.get("stage3_max_reuse_distance", _KEEPS))),
-        points=block.population_size if block.members == "line" else 0,
+        points=block.population_size if is_line else 0,
+        host_average_every=block.line.average_every if is_line and block.line.store == "host" else None,
     )
 
 

@@ -41,10 +41,11 @@ class RankMemory:
         gradients: that outlive the backward pass.
         masters: fp32 weights beside ``weights``; 0 if the weights are the masters.
         moments: optimizer state.
-        average: the strategy's averaged weights.
+        average: the strategy's averaged weights, unless they lie in host memory.
         line: the arrays of a round on the line.
         centre: the copy of the weights that exists while points on the line are measured.
-        host: copies in host memory: the rollback snapshot, and the most that a competition or a round on the line adds.
+        host: in host memory: the rollback snapshot, an average that lies there, and the most that a competition or a
+            round on the line adds.
     """
 
     weights: int
@@ -85,16 +86,18 @@ def rank_memory(job: Job, copies: Copies | None = None) -> RankMemory:
     if job.stage == 3:
         weights += job.persistent * job.width
     own = shard * _MASTER
+    average, is_on_host = own * job.uses_ema, job.host_average_every is not None
+    most_copied = max(state_bytes(job) * copies.states, own * copies.host_arrays)
     return RankMemory(
         weights=weights,
         gradients=(shard if job.stage >= 2 else whole) * job.width,
         # In fp32 without ZeRO the optimizer updates the parameters themselves. All other wrappers keep fp32 copies.
         masters=0 if job.stage == 0 and job.width == _MASTER else own,
         moments=own * job.moments,
-        average=own if job.uses_ema else 0,
+        average=0 if is_on_host else average,
         line=own * copies.arrays,
         centre=own * copies.centre,
-        host=state_bytes(job) * job.guards + max(state_bytes(job) * copies.states, own * copies.host_arrays),
+        host=state_bytes(job) * job.guards + average * is_on_host + most_copied,
     )
 
 

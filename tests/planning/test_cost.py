@@ -97,10 +97,13 @@ def test_a_step_on_the_line_is_a_plain_one_and_a_trial_one_for_each_that_takes_a
 
 def test_arrays_on_the_host_are_copied_there_and_back():
     device = _forecast(SLOW, strategy="clan", total_steps=100, members="line").cost.seconds
-    host = _forecast(SLOW, strategy="clan", total_steps=100, members="line", line={"store": "host"})
-    # Start, anchor and centre go and come once; the anchor comes for each of four points.
-    more = host.walk.num_ended * (2 * 3 + 4) * 56 / 1e4
+    line = {"store": "host", "average_every": 5}
+    host = _forecast(SLOW, strategy="clan", total_steps=100, members="line", line=line)
+    # Start, anchor, centre and average go and come once; the anchor and the average come for each of four points.
+    more = host.walk.num_ended * (2 * 4 + 2 * 4) * 56 / 1e4
     assert host.cost.seconds["transfer"] - device["transfer"] == pytest.approx(more)
+    # The weights go to the average in every fifth step.
+    assert host.cost.seconds["training"] - device["training"] == pytest.approx(100 / 5 * 56 / 1e4)
 
 
 def test_what_fits_a_budget_costs_at_most_that_and_the_rest_does_not():

@@ -54,11 +54,13 @@ def test_members_on_the_line_shard_as_plain_zero_and_store_arrays_of_a_round():
 
 
 def test_arrays_on_the_host_take_turns_there_with_the_states_of_a_trial():
-    job = replace(JOB.without_clan(), uses_ema=True, guards=True, points=4)
+    job = replace(JOB.without_clan(), uses_ema=True, guards=True, points=4, host_average_every=1)
     shard = 56 * 4
     stored = rank_memory(job, Copies(host_arrays=3))
-    assert (stored.line, stored.centre, stored.host) == (0, 0, 4 * shard + 3 * shard)
-    assert rank_memory(job, Copies(states=2, host_arrays=3)).host == 3 * 4 * shard
+    # A rollback snapshot of four, the average, and the round's own.
+    assert (stored.average, stored.line, stored.centre, stored.host) == (0, 0, 0, (4 + 1 + 3) * shard)
+    assert rank_memory(job, Copies(states=2, host_arrays=3)).host == (4 + 1 + 2 * 4) * shard
+    assert stored.device == rank_memory(job.without_clan()).device
 
 
 def test_without_gradients_to_free_a_rounds_end_is_the_peak():
