@@ -13,17 +13,19 @@ from clantune_scale.cli.opened_run import open_run
 from clantune_scale.cli.plan_text import describe
 from clantune_scale.errors import ClanError
 from clantune_scale.planning.budget import Forecast, Size, fitting, forecast
-from clantune_scale.planning.hardware import PRESETS, read_hardware
+from clantune_scale.planning.forms import Form, FormName, forms_of
+from clantune_scale.planning.hardware import PRESETS, Hardware, read_hardware
 from clantune_scale.planning.measured import measure
-from clantune_scale.planning.memory import rank_memory, state_bytes
+from clantune_scale.planning.memory import RankMemory, rank_memory, state_bytes
 from clantune_scale.planning.preflight import Preflight, preflight
 from clantune_scale.planning.traffic import (
     Collective,
+    Scope,
     clone_traffic,
     crossing_bytes,
-    drift_traffic,
-    evaluation_traffic,
     inside_bytes,
+    mean_round_bytes,
+    round_end_traffic,
     step_traffic,
 )
 
@@ -58,7 +60,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     }
     size = _size(arguments, model)
     one = forecast(found.ds_config, found.block, found.genes, size, **how)
-    data = _data(one, found, how)
+    forms = forms_of(ds_config, one, size, model=model, **how)
+    data = _data(one, found, how) | {"form": found.block.members, "forms": _forms(forms, how["hardware"])}
     if arguments.budget_percent is not None:
         data["budget"] = _budget(arguments.budget_percent, found, size, how, one)
     return Answer(describe(data), data)
@@ -77,26 +80,26 @@ def _size(arguments: argparse.Namespace, model: Any) -> Size:
 
 def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any]:
     job, plain, cost = one.job, one.job.without_clan(), one.cost
-    round_end = [*evaluation_traffic(job, averaged=job.uses_ema), *drift_traffic(job)]
-    parts = {
-        # The same ranks in one ring, counted at the boundaries of the clan's members.
-        "plain_step": _traffic((replace(one, scope="clan") for one in step_traffic(plain)), job),
+    # The same ranks in one ring, counted at the boundaries of the clan's members; one model has none.
+    scope: Scope = "member" if job.points else "clan"
+    parts: dict[str, dict[str, Any]] = {
+        "plain_step": _traffic((replace(part, scope=scope) for part in step_traffic(plain)), job),
         "cooperative_step": _traffic(step_traffic(job), job),
         "last_cooperative_step": _traffic(step_traffic(job, has_diagnostics=True), job),
         "competitive_step": _traffic(step_traffic(job, cooperates=False), job),
-        "round_end": _traffic(round_end, job),
+        "round_end": _traffic(round_end_traffic(job), job),
         "clone": _traffic(clone_traffic(job), job),
     }
-    parts["mean_round"] = _mean_round(parts, one)
+    parts["mean_round"] = dict(zip(("inside_bytes", "crossing_bytes"), mean_round_bytes(job, one.walk), strict=True))
     hardware, measured = how["hardware"], how["measured"]
     return {
-        "ranks": found.topology and found.topology.describe(),
+        "ranks": found.ranks,
         "batch": found.batch and found.batch.describe(),
         "parameters": job.num_parameters,
         "zero_stage": job.stage,
         "memory": {
-            "clan": asdict(one.memory) | {"device": one.memory.device},
-            "plain": (lambda m: asdict(m) | {"device": m.device})(rank_memory(plain)),
+            "clan": _bytes(one.memory),
+            "plain": _bytes(rank_memory(plain)),
             "device_limit": hardware.memory_bytes if hardware else None,
             "state": state_bytes(job),
         },
@@ -125,18 +128,22 @@ def _traffic(collectives: Any, job: Any) -> dict[str, Any]:
     }
 
 
-def _mean_round(parts: dict[str, dict[str, Any]], one: Forecast) -> dict[str, float]:
-    """All of a run's bytes, divided by its rounds: each ends with an evaluation and is taken to end with a clone."""
-    totals = {}
-    for key, bytes_of in (("inside_bytes", inside_bytes), ("crossing_bytes", crossing_bytes)):
-        total = one.walk.num_ended * (parts["round_end"][key] + parts["clone"][key])
-        for phase, taken in one.walk.phases:
-            sharing = one.job.in_phase(phase)
-            looks = int(taken == phase.num_steps)
-            total += (taken - looks) * bytes_of(step_traffic(sharing), sharing)
-            total += looks * bytes_of(step_traffic(sharing, has_diagnostics=True), sharing)
-        totals[key] = total / one.walk.num_rounds
-    return totals
+def _bytes(memory: RankMemory) -> dict[str, int]:
+    """Each part, and the sums."""
+    return asdict(memory) | {"device": memory.device, "round_end": memory.round_end, "peak": memory.peak}
+
+
+def _forms(forms: dict[FormName, Form], hardware: Hardware | None) -> dict[str, dict[str, Any]]:
+    """By form, bytes of a rank, seconds of the run, whether a device holds it, and why it is impossible."""
+    return {
+        name: {
+            "memory": form.memory and _bytes(form.memory),
+            "seconds": form.seconds,
+            "fits": None if form.memory is None or hardware is None else form.memory.peak <= hardware.memory_bytes,
+            "obstacle": form.obstacle,
+        }
+        for name, form in forms.items()
+    }
 
 
 def _tokens_lost(one: Forecast) -> int | None:
@@ -157,7 +164,7 @@ def _budget(percent: float, found: Preflight, size: Size, how: dict[str, Any], o
             "population_size": fit.population_size,
             "duty_cycle": fit.duty_cycle,
             "overhead_percent": fit.cost.overhead_percent,
-            "device_bytes": fit.memory.device,
+            "device_bytes": fit.memory.peak,
         }
         for fit in fits
     ]
@@ -178,10 +185,12 @@ def _count(text: str) -> int:
 COMMAND = Command(
     name="plan",
     summary="what a run will cost",
-    description="""Memory of a rank with and without the clan, bytes between ranks, samples that are not new, seconds,
-and the overhead against plain data parallelism on the same machines. Bytes are exact (of rings, on the wire); seconds
-add computing and sending as if they did not overlap, from the hardware's nominal values, or come from a finished
-run. Presets are vendors' nominal values; give your own as JSON:
+    description="""Memory of a rank and seconds of the run in four forms on the same ranks: members in groups, members
+on the line, plain ZeRO or FSDP over all ranks, and as many sharded replicas as members (HSDP). Then, of the form that
+the config chooses: bytes between ranks, samples that are not new, seconds, and the overhead against plain data
+parallelism. Bytes are exact (of rings, on the wire); seconds add computing and sending as if they did not overlap,
+from the hardware's nominal values, or come from a finished run. Presets are vendors' nominal values; give your own as
+JSON:
   {"like": "h100", "network_bytes_s": 25e9, "compute_share": 0.5}""",
     examples="""  clantune plan ds.json --params 7e9 --world-size 64 --hardware h100 --tokens-per-sample 4096
   clantune plan ds.json --model my_models:gpt --world-size 64 --hardware cluster.json --tokens-per-sample 4096

@@ -6,13 +6,20 @@ from collections.abc import Iterator
 from typing import Any
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_PARTS = ("weights", "gradients", "masters", "moments", "average", "device", "host")
+_PARTS = ("weights", "gradients", "masters", "moments", "average", "line", "device", "round_end", "host")
+_PART_NAMES = {
+    "line": "arrays of the line",
+    "device": "= on the device",
+    "round_end": "at a round's end",
+    "host": "copies on the host",
+}
+_FORM_NAMES = {"groups": "groups", "line": "line", "plain": "plain", "hsdp": "HSDP"}
 
 
 def describe(data: dict[str, Any]) -> str:
     """The plan's data as a page of text."""
     lines = [data["ranks"], data["batch"], f"{data['parameters']:,} trainable parameters, ZeRO {data['zero_stage']}"]
-    lines += ["", *_memory(data["memory"]), "", *_traffic(data["traffic"]), "", *_cost(data)]
+    lines += ["", *_forms(data), *_price(data), "", *_traffic(data), "", *_cost(data)]
     if "budget" in data:
         lines += ["", *_budget(data["budget"])]
     return "\n".join([*lines, *(f"warning: {text}" for text in data["warnings"])])
@@ -26,28 +33,53 @@ def amount(number: float) -> str:
     return f"{size:.0f} {_UNITS[unit]}" if unit == 0 else f"{size:.3g} {_UNITS[unit]}"
 
 
-def _memory(memory: dict[str, Any]) -> Iterator[str]:
-    clan, plain = memory["clan"], memory["plain"]
-    yield f"{'memory of a rank':<22}{'clan':>10}{'plain':>10}"
+def _forms(data: dict[str, Any]) -> Iterator[str]:
+    """The table of the four forms, the chosen one in brackets."""
+    forms = data["forms"]
+    heads = {name: f"[{text}]" if name == data["form"] else text for name, text in _FORM_NAMES.items()}
+    yield f"{'memory of a rank':<22}" + "".join(f"{heads[name]:>10}" for name in forms)
     for part in _PARTS:
-        name = {"device": "= on the device", "host": "copies on the host"}.get(part, part)
-        yield f"  {name:<20}{amount(clan[part]):>10}{amount(plain[part]):>10}"
+        cells = ["-" if form["memory"] is None else amount(form["memory"][part]) for form in forms.values()]
+        yield f"  {_PART_NAMES.get(part, part):<20}" + "".join(f"{cell:>10}" for cell in cells)
+    if any(form["fits"] is not None for form in forms.values()):
+        cells = ["-" if form["fits"] is None else "yes" if form["fits"] else "no" for form in forms.values()]
+        yield f"  {'fits a device':<20}" + "".join(f"{cell:>10}" for cell in cells)
+    if any(form["seconds"] is not None for form in forms.values()):
+        cells = ["-" if form["seconds"] is None else f"{form['seconds']:,.1f}" for form in forms.values()]
+        yield f"{'seconds of the run':<22}" + "".join(f"{cell:>10}" for cell in cells)
+    for name, form in forms.items():
+        if form["obstacle"] is not None:
+            yield f"  no {_FORM_NAMES[name]}: {form['obstacle']}"
+
+
+def _price(data: dict[str, Any]) -> Iterator[str]:
+    memory = data["memory"]
+    clan, plain = memory["clan"], memory["plain"]
     more = clan["device"] - plain["device"]
-    yield (
-        f"  State is sharded over a member's ranks and not over all ranks: {amount(more)} more on each "
-        f"device ({100 * more / plain['device']:.0f} %)."
-    )
+    state = "State is sharded over all ranks, as without a clan"
+    if data["zero_stage"] == 0:
+        state = "State is whole on each device, as without a clan"
+    elif data["form"] == "groups":
+        state = "State is sharded over a member's ranks and not over all ranks"
+    yield f"  {state}: {amount(more)} more on each device ({100 * more / plain['device']:.0f} %)."
     yield "  Activations and buffers are extra; a clan does not change them."
     limit = memory["device_limit"]
-    if limit is not None and clan["device"] > limit:
-        yield f"  It does not fit: a device has {amount(limit)}. Use fewer members, a higher ZeRO stage or more ranks."
+    if limit is not None and clan["peak"] > limit:
+        # The centre's copy lies on the device only if the other arrays of a round do.
+        first = "fewer members" if data["form"] == "groups" else '"line": {"store": "host"}' if clan["centre"] else ""
+        advice = ", ".join(filter(None, (first, "a higher ZeRO stage or more ranks")))
+        yield f"  It does not fit: a device has {amount(limit)}. Use {advice}."
 
 
-def _traffic(traffic: dict[str, Any]) -> Iterator[str]:
-    yield f"{'bytes of a member':<26}{'inside it':>12}{'out of it':>12}"
-    for name, part in traffic.items():
+def _traffic(data: dict[str, Any]) -> Iterator[str]:
+    is_line = data["form"] == "line"
+    whose = "bytes of all ranks" if is_line else "bytes of a member"
+    yield f"{whose:<26}" + (f"{'sent':>12}" if is_line else f"{'inside it':>12}{'out of it':>12}")
+    for name, part in data["traffic"].items():
+        if is_line and name in ("last_cooperative_step", "clone"):
+            continue  # nothing compares members' gradients, and nothing is cloned
         inside, crossing = amount(part["inside_bytes"]), amount(part["crossing_bytes"])
-        yield f"  {name.replace('_', ' '):<24}{inside:>12}{crossing:>12}"
+        yield f"  {name.replace('_', ' '):<24}{inside:>12}" + ("" if is_line else f"{crossing:>12}")
 
 
 def _cost(data: dict[str, Any]) -> Iterator[str]:

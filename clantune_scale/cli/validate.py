@@ -52,8 +52,9 @@ def _text(found: Preflight, is_bound: bool) -> str:
 def _facts(found: Preflight) -> list[tuple[str, str]]:
     facts = [("engine", f"ZeRO {zero_stage(found.ds_config)}, {dtype_of(found.ds_config)}")]
     if found.topology:
-        facts.append(("topology", found.topology.describe()))
-        facts += [("", line) for line in _groups(found.topology)]
+        facts.append(("topology", found.ranks or found.topology.describe()))
+        lines = [_one_world(found.topology)] if found.is_line else _groups(found.topology)
+        facts += [("", line) for line in lines]
     if found.batch:
         facts.append(("batch", found.batch.describe()))
     facts += [("gene", _gene(gene)) for gene in found.genes or ()]
@@ -77,6 +78,11 @@ def _groups(topology: Topology) -> list[str]:
     return [*lines, f"gradients are averaged over {len(topology.gradient_ranks(0))} ranks"]
 
 
+def _one_world(topology: Topology) -> str:
+    ranks = len(topology.gradient_ranks(0))
+    return f"all ranks train one model; gradients are averaged over {ranks} ranks, as without a clan"
+
+
 def _span(ranks: list[int]) -> str:
     is_block = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
     if is_block:
@@ -98,18 +104,27 @@ def _data(found: Preflight, is_bound: bool, *, is_valid: bool) -> dict[str, Any]
         "errors": found.errors,
         "warnings": found.warnings,
         "topology": topology and {**asdict(topology), "world_size": topology.world_size},
-        "members": topology and [topology.member_ranks(m) for m in range(topology.population_size)],
+        "form": found.block and found.block.members,
+        "members": topology and _members(found, topology),
         "batch": found.batch and asdict(found.batch),
         "genes": found.genes and [asdict(gene) for gene in found.genes],
         "genes_are_bound": is_bound,
     }
 
 
+def _members(found: Preflight, topology: Topology) -> list[list[int]]:
+    """[members] the ranks of each: all of them on the line."""
+    if found.is_line and found.block is not None:
+        return [topology.member_ranks(0)] * found.block.population_size
+    return [topology.member_ranks(member) for member in range(topology.population_size)]
+
+
 COMMAND = Command(
     name="validate",
     summary="check a run without GPUs",
     description="""Checks a DeepSpeed config with its clantune block: misspelt keys, settings that DeepSpeed or the clan
-refuse, topology, batch arithmetic, strategy and options, and, with --model, that every gene binds to something.
+refuse, topology, batch arithmetic, strategy and options, what members on the line cannot do ("members": "line"), and,
+with --model, that every gene binds to something.
 All errors are shown at once; the exit code is 1 if there are any. With --model the model is built on the meta
 device, so that a large one needs no memory; a factory that returns (module, parameter_groups) lets genes with
 "groups" be checked too.""",

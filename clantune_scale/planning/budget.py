@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clantune_scale.config.batch import split_batch
+from clantune_scale.config.batch import BatchPlan, split_batch
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import build
 from clantune_scale.errors import ConfigError
-from clantune_scale.planning.cost import Cost, Walk, cost_of, pace_of, walk_through
+from clantune_scale.planning.cost import Cost, cost_of, pace_of
 from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job, describe_job
 from clantune_scale.planning.measured import Measured
-from clantune_scale.planning.memory import RankMemory, rank_memory
+from clantune_scale.planning.memory import RankMemory, copies_of, rank_memory
 from clantune_scale.planning.preflight import run_facts
+from clantune_scale.planning.walk import Walk, walk_through
 
 _DUTIES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -69,17 +70,14 @@ def forecast(
         block: the ``clantune`` block.
         genes: that the block's were resolved to.
         size: of the model.
-        world_size: ranks of all members.
+        world_size: ranks that the launcher starts.
         num_steps: optimizer steps of the run, in place of the config's own count, if it has one.
         hardware, measured: where seconds are from; neither for none.
 
     Raises:
         ConfigError: if ranks or batch do not divide.
     """
-    dp, rest = divmod(world_size, block.population_size)
-    if rest or not dp:
-        raise ConfigError(f"{world_size} ranks do not divide among {block.population_size} members. Change one.")
-    _, batch = split_batch(ds_config, population_size=block.population_size, dp_size=dp)
+    batch = divided(ds_config, 1 if block.members == "line" else block.population_size, world_size)
     facts = run_facts(block, genes, ds_config)
     if facts.total_steps is not None:
         # Without total_steps in the config the strategy has no learning-rate trial and no freeze.
@@ -96,9 +94,21 @@ def forecast(
         tokens_per_sample=size.tokens_per_sample,
     )
     walk = walk_through(strategy, num_steps)
-    cost = cost_of(job, walk, pace_of(job, hardware, measured))
-    memory = rank_memory(job, rolls_back=cost.undone_steps > 0)
-    return Forecast(block.population_size, block.duty_cycle, job, memory, walk, cost)
+    copies = copies_of(job, walk, genes, block.line)
+    cost = cost_of(job, walk, pace_of(job, hardware, measured, copies))
+    return Forecast(block.population_size, block.duty_cycle, job, rank_memory(job, copies), walk, cost)
+
+
+def divided(ds_config: Mapping[str, Any], num_models: int, world_size: int) -> BatchPlan:
+    """The batch of so many models that are trained at once on the ranks.
+
+    Raises:
+        ConfigError: if ranks or batch do not divide.
+    """
+    dp, rest = divmod(world_size, num_models)
+    if rest or not dp:
+        raise ConfigError(f"{world_size} ranks do not divide among {num_models} replicas. Change one.")
+    return split_batch(ds_config, population_size=num_models, dp_size=dp)[1]
 
 
 def fitting(
@@ -123,7 +133,9 @@ def fitting(
     has_specialized = any(gene.kind == "specialized" for gene in genes)
     duties = _DUTIES if has_specialized else (block.duty_cycle,)
     found = []
-    for population_size in range(2, how["world_size"] + 1):
+    # Groups divide the ranks; the line takes any number of members.
+    most = how["world_size"] if block.members == "groups" else max(how["world_size"], block.population_size)
+    for population_size in range(2, most + 1):
         for duty in duties:
             changed = block.model_copy(update={"population_size": population_size, "duty_cycle": duty})
             try:
@@ -137,5 +149,5 @@ def fitting(
 
 def _fits(one: Forecast, budget_percent: float, hardware: Hardware | None) -> bool:
     overhead = one.cost.overhead_percent
-    is_small = hardware is None or one.memory.device <= hardware.memory_bytes
+    is_small = hardware is None or one.memory.peak <= hardware.memory_bytes
     return overhead is not None and overhead <= budget_percent and is_small

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from clantune_scale.core.rounds import Phase, PhaseKind, RoundClock
-from clantune_scale.core.strategies import Strategy
+from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.planning.hardware import Hardware
 from clantune_scale.planning.job import Job
 from clantune_scale.planning.measured import Measured
-from clantune_scale.planning.memory import state_bytes
+from clantune_scale.planning.memory import Copies, state_bytes
 from clantune_scale.planning.traffic import (
     Collective,
     clone_traffic,
@@ -18,48 +17,10 @@ from clantune_scale.planning.traffic import (
     evaluation_traffic,
     step_traffic,
 )
+from clantune_scale.planning.walk import Walk
 
 # Operations per weight and token: a forward pass 2, a backward pass 4 (Kaplan et al. 2020).
 _FORWARD, _TRAINING = 2, 6
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A run from its first step to its last.
-
-    Attributes:
-        phases: in order, each with the steps of it that the run takes. The run may end inside its last phase.
-        num_rounds: rounds that begin.
-        num_ended: rounds that end, each with an evaluation.
-        num_evaluations: of the validation window by every member. There is one before the first round, one at each
-            round's end, and one for the champion: two if averaged weights are kept to the end.
-    """
-
-    phases: tuple[tuple[Phase, int], ...]
-    num_rounds: int
-    num_ended: int
-    num_evaluations: int
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return sum(taken for _, taken in self.phases)
-
-
-def walk_through(strategy: Strategy, num_steps: int) -> Walk:
-    """Plans the rounds of a run of ``num_steps`` optimizer steps. The strategy was built for that length."""
-    clock = RoundClock(strategy.plan)
-    phases: list[tuple[Phase, int]] = []
-    index = step = 0
-    while step < num_steps:
-        for phase in clock.round(index).phases:
-            taken = min(phase.num_steps, num_steps - step)
-            phases += [(phase, taken)] if taken else []
-            step += taken
-        index += 1
-    ended = index if clock.round(index - 1).end_step == num_steps else index - 1
-    has_averages = strategy.uses_ema and clock.at(num_steps).plan.uses_ema
-    return Walk(tuple(phases), index, ended, 1 + ended + 1 + has_averages)
 
 
 @dataclass(frozen=True)
@@ -68,7 +29,7 @@ class Pace:
 
     Attributes:
         plain_step_s: a step of plain data parallelism on the same ranks.
-        step_s: one of a phase.
+        step_s: one of a phase, and of one turn.
         evaluation_s: the validation window, once.
         transfer_s: clones, copies and the comparison of members at a round's end.
     """
@@ -79,16 +40,25 @@ class Pace:
     transfer_s: float
 
 
-def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> Pace | None:
+def pace_of(
+    job: Job, hardware: Hardware | None, measured: Measured | None, copies: Copies | None = None
+) -> Pace | None:
     """The seconds of a job's parts: from a measured run if there is one, else by arithmetic.
 
     Arithmetic adds computing and sending, as if they did not overlap, for the clan and without it alike. A clone
-    is taken to reach every other member, and every round.
+    is taken to reach every other member, and every round. On the line each round is taken to measure its points.
+
+    Args:
+        job: what is trained.
+        hardware, measured: where seconds are from; neither for none.
+        copies: that a rank makes; None if it makes none.
     """
     if measured is not None:
         scale = job.num_samples / job.dp / measured.samples_per_rank
 
         def measured_s(phase: Phase) -> float:
+            if job.points:
+                return measured.step_s
             is_competitive = phase.kind is PhaseKind.COMPETITIVE
             return measured.competitive_step_s * phase.batch_factor if is_competitive else measured.step_s
 
@@ -96,22 +66,37 @@ def pace_of(job: Job, hardware: Hardware | None, measured: Measured | None) -> P
     if hardware is None or job.tokens_per_sample is None:
         return None
     flops_s = hardware.compute_flops_s * hardware.compute_share
+    host_bytes_s = hardware.host_bytes_s * hardware.link_share
     micro_batch_s = _TRAINING * job.num_parameters * job.micro_batch * job.tokens_per_sample / flops_s
 
     def computed_s(phase: Phase) -> float:
         sharing = job.in_phase(phase)
-        return micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+        step_s = micro_batch_s * sharing.accumulation + _sending_s(step_traffic(sharing), sharing, hardware)
+        return step_s + _average_copy_bytes(job) / host_bytes_s
 
     eval_tokens = job.num_samples / job.dp * job.tokens_per_sample
     plain = job.without_clan()
+    copied = state_bytes(job) * job.guards + _round_copy_bytes(job, copies or Copies())
     return Pace(
         plain_step_s=micro_batch_s * plain.accumulation + _sending_s(step_traffic(plain), plain, hardware),
         step_s=computed_s,
         evaluation_s=_FORWARD * job.num_parameters * eval_tokens / flops_s
         + _sending_s(evaluation_traffic(job, averaged=job.uses_ema), job, hardware),
-        transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware)
-        + job.guards * state_bytes(job) / (hardware.host_bytes_s * hardware.link_share),
+        transfer_s=_sending_s([*clone_traffic(job), *drift_traffic(job)], job, hardware) + copied / host_bytes_s,
     )
+
+
+def _average_copy_bytes(job: Job) -> float:
+    """Bytes of weights that a step sends to an average in host memory, in the mean."""
+    return job.shard * 4 / job.host_average_every if job.uses_ema and job.host_average_every else 0.0
+
+
+def _round_copy_bytes(job: Job, copies: Copies) -> int:
+    """Bytes of a round on the line between device and host, if its arrays lie there.
+
+    Each array and the average go there and back once; the anchor and the average come for each point.
+    """
+    return 2 * (copies.host_arrays + 1 + job.points) * job.shard * 4 if copies.host_arrays else 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +108,8 @@ class Cost:
         competitive_steps: in which not all members share gradients.
         undone_steps: whose training is rolled back.
         samples: that the same steps of plain data parallelism would train on.
-        unique_samples: that this run trains on once each and keeps.
-        trained_samples: whose gradients are computed, one that several members see counted for each of them.
+        unique_samples: that this run trains on and keeps, each counted once.
+        trained_samples: whose gradients are computed, one that several members or turns see counted for each of them.
         evaluated_samples: whose losses are computed for the clan itself, counted likewise.
         seconds: by part, ``training``, ``evaluation`` and ``transfer``; None if no pace is known.
         plain_seconds: of the same steps in plain data parallelism.
@@ -177,11 +162,12 @@ def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
     """
     phases, num_steps = walk.phases, walk.num_steps
     competitive = [(phase, taken) for phase, taken in phases if phase.kind is PhaseKind.COMPETITIVE]
+    num_windows = walk.num_evaluations + sum(job.evaluations(plan) - 1 for plan in walk.ended)
     seconds = None
     if pace is not None:
         seconds = {
-            "training": sum(taken * pace.step_s(phase) for phase, taken in phases),
-            "evaluation": pace.evaluation_s * walk.num_evaluations,
+            "training": sum(taken * job.turns(phase, taken) * pace.step_s(phase) for phase, taken in phases),
+            "evaluation": pace.evaluation_s * num_windows,
             "transfer": pace.transfer_s * walk.num_ended,
         }
     return Cost(
@@ -191,8 +177,8 @@ def cost_of(job: Job, walk: Walk, pace: Pace | None) -> Cost:
         undone_steps=sum(taken for phase, taken in phases if not phase.keeps),
         samples=num_steps * job.clan_batch,
         unique_samples=sum(_unique(phase, taken, job) for phase, taken in phases),
-        trained_samples=sum(taken * phase.batch_factor for phase, taken in phases) * job.clan_batch,
-        evaluated_samples=walk.num_evaluations * job.window_samples * job.population_size,
+        trained_samples=sum(taken * job.batches(phase, taken) for phase, taken in phases) * job.clan_batch,
+        evaluated_samples=num_windows * job.window_samples * job.population_size,
         seconds=seconds,
         plain_seconds=None if pace is None else pace.plain_step_s * num_steps,
     )

@@ -1,6 +1,6 @@
 """A run as the planner sees it: how large the model is, how it is sharded, what the strategy keeps.
 
-A rank is the first of its member: the last one's shard may be smaller by the padding.
+A rank is the first of its model: the last one's shard may be smaller by the padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from clantune_scale.config.batch import BatchPlan
 from clantune_scale.config.deepspeed_limits import dtype_of, zero_stage
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.core.rounds import Phase, PhaseKind
+from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
 from clantune_scale.core.strategies import Strategy
 
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -34,7 +34,8 @@ class Job:
         stage: ZeRO's, 0 to 3.
         width: bytes of a weight that the model computes with, and of a gradient on the wire.
         moments: optimizer states of 4 bytes per weight.
-        population_size, dp: members, and data-parallel ranks of one.
+        population_size, dp: models that are trained at once, and data-parallel ranks of one. With members on the line
+            it is one model.
         micro_batch, accumulation: as in :class:`BatchPlan`.
         uses_ema: whether the strategy keeps an average of the weights.
         guards: whether the strategy keeps a rollback snapshot.
@@ -42,6 +43,9 @@ class Job:
         tokens_per_sample: for compute; None if unknown.
         persistence: largest parameter that ZeRO 3 does not partition for computing.
         keeps: elements that ZeRO 3 keeps gathered from the forward to the backward pass.
+        points: members on the line of the one model; 0 if members are groups of ranks, or if there is no clan.
+        host_average_every: optimizer steps between two updates of an average that lies in host memory; None if it lies
+            on the device.
     """
 
     parameters: tuple[int, ...]
@@ -61,6 +65,8 @@ class Job:
     tokens_per_sample: int | None = None
     persistence: int = _PERSISTENCE
     keeps: int = _KEEPS
+    points: int = 0
+    host_average_every: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -69,7 +75,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        """Ranks of all members."""
+        """Ranks of all models."""
         return self.population_size * self.dp
 
     @property
@@ -79,7 +85,7 @@ class Job:
 
     @property
     def padded(self) -> int:
-        """Elements of the flat buffers that the member shards, padding included."""
+        """Elements of the flat buffers that a model's ranks shard, padding included."""
         if self.stage == 3:
             return sum(_up(size, self.dp) for size in self.parameters)
         # ZeRO 1 and 2 align each group's buffer to twice the degree (nccl_start_alignment_factor).
@@ -97,7 +103,7 @@ class Job:
 
     @property
     def num_eval_batches(self) -> int:
-        """Batches of the validation window, over all ranks of a member."""
+        """Batches of the validation window, over all ranks of a model."""
         return self.num_samples // (self._eval_size * self.dp) * self.dp
 
     @property
@@ -113,15 +119,56 @@ class Job:
     def in_phase(self, phase: Phase) -> Job:
         """Those who share gradients in a phase, as a clan of their own, with the micro-batches that they take there.
 
-        Teams of one size, as strategies plan them: teams that fitness makes are not known before the run.
+        Teams of one size, as strategies plan them: teams that fitness makes are not known before the run. On the line
+        all ranks share gradients in every phase.
         """
+        if self.points:
+            return self
         mates = phase.teams.count(phase.teams[0]) if phase.teams else 1
         size = self.population_size if phase.kind is PhaseKind.COOPERATIVE else mates
         return replace(self, population_size=size, accumulation=self.accumulation * phase.batch_factor)
 
+    def turns(self, phase: Phase, taken: int | None = None) -> int:
+        """How many members train a phase one after the other, each team as one; 1 if no turns are taken.
+
+        Args:
+            phase: of the run.
+            taken: the run's own steps in it; all of them if None. The other turns follow at the phase's end.
+        """
+        if not self.points or phase.kind is PhaseKind.COOPERATIVE or taken not in (None, phase.num_steps):
+            return 1
+        return len(set(phase.teams)) if phase.teams else self.points
+
+    def batches(self, phase: Phase, taken: int | None = None) -> int:
+        """How many times the clan's batch a step of a phase trains on, over all ranks and turns."""
+        return self.turns(phase, taken) if self.points else phase.batch_factor
+
+    def evaluations(self, plan: RoundPlan) -> int:
+        """How often a model goes through the validation window for a round: on the line once for each point or turn."""
+        if not self.points:
+            return 1
+        if plan.phases[-1].kind is PhaseKind.COMPETITIVE:
+            return self.turns(plan.phases[-1])
+        return self.points if plan.explores else 1
+
     def without_clan(self) -> Job:
         """Plain data parallelism on the same ranks."""
-        return replace(self, population_size=1, dp=self.world_size, uses_ema=False, guards=False)
+        return replace(self, population_size=1, dp=self.world_size, uses_ema=False, guards=False, points=0)
+
+    def replicated(self, num_replicas: int, batch: BatchPlan) -> Job:
+        """Plain data parallelism of replicas, each of which is sharded over its own ranks (HSDP).
+
+        Args:
+            num_replicas: that divide the ranks.
+            batch: divided among them.
+        """
+        return replace(
+            self.without_clan(),
+            population_size=num_replicas,
+            dp=batch.dp_size,
+            micro_batch=batch.micro_batch,
+            accumulation=batch.accumulation,
+        )
 
 
 def describe_job(
@@ -140,7 +187,7 @@ def describe_job(
     Args:
         ds_config: the DeepSpeed config.
         block: its clantune block.
-        batch: how the batch is divided.
+        batch: how the batch is divided among models.
         strategy: built for the run.
         parameters: elements of each trainable parameter.
         groups: elements of each of the optimizer's groups; one group if None.
@@ -149,6 +196,7 @@ def describe_job(
     """
     zero = ds_config.get("zero_optimization") or {}
     optimizer = ds_config.get("optimizer") or {}
+    is_line = block.members == "line"
     name = str(optimizer.get("type", "adamw")).lower()
     moments = _MOMENTS.get(name, 2)
     if name == "sgd" and not optimizer.get("params", {}).get("momentum"):
@@ -160,7 +208,7 @@ def describe_job(
         stage=zero_stage(ds_config),
         width=_WIDTH[dtype_of(ds_config)],
         moments=moments,
-        population_size=block.population_size,
+        population_size=batch.population_size,
         dp=batch.dp_size,
         micro_batch=batch.micro_batch,
         accumulation=batch.accumulation,
@@ -171,6 +219,8 @@ def describe_job(
         tokens_per_sample=tokens_per_sample,
         persistence=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE)),
         keeps=int(min(zero.get("stage3_max_live_parameters", _KEEPS), zero.get("stage3_max_reuse_distance", _KEEPS))),
+        points=block.population_size if is_line else 0,
+        host_average_every=block.line.average_every if is_line and block.line.store == "host" else None,
     )
 
 

@@ -16,13 +16,16 @@ from clantune_scale.config.deepspeed_limits import (
     refusals,
     zero_stage,
 )
-from clantune_scale.config.default_genes import ADAMW, genes_of
+from clantune_scale.config.default_genes import genes_of
 from clantune_scale.config.gene_catalogue import CATALOGUE, build_gene, target_of
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import RunFacts, Strategy, build
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ClanError, NoEffectWarning
+from clantune_scale.planning.configured_optimizer import ConfiguredOptimizer
+from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
+from clantune_scale.runtime.line.refusals import refusals as line_refusals
 
 if TYPE_CHECKING:
     from clantune_scale.planning.model_spec import LoadedModel
@@ -40,6 +43,7 @@ class Preflight:
         errors: each a sentence and its remedy; the run would not start, or train on wrong gradients.
         warnings: what would have no effect, or another than it seems.
         ds_config: the DeepSpeed config without the block.
+        topology: of the ranks; with members on the line it has one member, which all ranks hold.
         may_tune_weight_decay: whether weight decay joins the genes if the run sees no training sample twice.
     """
 
@@ -52,6 +56,24 @@ class Preflight:
     genes: tuple[Gene, ...] | None = None
     strategy: Strategy | None = None
     may_tune_weight_decay: bool = False
+
+    @property
+    def is_line(self) -> bool:
+        """Whether members lie on the line of one model."""
+        return self.block is not None and self.block.members == "line"
+
+    @property
+    def ranks(self) -> str | None:
+        """The topology's equation, for people; None if it is not known."""
+        at = self.topology
+        if at is None:
+            return None
+        if self.block is None or not self.is_line:
+            return at.describe()
+        return (
+            f"{self.block.population_size} members on the line of one model: dp {at.dp} x pp {at.pp} x tp {at.tp} = "
+            f"{at.world_size} ranks"
+        )
 
 
 def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None) -> Preflight:
@@ -72,18 +94,21 @@ def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedMod
         found.errors.append(f'the config has no "{BLOCK}" block. Add at least "{BLOCK}": {{"population_size": 4}}.')
         return found
     found.block = _attempt(found, lambda: parse_block(ds_config[BLOCK]))
-    _check_ranks(found, _population_size(ds_config[BLOCK]), world_size)
+    _check_ranks(found, _models(ds_config[BLOCK]), world_size)
     if found.block is None:
         return found
     _check_window(found, found.block)
     if not found.block.enabled:
         found.warnings.append(f"{BLOCK}.enabled is false: the run is plain DeepSpeed.")
     _check_genes(found, found.block, model)
-    rule, decays = _optimizer_facts(rest, model)
-    most = genes_of(found.block, sees_samples_once=True, optimizer=rule, weight_decays=decays)
+    optimizer = ConfiguredOptimizer(rest)
+    decays = optimizer.weight_decays(model.groups if model is not None else [{}])
+    most = genes_of(found.block, sees_samples_once=True, optimizer=optimizer.rule, weight_decays=decays)
     found.may_tune_weight_decay = most.keys() != found.block.genes.keys()
     if found.genes is not None:
         _check_strategy(found, found.block, found.genes)
+    if found.block.members == "line":
+        _check_line(found, found.block, optimizer)
     return found
 
 
@@ -97,36 +122,38 @@ def _attempt(found: Preflight, check: Any) -> Any:
         return None
 
 
-def _population_size(block: Any) -> int | None:
-    """The population size of a block that may have errors elsewhere."""
-    size = block.population_size if isinstance(block, ClanConfig) else None
-    if isinstance(block, Mapping):
-        size = block.get("population_size")
-    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
+def _models(block: Any) -> int | None:
+    """Among how many models a block divides the ranks; None if it does not say. It may have errors elsewhere."""
+    plain = block.model_dump() if isinstance(block, ClanConfig) else block
+    if not isinstance(plain, Mapping):
+        return None
+    size = plain.get("population_size")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        return None
+    return 1 if plain.get("members") == "line" else size
 
 
-def _check_ranks(found: Preflight, population_size: int | None, world_size: int) -> None:
-    if population_size is None:
+def _check_ranks(found: Preflight, num_models: int | None, world_size: int) -> None:
+    if num_models is None:
         return
     stages, tp = degrees_from_config(found.ds_config)
     found.topology = _attempt(
-        found, lambda: Topology.from_world(world_size, population_size=population_size, pp=stages, tp=tp)
+        found, lambda: Topology.from_world(world_size, population_size=num_models, pp=stages, tp=tp)
     )
     if found.topology is None:
         return
     dp = found.topology.dp
-    split = _attempt(
-        found, lambda: split_batch(found.ds_config, population_size=population_size, dp_size=dp, counted=tp)
-    )
+    split = _attempt(found, lambda: split_batch(found.ds_config, population_size=num_models, dp_size=dp, counted=tp))
     found.batch = split[1] if split else None
 
 
 def _check_window(found: Preflight, block: ClanConfig) -> None:
     dp = found.topology.dp if found.topology else 1
     if block.fitness.num_samples < dp:
+        whose = "" if block.members == "line" else " of a member"
         found.errors.append(
-            f"clantune.fitness.num_samples is {block.fitness.num_samples}, fewer than the {dp} data-parallel ranks of "
-            f"a member, each of which takes at least one. Set it to {dp} or more."
+            f"clantune.fitness.num_samples is {block.fitness.num_samples}, fewer than the {dp} data-parallel ranks"
+            f"{whose}, each of which takes at least one. Set it to {dp} or more."
         )
 
 
@@ -148,9 +175,7 @@ def _bound(found: Preflight, block: ClanConfig, model: LoadedModel) -> tuple[Gen
 
     accumulation = found.batch.accumulation if found.batch else int(found.ds_config.get(ACCUMULATION) or 1)
     backend = _attempt(found, lambda: ConfigBackend(model, found.ds_config, accumulation))
-    # Setters live in the script: a gene that is described in full is taken to have one.
-    targets = {target_of(name, config) for name, config in block.genes.items()} - CATALOGUE.keys()
-    setters = {target: lambda value: None for target in targets}
+    setters = {target: lambda value: None for target in _set_by_script(block)}
     genes: list[Gene] = []
     complete = backend is not None
     for name, config in block.genes.items() if backend is not None else ():
@@ -185,18 +210,9 @@ def _found_in_config(target: str, found: Preflight) -> float | None:
     return float(params.get(target, _DEFAULTS[target]))
 
 
-def _optimizer_facts(ds_config: Mapping[str, Any], model: LoadedModel | None) -> tuple[str, list[float]]:
-    """(update rule, weight decays) of the optimizer that DeepSpeed makes; the script's own may be AdamW with some."""
-    block = ds_config.get("optimizer")
-    if not isinstance(block, Mapping):
-        return ADAMW, [1.0]
-    kind, params = str(block.get("type")).lower(), block.get("params", {})
-    # DeepSpeed's "Adam" decays as AdamW does unless it is told not to.
-    rule = ADAMW if kind == "adam" and params.get("adam_w_mode", True) else kind
-    # DeepSpeed's own have no decay by default, torch's AdamW has 0.01.
-    common = params.get("weight_decay", 0.01 if params.get("torch_adam") else 0.0)
-    groups = model.groups if model is not None else [{}]
-    return rule, [float(group.get("weight_decay", common)) for group in groups]
+def _set_by_script(block: ClanConfig) -> set[str]:
+    """Targets with a setter, which lives in the script: a gene that is described in full is taken to have one."""
+    return {target_of(name, config) for name, config in block.genes.items()} - CATALOGUE.keys()
 
 
 def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]) -> None:
@@ -211,6 +227,17 @@ def _check_strategy(found: Preflight, block: ClanConfig, genes: tuple[Gene, ...]
         found.warnings.append("population_size is 1: a clan of one member cannot select. Raise it.")
     if facts.total_steps is None:
         found.warnings.append("total_steps is not known: genes never freeze and nothing decays at the end. Set it.")
+
+
+def _check_line(found: Preflight, block: ClanConfig, optimizer: ConfiguredOptimizer) -> None:
+    """What one model cannot do for its members, and what its loop has to do."""
+    found.errors += line_refusals(block, found.strategy, found.genes or (), optimizer, setters=_set_by_script(block))
+    strategy = found.strategy
+    if strategy is not None and strategy.has_one_state and may_compete(strategy):
+        found.warnings.append(
+            f"this strategy lets members compete, and members on the line take turns in it. A DeepSpeed loop takes "
+            f"them by itself if its loss is the model's own. Otherwise, {TURNS_REMEDY}"
+        )
 
 
 def run_facts(block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any]) -> RunFacts:

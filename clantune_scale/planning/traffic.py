@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.planning.job import Job
 from clantune_scale.planning.memory import state_bytes
+from clantune_scale.planning.walk import Walk
 
-#: clan: all (member, data) ranks; member: the ranks of one; replica_group: one rank of each member.
+#: clan: all (member, data) ranks; member: the ranks of one model; replica_group: one rank of each model.
 Scope = Literal["clan", "member", "replica_group"]
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
@@ -75,27 +77,61 @@ def step_traffic(job: Job, *, cooperates: bool = True, has_diagnostics: bool = F
     yield from _refresh(job)
 
 
-def evaluation_traffic(job: Job, *, averaged: bool) -> Iterator[Collective]:
-    """One evaluation on the validation window, and its losses."""
-    if averaged:
-        yield from _refresh(job)
-        yield from _refresh(job)
-    if job.stage == 3:
-        # A model that is small enough stays gathered from one batch to the next.
-        passes = 1 if _is_kept(job) else job.num_eval_batches // job.dp
-        yield Collective("all_gather", "member", (job.padded - job.persistent) * passes, job.width)
-    if job.dp > 1:
-        yield Collective("all_gather", "member", job.num_eval_batches, 8)
-    yield Collective("all_gather", "replica_group", job.num_eval_batches * job.population_size, 8)
+def evaluation_traffic(job: Job, *, averaged: bool, points: int = 1) -> Iterator[Collective]:
+    """Evaluations on the validation window, and their losses.
+
+    Args:
+        job: what is trained.
+        averaged: whether other weights than the live ones are measured.
+        points: how many are written into the model, one after the other, before the live ones return.
+    """
+    if averaged or points > 1:
+        for _ in range(points + 1):
+            yield from _refresh(job)
+    for _ in range(points):
+        if job.stage == 3:
+            # A model that is small enough stays gathered from one batch to the next.
+            passes = 1 if _is_kept(job) else job.num_eval_batches // job.dp
+            yield Collective("all_gather", "member", (job.padded - job.persistent) * passes, job.width)
+        if job.dp > 1:
+            yield Collective("all_gather", "member", job.num_eval_batches, 8)
+    if not job.points:
+        yield Collective("all_gather", "replica_group", job.num_eval_batches * job.population_size, 8)
 
 
 def drift_traffic(job: Job) -> Iterator[Collective]:
-    """The distance between members, once a round: the fp32 weights over the replica group."""
-    yield Collective("all_reduce", "replica_group", job.shard, 4)
+    """The distance between members in groups, once a round: the fp32 weights over the replica group."""
+    if not job.points:
+        yield Collective("all_reduce", "replica_group", job.shard, 4)
+
+
+def round_end_traffic(job: Job, plan: RoundPlan | None = None) -> Iterator[Collective]:
+    """What follows a round's last step, clones left out.
+
+    Args:
+        job: what is trained.
+        plan: of the round; one in which members differ while they cooperate if None.
+    """
+    if not job.points:
+        yield from evaluation_traffic(job, averaged=job.uses_ema)
+        yield from drift_traffic(job)
+        return
+    averaged = job.uses_ema
+    evaluations = job.points if plan is None else job.evaluations(plan)
+    if plan is not None and plan.phases[-1].kind is PhaseKind.COMPETITIVE:
+        for _ in range(evaluations):  # each turn is measured, and the weights go back or to the best
+            yield from evaluation_traffic(job, averaged=averaged)
+            yield from _refresh(job)
+        return
+    yield from evaluation_traffic(job, averaged=averaged, points=evaluations)
+    if evaluations > 1:
+        yield from _refresh(job)  # the weights go to the best point
 
 
 def clone_traffic(job: Job) -> Iterator[Collective]:
-    """What a rank sends on to the next in a clone's chain, and what a recipient does then."""
+    """What a rank sends on to the next in a clone's chain, and what a recipient does then; nothing on the line."""
+    if job.points:
+        return
     yield Collective("send", "replica_group", state_bytes(job), 1)
     yield from _refresh(job)
 
@@ -109,6 +145,24 @@ def crossing_bytes(collectives: Iterable[Collective], job: Job) -> float:
         elif collective.scope == "clan":
             total += collective.wire_bytes(job)
     return total
+
+
+def mean_round_bytes(job: Job, walk: Walk) -> tuple[float, float]:
+    """A run's bytes (inside a member, out of it), divided by its rounds.
+
+    Each round that ends does so with an evaluation, and is taken to end with a clone.
+    """
+    totals = []
+    for bytes_of in (inside_bytes, crossing_bytes):
+        total = walk.num_ended * bytes_of(clone_traffic(job), job)
+        total += sum(bytes_of(round_end_traffic(job, plan), job) for plan in walk.ended)
+        for phase, taken in walk.phases:
+            sharing, steps = job.in_phase(phase), taken * job.turns(phase, taken)
+            looks = int(taken == phase.num_steps)
+            total += (steps - looks) * bytes_of(step_traffic(sharing), sharing)
+            total += looks * bytes_of(step_traffic(sharing, has_diagnostics=True), sharing)
+        totals.append(total / walk.num_rounds)
+    return totals[0], totals[1]
 
 
 def inside_bytes(collectives: Iterable[Collective], job: Job) -> float:

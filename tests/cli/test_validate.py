@@ -38,6 +38,48 @@ def test_it_shows_the_groups_and_binds_genes_to_a_model(call):
     assert "unknown whether the genes bind to the model: give --model" in unbound.out
 
 
+def _on_the_line(tmp_path, **block):
+    config = json.loads((ROOT / "configs/quickstart.json").read_text())
+    config["clantune"] |= {"members": "line", **block}
+    path = tmp_path / "line.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_on_the_line_it_shows_one_model_on_all_ranks(call, tmp_path):
+    said = call("validate", _on_the_line(tmp_path), "--world-size", 8, *GPT)
+    assert said.code == 0
+    for part in (
+        "4 members on the line of one model: dp 8 x pp 1 x tp 1 = 8 ranks",
+        "all ranks train one model; gradients are averaged over 8 ranks, as without a clan",
+        "batch 32 (micro-batch 4 x accumulation 1 x dp 8)",
+        "warning: this strategy lets members compete",
+        "0 errors, 1 warning",
+    ):
+        assert part in said.out
+    assert "replica group" not in said.out and "member 1" not in said.out
+    data = call("validate", _on_the_line(tmp_path), "--world-size", 8, "--json").data
+    assert (data["valid"], data["form"], data["errors"]) == (True, "line", [])
+    assert data["members"] == [list(range(8))] * 4
+    assert data["topology"] == {"population_size": 1, "dp": 8, "pp": 1, "tp": 1, "world_size": 8}
+    assert (data["batch"]["clan_batch"], data["batch"]["member_batch"], data["batch"]["dp_size"]) == (32, 32, 8)
+
+
+def test_on_the_line_any_number_of_ranks_will_do(call, tmp_path):
+    assert call("validate", _on_the_line(tmp_path), "--world-size", 2).code == 0
+    assert call("validate", ROOT / "configs/quickstart.json", "--world-size", 2).code == 1
+
+
+def test_what_the_line_cannot_do_are_errors(call, tmp_path):
+    path = _on_the_line(tmp_path, strategy="pbt", genes=["lr", "beta1"], faults={"min_members": 2})
+    said = call("validate", path, "--world-size", 8)
+    assert said.code == 1
+    errors = [line for line in said.out.splitlines() if line.startswith("error: ")]
+    for part in ("the strategy 'pbt' lets members", "faults.min_members is 2", "gene 'beta1': members on the line"):
+        assert errors.pop(0).startswith(f"error: {part}")
+    assert errors == []
+
+
 def test_errors_are_all_shown_and_the_exit_code_is_1(call, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(

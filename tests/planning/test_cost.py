@@ -75,6 +75,37 @@ def test_seconds_by_hand():
     assert one.cost.time_percent == pytest.approx(100 * (sum(one.cost.seconds.values()) / (100 * plain_s) - 1))
 
 
+def test_a_step_on_the_line_is_a_plain_one_and_a_trial_one_for_each_that_takes_a_turn():
+    strategy = {"name": "clan", "options": {"trial_cost": 0.6, "growth": 0.0, "freeze_at": 1.0}}
+    settings = {"strategy": strategy, "total_steps": 100, "members": "line", "fitness": {"num_samples": 16}}
+    one = _forecast(SLOW, population_size=8, **settings)
+    assert (one.job.population_size, one.job.dp, one.job.points, one.job.accumulation) == (1, 8, 8, 4)
+    assert (one.cost.competitive_steps, one.cost.trained_samples) == (20, (80 + 20 * 4) * 64)  # four teams
+    assert one.cost.unique_samples == one.cost.samples == 100 * 64
+    plain_s = one.cost.plain_seconds / 100
+    assert plain_s == pytest.approx(6 * 100 * 80 / 0.5e6 + (2 * 7 / 8 * 400 + 7 / 8 * 448) / 400)
+    assert one.cost.seconds["training"] == pytest.approx((80 + 20 * 4) * plain_s)
+    # The start, eight points for each round that explores, four turns, one for each other round and champion.
+    kinds = [4 if plan.phases[0].teams else 8 if plan.explores else 1 for plan in one.walk.ended]
+    assert kinds.count(4) == 1 and kinds.count(8) >= 2
+    assert one.cost.evaluated_samples == (1 + sum(kinds) + one.walk.num_champions) * 16
+    window_s = 2 * 100 * 2 * 10 / 0.5e6 + (2 * 7 / 8 * 448 + 7 / 8 * 8 * 8) / 400
+    assert one.cost.seconds["evaluation"] == pytest.approx((1 + sum(kinds) + one.walk.num_champions) * window_s)
+    # A snapshot of masters, two moments and the average of 14 weights; nobody is cloned.
+    assert one.cost.seconds["transfer"] == pytest.approx(one.walk.num_ended * (4 * 56 / 1e4))
+
+
+def test_arrays_on_the_host_are_copied_there_and_back():
+    device = _forecast(SLOW, strategy="clan", total_steps=100, members="line").cost.seconds
+    line = {"store": "host", "average_every": 5}
+    host = _forecast(SLOW, strategy="clan", total_steps=100, members="line", line=line)
+    # Start, anchor, centre and average go and come once; the anchor and the average come for each of four points.
+    more = host.walk.num_ended * (2 * 4 + 2 * 4) * 56 / 1e4
+    assert host.cost.seconds["transfer"] - device["transfer"] == pytest.approx(more)
+    # The weights go to the average in every fifth step.
+    assert host.cost.seconds["training"] - device["training"] == pytest.approx(100 / 5 * 56 / 1e4)
+
+
 def test_what_fits_a_budget_costs_at_most_that_and_the_rest_does_not():
     block = ClanConfig.model_validate({"population_size": 4, "strategy": "classic", "round_length": 20})
     how = {"world_size": 8, "num_steps": 100, "hardware": SLOW, "measured": None}
@@ -153,6 +184,33 @@ def test_a_longer_competitive_step_is_measured_by_the_share_of_the_batch_that_it
     four_shares = measure(events)
     assert four_shares.competitive_step_s == pytest.approx(as_it_was.competitive_step_s / 4)
     assert four_shares.step_s == as_it_was.step_s
+
+
+def _line_round(step: int, values: list[float], kind: str, **seconds: float) -> dict:
+    members = [{"genome": {"values": {"lr": value}}} for value in values]
+    phases = [{"kind": kind, "num_steps": 10, "batch_factor": 2}]
+    return {"kind": "round_end", "step": step, "phases": phases, "members": members, "seconds": seconds}
+
+
+def test_a_run_on_the_line_is_measured_by_the_point():
+    start = {
+        "kind": "run_start",
+        "members": "line",
+        "batch": {"dp_size": 2},
+        "config": {"fitness": {"num_samples": 64}},
+    }
+    rounds = [
+        _line_round(10, [1.0, 1.1], "cooperative", cooperative=99.0, evaluation=99.0),  # pays for the start
+        _line_round(20, [1.0, 1.1], "cooperative", cooperative=5.0, evaluation=4.0, transfer=1.0),
+        _line_round(30, [1.0, 9.0], "competitive", competitive=12.0, evaluation=0.0),
+        _line_round(40, [1.0, 1.0], "cooperative", cooperative=5.0, evaluation=2.0, transfer=1.0),
+    ]
+    measured = measure([start, *rounds])
+    assert (measured.step_s, measured.competitive_step_s, measured.evaluation_s) == (0.5 / 2, 0.5 / 2, 2.0)
+    one = _forecast(measured=measured, strategy="clan", total_steps=100, members="line", fitness={"num_samples": 64})
+    assert one.cost.seconds["training"] == pytest.approx(0.25 * one.cost.trained_samples / 64)
+    num_windows = one.cost.evaluated_samples / 64
+    assert one.cost.seconds["evaluation"] == pytest.approx(num_windows * 2.0 * (64 / 8) / 32)
 
 
 def test_a_run_without_a_round_cannot_be_measured():

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from clantune_scale.core.line import DecayRule
+from clantune_scale.planning.configured_optimizer import ConfiguredOptimizer
 from clantune_scale.planning.model_spec import LoadedModel
 from clantune_scale.planning.preflight import preflight
+from clantune_scale.runtime.line.decays import decay_rule
+from clantune_scale.runtime.line.refusals import refusals
 
 DS = {
     "train_batch_size": 32,
@@ -152,3 +156,103 @@ def test_weight_decay_of_a_models_own_groups_counts():
     assert not preflight(_config(), world_size=4, model=model).may_tune_weight_decay
     model.groups[1]["weight_decay"] = 0.1
     assert preflight(_config(), world_size=4, model=model).may_tune_weight_decay
+
+
+def test_on_the_line_ranks_and_batch_are_those_of_one_model():
+    found = preflight(_config(members="line", strategy="control") | {"train_batch_size": 36}, world_size=6)
+    assert (found.errors, found.warnings) == ([], [])
+    assert (found.topology.population_size, found.topology.dp) == (1, 6)
+    assert (found.batch.clan_batch, found.batch.member_batch, found.batch.dp_size) == (36, 36, 6)
+    assert found.ranks == "4 members on the line of one model: dp 6 x pp 1 x tp 1 = 6 ranks"
+    assert "does not divide the 6 ranks" in preflight(_config(strategy="control"), world_size=6).errors[0]
+
+
+def test_on_the_line_the_window_is_divided_among_all_ranks():
+    config = _config(members="line", fitness={"num_samples": 15})
+    assert "fewer than the 16 data-parallel ranks, each" in preflight(config, world_size=16).errors[0]
+    assert preflight(config, world_size=8).errors == []
+
+
+class _Engine:
+    """What a real optimizer says of itself, to the checks of a run."""
+
+    def __init__(self, kind, **settings) -> None:
+        self._optimizer = kind([nn.Parameter(torch.zeros(1))], **settings)
+
+    def decay_rules(self):
+        return [decay_rule(self._optimizer, group) for group in self._optimizer.param_groups]
+
+    def optimizer_name(self):
+        return type(self._optimizer).__name__
+
+
+COUPLED = {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.1, "adam_w_mode": False}}
+
+
+@pytest.mark.parametrize(
+    ("block", "optimizer", "said"),
+    [
+        ({"strategy": "pbt"}, None, "'pbt' lets members hold states of their own"),
+        ({"strategy": {"name": "control", "options": {"competes": True}}}, None, "states of their own"),
+        ({"faults": {"min_members": 2}}, None, "faults.min_members is 2"),
+        ({"genes": ["lr", "accumulation"]}, None, "gene 'accumulation'"),
+        ({"genes": ["lr", "beta1"]}, None, "effect of 'beta1' on an update has no closed form"),
+        ({"genes": ["lr", "clip"]}, None, "effect of 'clip' on an update has no closed form"),
+        ({"genes": ["lr", "weight_decay"]}, COUPLED, "Adam does not apply its weight decay by a rule"),
+    ],
+    ids=["pbt", "competing control", "min_members", "accumulation", "beta1", "clip", "coupled decay"],
+)
+def test_what_the_line_cannot_do_is_refused_with_the_sentences_of_a_run(block, optimizer, said):
+    config = _config(members="line", **block) | ({"optimizer": optimizer} if optimizer else {})
+    found = preflight(config, world_size=4)
+    engine = _Engine(torch.optim.Adam if optimizer else torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    assert found.errors == list(refusals(found.block, found.strategy, found.genes, engine, setters=()))
+    assert len(found.errors) == 1 and said in found.errors[0]
+    assert preflight(_config(**block) | ({"optimizer": optimizer} if optimizer else {}), world_size=4).errors == []
+
+
+def test_a_gene_with_a_setter_is_refused_on_the_line():
+    own = {"kind": "optimizer", "scale": "linear", "bounds": [0, 1], "initial": 0.5}
+    errors = preflight(_config(members="line", genes={"lr": {}, "temperature": own}), world_size=4).errors
+    assert len(errors) == 1 and "effect of 'temperature' on an update is set by a function of yours" in errors[0]
+
+
+def test_all_that_the_line_cannot_do_comes_at_once():
+    block = {"strategy": "pbt", "faults": {"min_members": 2}, "genes": ["lr", "beta1", "clip"]}
+    assert len(preflight(_config(members="line", **block), world_size=4).errors) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("AdamW", {"weight_decay": 0.1}),
+        ("SGD", {"weight_decay": 0.1}),
+        ("SGD", {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}),
+        ("SGD", {"weight_decay": 0.1, "momentum": 0.9, "dampening": 0.1}),
+        ("Adagrad", {"weight_decay": 0.1}),
+        ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+        ("NAdam", {"weight_decay": 0.1}),
+        ("RMSprop", {"weight_decay": 0.1}),
+    ],
+)
+def test_a_config_says_of_a_decay_what_the_optimizer_itself_does(kind, params):
+    configured = ConfiguredOptimizer({"optimizer": {"type": kind, "params": {"lr": 1e-3, **params}}})
+    engine = _Engine(getattr(torch.optim, kind), lr=1e-3, **params)
+    assert configured.decay_rules() == engine.decay_rules()
+    assert configured.optimizer_name() == engine.optimizer_name()
+
+
+def test_a_scripts_own_optimizer_may_have_any_decay():
+    assert ConfiguredOptimizer({}).decay_rules() == [DecayRule()]
+    config = _config(members="line", genes=["lr", "weight_decay"])
+    del config["optimizer"]
+    assert preflight(config, world_size=4).errors == []
+
+
+def test_a_loop_is_warned_of_turns_only_if_members_compete():
+    (warning,) = preflight(_config(members="line", total_steps=1000), world_size=4).warnings
+    assert "takes them by itself if its loss is the model's own" in warning
+    assert "clan.steps(loader); or pass train_step" in warning
+    without = {"name": "clan", "options": {"trial_cost": 0}}
+    assert preflight(_config(members="line", strategy=without, total_steps=1000), world_size=4).warnings == []
+    assert preflight(_config(total_steps=1000), world_size=4).warnings == []

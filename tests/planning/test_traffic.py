@@ -8,6 +8,7 @@ import pytest
 
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.planning.budget import Size, forecast
 from clantune_scale.planning.memory import rank_memory, state_bytes
 from clantune_scale.planning.traffic import (
@@ -17,6 +18,8 @@ from clantune_scale.planning.traffic import (
     drift_traffic,
     evaluation_traffic,
     inside_bytes,
+    mean_round_bytes,
+    round_end_traffic,
     step_traffic,
 )
 from tests.backends.small_runs import ds_config, in_member_worlds
@@ -43,14 +46,15 @@ CASES = {
 }
 
 
-def _forecast(config: dict, sizes: list[int]):
+def _forecast(config: dict, sizes: list[int], *, world_size: int = 4, num_steps: int = 18):
     block = ClanConfig.model_validate(config["clantune"])
     genes = (
         Gene("lr", relative=True),
         Gene("dropout", kind="specialized", scale="linear", bounds=(0, 0.5), initial=0.1),
-    )
+    )[: len(block.genes)]
     rest = {key: value for key, value in config.items() if key != "clantune"}
-    return forecast(rest, block, genes, Size(tuple(sizes)), world_size=4, num_steps=18, hardware=None, measured=None)
+    how = {"world_size": world_size, "num_steps": num_steps, "hardware": None, "measured": None}
+    return forecast(rest, block, genes, Size(tuple(sizes)), **how)
 
 
 def _elements(collectives: list[Collective]) -> dict[counted.Key, int]:
@@ -100,6 +104,51 @@ def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
         assert found["state_bytes"] == state_bytes(job)
         assert rank_memory(job).host == found["kept_bytes"] and found["averages"] is job.uses_ema is True
     assert any(found["donors"][-1] != (0, 1) for found in results), "nobody was cloned, and nothing was seen of it"
+
+
+@pytest.mark.parametrize("case", ["0", "2 in bf16", "3"])
+def test_what_a_clan_on_the_line_sends_is_what_was_predicted(case, tmp_path):
+    """A plain step, and at a round's end four points with their losses, and the weights' way to the best."""
+    stage, dtype, extra = CASES[case]
+    config = clan_config(
+        tmp_path,
+        ds_config(stage, dtype=dtype, accumulation=2, clip=0.5) | extra,
+        members="line",
+        population_size=4,
+        round_length=counted.ROUND,
+        strategy={"name": "clan", "options": {"growth": 0.0}},
+        fitness={"num_samples": 64, "batch_size": 1},
+    )
+    results = run_ranks(2, in_member_worlds, counted.job, config)
+    one = _forecast(config, results[0]["sizes"], world_size=2)
+    job = one.job
+    assert (job.population_size, job.dp, job.points, job.accumulation) == (1, 2, 4, 2)
+    assert list(step_traffic(job)) == list(step_traffic(job.without_clan()))
+    for found in results:
+        assert found["cooperative"] == _elements([*step_traffic(job)])
+        at_end = [*step_traffic(job), *round_end_traffic(job, one.walk.rounds[2])]
+        assert found["cooperative_last_round_end"] == _elements(at_end)
+        assert found["kept_bytes"] == state_bytes(job)
+        # The third round's end was the fourth's start.
+        assert found["state_bytes"] == state_bytes(job) + one.memory.line
+    assert list(clone_traffic(job)) == list(drift_traffic(job)) == []
+    # All of it stays among the ranks of the one model.
+    assert crossing_bytes(round_end_traffic(job), job) == 0 < inside_bytes(round_end_traffic(job), job)
+    inside, crossing = mean_round_bytes(job, one.walk)
+    steps = 18 * inside_bytes(step_traffic(job), job)
+    ends = sum(inside_bytes(round_end_traffic(job, plan), job) for plan in one.walk.ended)
+    assert (inside, crossing) == (pytest.approx((steps + ends) / 3), 0)
+
+
+def test_each_turn_is_measured_and_sent_back():
+    block = {"members": "line", "population_size": 4, "strategy": {"name": "clan", "options": {"trial_cost": 0.6}}}
+    config = clan_config("runs", ds_config(1), total_steps=100, **block)
+    one = _forecast(config, [1000], world_size=2, num_steps=100)
+    trial = next(plan for plan in one.walk.rounds if plan.phases[0].kind is PhaseKind.COMPETITIVE)
+    sent = list(round_end_traffic(one.job, trial))
+    gathers = [part for part in sent if part.width == one.job.width]
+    # The average goes into the model and out again, and then the next turn's start, or the best end.
+    assert len(gathers) == 4 * 3 and len(sent) - len(gathers) == 4
 
 
 def test_rings_send_by_their_length():

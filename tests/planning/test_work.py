@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from clantune_scale.config.schema import ClanConfig
+from clantune_scale.core.genome import Gene
+from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.core.strategies import build
 from clantune_scale.planning.budget import Size, forecast
 from clantune_scale.planning.preflight import run_facts
@@ -16,6 +18,7 @@ from tests.small_references import DROPOUT, LR, SAMPLES, clan_of, network, squar
 NUM_STEPS = 100
 EVAL_BATCHES = 3
 DS = {"train_micro_batch_size_per_gpu": SAMPLES}
+DECAY = Gene("weight_decay", relative=True)
 RACE = {"name": "clan", "options": {"trial_cost": 0.6}}
 
 
@@ -58,3 +61,42 @@ def test_work_is_what_a_clan_does(strategy, population_size, genes, total_steps,
     assert cost.evaluated_samples == done[False] + num_champions * population_size * EVAL_BATCHES * SAMPLES
     plain = NUM_STEPS * population_size * SAMPLES
     assert cost.work_percent == pytest.approx(100 * ((cost.trained_samples + cost.evaluated_samples / 3) / plain - 1))
+
+
+@pytest.mark.parametrize(
+    ("population_size", "genes"), [(3, (LR,)), (4, (LR,)), (3, (LR, DECAY))], ids=["three", "four", "two genes"]
+)
+def test_work_on_the_line_is_what_one_model_does(population_size, genes):
+    """Exactly: a step of the whole batch, a turn for each member that competes, an evaluation for each point."""
+    block = _block(RACE, population_size, NUM_STEPS).model_copy(update={"members": "line"})
+    how = {"world_size": 1, "num_steps": NUM_STEPS, "hardware": None, "measured": None}
+    one = forecast(DS | {"gradient_accumulation_steps": population_size}, block, genes, Size((57,)), **how)
+
+    done: Counter[bool] = Counter()
+
+    def counted(module, batch):
+        done[torch.is_grad_enabled()] += len(batch[0])
+        return squared_error(module, batch)
+
+    facts = run_facts(block, genes, DS)
+    built = build(block.strategy.name, facts, block.strategy.options)
+    clan = clan_of(built, network(0.1), loss_fn=counted, members="line")
+    clan.run(NUM_STEPS)
+    assert one.walk.num_ended == len(clan.lineage)
+    assert one.cost.trained_samples == done[True] > one.cost.samples
+    assert one.cost.evaluated_samples == done[False] + one.walk.num_champions * EVAL_BATCHES * SAMPLES
+    assert one.cost.unique_samples == one.cost.samples
+
+
+def test_turns_that_were_not_reached_are_not_counted():
+    """The first one is the loop's own steps; the others follow at the phase's end."""
+    block = _block(RACE, 4, None).model_copy(update={"members": "line"})
+    how = {"world_size": 4, "hardware": None, "measured": None}
+    first = next(plan for plan in forecast(DS, block, (LR,), Size((57,)), num_steps=600, **how).walk.rounds
+                 if plan.phases[0].kind is PhaseKind.COMPETITIVE)  # fmt: skip
+    costs = {
+        num_steps: forecast(DS, block, (LR,), Size((57,)), num_steps=num_steps, **how).cost
+        for num_steps in (first.end_step - 1, first.end_step)
+    }
+    trained = {num_steps: cost.trained_samples // (4 * SAMPLES) for num_steps, cost in costs.items()}
+    assert trained == {first.end_step - 1: first.end_step - 1, first.end_step: first.end_step + 3 * first.num_steps}

@@ -19,7 +19,7 @@ from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.line.points import Points
-from clantune_scale.runtime.line.refusals import may_compete
+from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
 from clantune_scale.runtime.line.snapshot import TrainingSnapshot
 from clantune_scale.runtime.line.turns import Turns, competitors_of
 from clantune_scale.runtime.members import MemberParts, names_of_groups
@@ -76,8 +76,7 @@ class OnTheLine:
             return
         raise ConfigError(
             "this strategy lets members compete, and members on the line take turns in it, which this loop does not "
-            "give them. Loop over clan.steps(loader); or pass train_step=..., which does one optimizer step, to "
-            'attach(); or leave the competition out: "strategy": {"name": "clan", "options": {"trial_cost": 0}}.'
+            f"give them. To give them, {TURNS_REMEDY}"
         )
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
@@ -13,15 +13,17 @@ from clantune_scale.core.strategies import Strategy
 from clantune_scale.errors import ConfigError
 
 _GROUPS = 'or set "members" to "groups"'
+#: How a loop gives members their turns, or does without them; after "To give them, ".
+TURNS_REMEDY = (
+    "loop over clan.steps(loader); or pass train_step=..., which does one optimizer step, to attach(); or leave the "
+    'competition out: "strategy": {"name": "clan", "options": {"trial_cost": 0}}.'
+)
 
 
 class LineEngine(Protocol):
     """What the checks ask of an engine."""
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's live groups."""
-
-    def decay_rules(self) -> list[DecayRule | None]:
+    def decay_rules(self) -> Sequence[DecayRule | None]:
         """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""
 
     def optimizer_name(self) -> str:
@@ -43,36 +45,58 @@ def require_line(
     Raises:
         ConfigError: if it cannot.
     """
-    if not strategy.has_one_state:
-        raise ConfigError(
+    for reason in refusals(config, strategy, genes, engine, setters=setters):
+        raise ConfigError(reason)
+
+
+def refusals(
+    config: ClanConfig,
+    strategy: Strategy | None,
+    genes: Sequence[Gene],
+    engine: LineEngine,
+    *,
+    setters: Collection[str],
+) -> Iterator[str]:
+    """Every reason why one model cannot stand for the members of a run, each with its remedy.
+
+    Args:
+        config: the block.
+        strategy: of the run; None if it is not known.
+        genes: that it has.
+        engine: that trains, or what a config says of it.
+        setters: targets that the user sets.
+    """
+    if strategy is not None and not strategy.has_one_state:
+        yield (
             f"the strategy {config.strategy.name!r} lets members hold states of their own, and members on the line "
             f'share one. Use "clan" or "control", {_GROUPS}.'
         )
     if config.faults.min_members is not None:
-        raise ConfigError(
+        yield (
             f"faults.min_members is {config.faults.min_members}, and members on the line do not die one by one: all "
             f"ranks hold one model. Leave it out; the run resumes from its last round, as any run of this engine."
         )
     for gene in genes:
-        _require_gene(gene, engine, setters)
+        yield from _gene_refusals(gene, engine, setters)
 
 
-def _require_gene(gene: Gene, engine: LineEngine, setters: Collection[str]) -> None:
+def _gene_refusals(gene: Gene, engine: LineEngine, setters: Collection[str]) -> Iterator[str]:
     if gene.target == "accumulation":
-        raise ConfigError(
+        yield (
             f"gene {gene.name!r}: members on the line train on the same micro-batches in turns, so their number cannot "
             f"differ. Leave the gene out, {_GROUPS}."
         )
+        return
     if gene.kind != "optimizer":
         return
     if gene.target not in (RATE, DECAY) or gene.target in setters:
         what = "is set by a function of yours" if gene.target in setters else "has no closed form"
-        raise ConfigError(
+        yield (
             f"gene {gene.name!r}: members on the line are computed from one model, and the effect of {gene.target!r} "
             f"on an update {what}. Leave the gene out, {_GROUPS}."
         )
-    if gene.target == DECAY and None in engine.decay_rules():
-        raise ConfigError(
+    elif gene.target == DECAY and None in engine.decay_rules():
+        yield (
             f"gene {gene.name!r}: {engine.optimizer_name()} does not apply its weight decay by a rule that is known to "
             f"be linear in it. Leave the gene out, {_GROUPS}."
         )
