@@ -170,6 +170,7 @@ class Turns:
         total, count = self.losses_before
         self.ended.append(Ended(losses, (total + training[0], count + training[1]), learning_rate))
         if self.keeps and (self.best is None or _mean(losses) < _mean(self.ended[self.best[0]].losses)):
+            self.best = None  # released first: a third copy of the state would be held for a moment
             self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine))
 
     def batches(self) -> Iterator[list[Any]]:
