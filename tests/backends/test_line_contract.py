@@ -98,8 +98,8 @@ def test_a_run_agrees_with_its_reference_through_rounds_and_turns(name, setup, t
         assert num_steps == NUM_STEPS and len(lineage) == len(reference.lineage)
         for record, theirs in zip(lineage, reference.lineage, strict=True):
             assert record.donors == theirs.donors and record.restored == theirs.restored
-            # Losses of float32 sums in another order. The trial's highest rate, 13 times the clan's, is near the edge of
-            # divergence, where such differences grow: up to 1.6 % was seen with Megatron's layers.
+            # Losses of float32 sums in another order. The trial's highest rate, 13 times the clan's, is near the edge
+            # of divergence, where such differences grow: up to 1.6 % was seen with Megatron's layers.
             is_trial = record.phases[0].kind is PhaseKind.COMPETITIVE
             assert record.losses == pytest.approx(theirs.losses, rel=3e-2 if is_trial else 2e-3)
         ours, wanted = memory["centre"]["lr"], reference.population.memory["centre"]["lr"]

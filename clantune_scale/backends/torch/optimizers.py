@@ -143,8 +143,8 @@ class StepEnd:
         if self.awaits_schedulers:
             raise ClanError(
                 f"scheduler.step() was not called after optimizer step {num_steps + 1} (or scaler.update(), with a "
-                f"scaler). Call it once after each optimizer.step(). If it is not stepped once per optimizer step, leave "
-                f"it out of attach()."
+                f"scaler). Call it once after each optimizer.step(). If it is not stepped once per optimizer step, "
+                f"leave it out of attach()."
             )
         waiting = self._waiting_for["optimizer"]
         if index not in waiting:
