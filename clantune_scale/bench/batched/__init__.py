@@ -7,8 +7,8 @@ all members of all clans are rows of the same tensors, and a run of a small mode
 from __future__ import annotations
 
 from clantune_scale.bench.batched.clans import BatchedClan, BatchedClans
-from clantune_scale.bench.batched.model import BatchedModel, Settings, vectorized
 from clantune_scale.bench.batched.matrix_optimizers import Adafactor, MuonAdamW
+from clantune_scale.bench.batched.model import BatchedModel, Settings, vectorized
 from clantune_scale.bench.batched.optimizers import (
     OPTIMIZERS,
     AdamW,
