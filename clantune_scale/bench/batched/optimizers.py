@@ -1,6 +1,6 @@
 """Update rules over rows of weights, every member with hyperparameters of its own.
 
-Those that look at a parameter's shape are in :mod:`clantune_scale.bench.batched.matrix_optimizers`. Each repeats torch's
+Those that look at a parameter's shape are in ``matrix_optimizers``. Each repeats torch's
 arithmetic in torch's order, so that a batched clan and one of torch's optimizers agree to rounding. Hyperparameters
 have the shape [clans, members, 1], or [clans, 1, 1] if a clan's members agree. An update that they all share is then
 computed once per clan. Hyperparameters are float64 and are rounded last: 1 - beta2 would lose half its digits in
