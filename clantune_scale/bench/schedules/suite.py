@@ -50,6 +50,8 @@ KINDS: dict[str, Callable[[], Problem]] = {
     "longer-10": lambda: kinds.longer(Quadratic(), 10),
 }
 ALL = {**STUDY, **KINDS}
+#: The name that stands for problems that are drawn.
+GENERATED = "generated"
 SETS = {"study": list(STUDY), "small": list(STUDY)[:7], "kinds": list(KINDS), "all": list(ALL)}
 
 
@@ -73,7 +75,7 @@ def load(names: Sequence[str]) -> list[Problem]:
 def _imported(name: str) -> list[Problem]:
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = [*SETS, *ALL]
+        known = [*SETS, GENERATED, *ALL]
         hint = did_you_mean(name, known) or f" Choose from: {', '.join(known)}."
         raise ConfigError(f"no problem is called {name!r}.{hint} One of your own is named module:NAME.")
     try:

@@ -36,12 +36,15 @@ class TrialRun:
         cost: gradient evaluations of training and of evaluations that decide, in plain runs of equal length.
         rates: (step, learning rate), the members' geometric mean.
         rollbacks: rounds that the guard rolled back.
+        validation: (step, the fittest member's loss on the window) at the ends of rounds that were not rolled back;
+            empty if nothing is evaluated on the way.
     """
 
     loss: float
     cost: float
     rates: tuple[tuple[int, float], ...]
     rollbacks: int
+    validation: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,14 @@ def run_trial(
         rates: [starts], the learning rate of each.
         seeds: of weights, data and decisions.
     """
-    own_schedule = None if isinstance(method, OptimizerPeer) else method.schedule
-    schedule = curves.over(own_schedule or problem.schedule, problem.total_steps)
+    own = None if isinstance(method, OptimizerPeer) else method.schedule
     configured = [
-        replace(problem.settings, lr=rate, schedule=schedule, **start.changes)
+        replace(
+            problem.settings,
+            lr=rate,
+            schedule=curves.over(own or start.schedule or problem.schedule, problem.total_steps),
+            **start.changes,
+        )
         for start, rate in zip(problem.starts, rates, strict=True)
     ]
     settings = [own for own in configured for _ in seeds]
@@ -122,6 +129,7 @@ def _batch_of_runs(
             _cost(clan.num_trained, clan.num_evaluated, problem),
             _rates(clan),
             sum(record.restored for record in clan.lineage),
+            _validation(clan),
         )
         for clan, loss in zip(clans.clans, champion_losses(clans, problem), strict=True)
     ]
@@ -152,6 +160,15 @@ def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
     test = torch.cat([clans.losses_on(problem.test, averaged=role).mean(dim=-1) for role in roles], dim=1)
     champions = validation.nan_to_num(math.inf, math.inf).argmin(dim=1, keepdim=True)
     return test.gather(1, champions).squeeze(1).nan_to_num(math.inf, math.inf).tolist()
+
+
+def _validation(clan: BatchedClan) -> tuple[tuple[int, float], ...]:
+    points = []
+    for record in clan.lineage:
+        losses = [loss for loss in record.losses if loss is not None]
+        if losses and not record.restored:
+            points.append((record.end_step, min(losses)))
+    return tuple(points)
 
 
 def _cost(num_trained: int, num_evaluated: int, problem: Problem) -> float:
