@@ -193,9 +193,8 @@ def _grid_losses(problem: Problem) -> dict[Choice, float]:
         first, end = max(0, near - grid.reach[0]), min(end, near + grid.reach[1] + 1)
     losses = _losses_at(problem, grid.rates[first:end])
     while grid.reach is not None:
-        # The best point, and the best constant rate that starts are counted from, have to lie inside.
-        constant = {point: loss for point, loss in losses.items() if point.schedule == "constant"}
-        edges = {min(some, key=some.__getitem__).rate for some in (losses, constant)}
+        # Every schedule's best rate has to lie inside, and so the one that starts are counted from.
+        edges = {_best_of(losses, schedule).rate for schedule in grid.schedules}
         if first > 0 and grid.rates[first] in edges:
             begin = max(0, first - 2)
             losses = {**_losses_at(problem, grid.rates[begin:first]), **losses}
@@ -207,6 +206,11 @@ def _grid_losses(problem: Problem) -> dict[Choice, float]:
         else:
             break
     return losses
+
+
+def _best_of(losses: Mapping[Choice, float], schedule: str) -> Choice:
+    along = [point for point in losses if point.schedule == schedule]
+    return min(along, key=losses.__getitem__)
 
 
 def _losses_at(problem: Problem, rates: Sequence[float]) -> dict[Choice, float]:

@@ -52,8 +52,8 @@ class Grid:
         rates: ascending.
         schedules: names in :data:`clantune_scale.bench.schedules.curves.CURVES`.
         weight_decays: the problem's own among them.
-        reach: how many rates below and above the best constant one are searched, and further as long as the best of
-            all lies at the edge; every second constant rate is tried before. None searches all rates.
+        reach: how many rates below and above the best constant one are searched, and further as long as a schedule's
+            best one lies at the edge; every second constant rate is tried before. None searches all rates.
     """
 
     rates: tuple[float, ...]

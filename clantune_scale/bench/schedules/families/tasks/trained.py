@@ -42,6 +42,7 @@ class Continued(Task):
     def losses(self, parameters: Tensors, batch: Tensors, knobs: Knobs) -> torch.Tensor:
         return self._after.losses(parameters, batch, knobs)
 
+    @torch.enable_grad()  # initial weights are asked for while nothing else needs gradients
     def _train(self, seed: int) -> list[torch.Tensor]:
         parameters = [parameter.clone().unsqueeze(0).requires_grad_() for parameter in self._before.init(seed)]
         optimizer = torch.optim.Adam(parameters, _RATE, _BETAS)
