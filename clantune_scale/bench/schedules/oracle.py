@@ -29,6 +29,8 @@ EDGE, MOST_TRIED = 0.25, 10
 #: Learning rates tried around the oracle's in a shorter run.
 _SHORTER_RATES = (0.56, 1.0, 1.78)
 _ROWS = 192
+#: How often two more rates are searched. Many rates may be equally good, and then the best one lies anywhere.
+_MOST_EXTENSIONS = 3
 #: Least progress of the oracle, as a share of the initial loss, without which there is nothing to measure.
 LEAST_PROGRESS = 0.01
 
@@ -192,7 +194,7 @@ def _grid_losses(problem: Problem) -> dict[Choice, float]:
         near = 2 * found.index(min(found))
         first, end = max(0, near - grid.reach[0]), min(end, near + grid.reach[1] + 1)
     losses = _losses_at(problem, grid.rates[first:end])
-    while grid.reach is not None:
+    for _ in range(_MOST_EXTENSIONS if grid.reach is not None else 0):
         # Every schedule's best rate has to lie inside, and so the one that starts are counted from.
         edges = {_best_of(losses, schedule).rate for schedule in grid.schedules}
         if first > 0 and grid.rates[first] in edges:

@@ -58,8 +58,8 @@ def draw_missing(methods: Mapping[str, Sequence[StartFigures]], path: Path) -> P
     rows = range(len(order))
     configured = [_share(first[i].configured) for i in order]
     shown = {name: [_share(own[i].missing) for i in order] for name, own in methods.items()}
-    for row, values in enumerate(zip(configured, *shown.values(), strict=True)):
-        axes.plot([min(values), max(values)], [row, row], color="0.85", zorder=1)
+    for row, shares in enumerate(zip(configured, *shown.values(), strict=True)):
+        axes.plot([min(shares), max(shares)], [row, row], color="0.85", zorder=1)
     axes.scatter(configured, rows, marker="|", s=40, color="black", label="as configured", zorder=2)
     for color, (name, values) in zip(_COLORS, shown.items(), strict=False):
         axes.scatter(values, rows, s=12, color=color, alpha=0.8, label=name, zorder=3)

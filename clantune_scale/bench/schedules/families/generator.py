@@ -197,7 +197,7 @@ def _starts(optimizer: OptimizerFamily, settings: Settings, draw: Draw) -> tuple
     starts.append(Start("oracle", anchor="oracle", kind="oracle"))
     if settings.weight_decay:
         times = draw.choice((0.0, 30.0))
-        changes = {"weight_decay": times * settings.weight_decay}
+        changes: dict[str, object] = {"weight_decay": times * settings.weight_decay}
         starts.append(Start(f"decay {times:g}x", 1.0, changes, anchor="tuned", kind="wrong decay"))
     if optimizer.momentum is not None:
         value, rate = draw.choice(((0.5, 1.0), (0.98, 0.32)))

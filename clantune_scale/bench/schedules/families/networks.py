@@ -13,6 +13,9 @@ from clantune_scale.bench.batched.model import Tensors
 from clantune_scale.bench.schedules.families.draw import Draw
 from clantune_scale.bench.schedules.problems.layers import affine, normal_parameters
 
+#: (shape, standard deviation) of parameters, as ``normal_parameters`` takes them.
+Shapes = list[tuple[tuple[int, ...], float]]
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -49,9 +52,9 @@ class Perceptron:
         """Tensors that :meth:`init` makes."""
         return 2 * (len(self.sizes) - 1)
 
-    def shapes(self) -> list[tuple[tuple[int, ...], float]]:
-        """(shape, standard deviation) of its parameters, as ``normal_parameters`` takes them."""
-        found: list[tuple[tuple[int, ...], float]] = []
+    def shapes(self) -> Shapes:
+        """Of its parameters."""
+        found: Shapes = []
         for inputs, outputs in itertools.pairwise(self.sizes):
             found += [((inputs, outputs), self.gain * inputs**-0.5), ((outputs,), 0.0)]
         return found

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from clantune_scale.bench.batched.model import Knobs, Tensors
 from clantune_scale.bench.schedules.families.draw import Draw
-from clantune_scale.bench.schedules.families.networks import Perceptron
+from clantune_scale.bench.schedules.families.networks import Perceptron, Shapes
 from clantune_scale.bench.schedules.families.registry import TaskFamily, register
 from clantune_scale.bench.schedules.families.task import SampledTask
 from clantune_scale.bench.schedules.problems.bytes import sources
@@ -129,8 +129,14 @@ class LanguageConvolution(Language):
 
     def init(self, seed: int) -> Tensors:
         width, inputs = self._width, self.REACH * self._width
-        layer = [((inputs, width), inputs**-0.5), ((width,), 0.0)]
-        shapes = [((TOKENS, width), 0.7), *layer, *layer, ((width, TOKENS), 0.5 * width**-0.5), ((TOKENS,), 0.0)]
+        layer: Shapes = [((inputs, width), inputs**-0.5), ((width,), 0.0)]
+        shapes: Shapes = [
+            ((TOKENS, width), 0.7),
+            *layer,
+            *layer,
+            ((width, TOKENS), 0.5 * width**-0.5),
+            ((TOKENS,), 0.0),
+        ]
         return normal_parameters(seed, shapes)
 
     def losses(self, parameters: Tensors, batch: Tensors, knobs: Knobs) -> torch.Tensor:
@@ -154,7 +160,7 @@ class LanguageRecurrent(Language):
 
     def init(self, seed: int) -> Tensors:
         width = self._width
-        gate = [((2 * width, width), (2 * width) ** -0.5), ((width,), 0.0)]
+        gate: Shapes = [((2 * width, width), (2 * width) ** -0.5), ((width,), 0.0)]
         return normal_parameters(
             seed, [((TOKENS, width), 0.7), *gate, *gate, ((width, TOKENS), width**-0.5), ((TOKENS,), 0.0)]
         )
@@ -183,7 +189,7 @@ class LanguageTransformer(Language):
 
     def init(self, seed: int) -> Tensors:
         width, hidden, scale = self._width, self._hidden, self._width**-0.5
-        shapes = [((TOKENS, width), 0.5), ((self._context, width), 0.2), ((width, 3 * width), scale)]
+        shapes: Shapes = [((TOKENS, width), 0.5), ((self._context, width), 0.2), ((width, 3 * width), scale)]
         shapes += [((width, width), scale), ((width, hidden), scale), ((hidden,), 0.0)]
         shapes += [((hidden, width), 0.5 * hidden**-0.5), ((width,), 0.0), ((width, TOKENS), 0.5 * scale)]
         return normal_parameters(seed, [*shapes, ((TOKENS,), 0.0)])
