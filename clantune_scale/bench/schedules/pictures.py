@@ -57,12 +57,13 @@ def draw_missing(methods: Mapping[str, Sequence[StartFigures]], path: Path) -> P
     axes = figure.subplots()
     rows = range(len(order))
     configured = [_share(first[i].configured) for i in order]
-    shown = {name: [_share(own[i].missing) for i in order] for name, own in methods.items()}
-    for row, shares in enumerate(zip(configured, *shown.values(), strict=True)):
-        axes.plot([min(shares), max(shares)], [row, row], color="0.85", zorder=1)
+    shares = {name: [_share(own[i].missing) for i in order] for name, own in methods.items()}
+    shown = {name: values for name, values in shares.items() if values != configured}  # the starts kept as they are
+    for row, values in enumerate(zip(configured, *shown.values(), strict=True)):
+        axes.plot([min(values), max(values)], [row, row], color="0.85", zorder=1)
     axes.scatter(configured, rows, marker="|", s=40, color="black", label="as configured", zorder=2)
-    for color, (name, values) in zip(_COLORS, shown.items(), strict=False):
-        axes.scatter(values, rows, s=12, color=color, alpha=0.8, label=name, zorder=3)
+    for color, (name, own) in zip(_COLORS, shown.items(), strict=False):
+        axes.scatter(own, rows, s=12, color=color, alpha=0.8, label=name, zorder=3)
     axes.set_yticks(rows, [f"{first[i].problem.partition(';')[0]}, {first[i].start}" for i in order], fontsize=5)
     for row in range(1, len(order)):
         if first[order[row]].kind != first[order[row - 1]].kind:
