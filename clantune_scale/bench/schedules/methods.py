@@ -65,7 +65,10 @@ class Method:
             total_steps=problem.total_steps if problem.knows_length else None,
             sees_samples_once=problem.sees_samples_once,
         )
-        return build(self.strategy, facts, self.options)
+        strategy = build(self.strategy, facts, self.options)
+        if hasattr(strategy, "schedule"):  # one that asks for it; no engine tells it yet
+            strategy.schedule = settings.schedule
+        return strategy
 
 
 #: A run as its start configures it: one member, one round, no genes (a clip gene would write a clip).
