@@ -74,7 +74,8 @@ RATES = ((0.01, 0.02), (0.3, 0.6))
 
 
 def test_every_rule_is_compared():
-    assert {name for name, *_ in REAL.values()} == set(OPTIMIZERS)
+    own = {name for name in OPTIMIZERS if not name.startswith("test-")}  # what another test has registered
+    assert {name for name, *_ in REAL.values()} == own
 
 
 @pytest.fixture
