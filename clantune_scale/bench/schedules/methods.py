@@ -36,6 +36,8 @@ class Method:
         duty_cycle: the user's.
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
         genes: in place of the default ones and the problem's.
+        genes_like: the strategy whose default genes it has; None for its own. A variant of ``clan`` by another name
+            would have other ones.
         members: ``"groups"`` trains all members; ``"line"`` computes them from one model in rounds that allow it.
     """
 
@@ -47,11 +49,13 @@ class Method:
     duty_cycle: float = 0.1
     schedule: str | None = None
     genes: Sequence[str] | None = None
+    genes_like: str | None = None
     members: Literal["groups", "line"] = "groups"
 
     def gene_names(self, problem: Problem, settings: Settings) -> tuple[str, ...]:
         """Names of the genes of a run that is configured with ``settings``."""
-        return problem.genes_of(self.strategy, settings) if self.genes is None else tuple(self.genes)
+        like = self.genes_like or self.strategy
+        return problem.genes_of(like, settings) if self.genes is None else tuple(self.genes)
 
     def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
         """The strategy of one run that is configured with ``settings``."""

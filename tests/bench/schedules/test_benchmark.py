@@ -74,6 +74,7 @@ def test_a_problem_adds_its_genes_to_the_default_ones_of_its_data():
     own = once.variant("own", extra_genes=("clip", "weight_decay"))
     assert own.genes_of("clan", ADAMW) == ("lr", "weight_decay", "clip")
     assert own.genes_of("pbt", ADAMW) == ("lr", "clip", "weight_decay")
+    assert Method("m", "hdet", genes_like="clan").gene_names(once, ADAMW) == ("lr", "weight_decay")
     genes = Method("m", "clan").build(own, ADAMW, 0).facts.genes
     assert [gene.name for gene in genes] == ["lr", "weight_decay", "clip"]
 
