@@ -63,6 +63,11 @@ def load(names: Sequence[str]) -> list[Problem]:
     """
     problems: list[Problem] = []
     for name in names:
+        if name == GENERATED:
+            raise ConfigError(
+                f"{GENERATED!r} stands for drawn problems, and only python -m clantune_scale.bench.schedules draws them. "
+                f"Name one of: {', '.join([*SETS, *ALL])}, or module:NAME."
+            )
         if name in SETS:
             problems += [ALL[member]() for member in SETS[name]]
         elif name in ALL:

@@ -16,6 +16,7 @@ from clantune_scale.bench.schedules.families.draw import Draw
 from clantune_scale.bench.schedules.families.generator import Families, _length, draw_problem, draw_problems
 from clantune_scale.bench.schedules.families.registry import OPTIMIZER_FAMILIES, SCHEDULES, TASKS, TaskFamily
 from clantune_scale.bench.schedules.methods import FIXED
+from clantune_scale.bench.schedules.suite import load
 from clantune_scale.errors import ConfigError
 from tests.bench.schedules import plugin_families
 from tests.bench.schedules.tiny_problem import TINY
@@ -95,6 +96,8 @@ def test_what_is_held_back_is_refused_without_a_report(capsys, tmp_path):
         ceiling.ceilings(secret, (0, 1))
     assert main(["--problems", "generated", "--tasks", held_back, "--out", str(tmp_path / "out")]) == 2
     assert "Add --report" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="only python -m clantune_scale.bench.schedules draws them"):
+        load(["generated"])
     assert run([secret], [FIXED], seeds=REPORTING_SEEDS, say=lambda line: None).is_report
 
 
