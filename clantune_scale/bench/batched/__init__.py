@@ -7,7 +7,33 @@ all members of all clans are rows of the same tensors, and a run of a small mode
 from __future__ import annotations
 
 from clantune_scale.bench.batched.clans import BatchedClan, BatchedClans
+from clantune_scale.bench.batched.matrix_optimizers import Adafactor, MuonAdamW
 from clantune_scale.bench.batched.model import BatchedModel, Settings, vectorized
-from clantune_scale.bench.batched.optimizers import OPTIMIZERS, AdamW, Momentum
+from clantune_scale.bench.batched.optimizers import (
+    OPTIMIZERS,
+    AdamW,
+    Lion,
+    Momentum,
+    Nesterov,
+    RMSprop,
+    RowOptimizer,
+    register,
+)
 
-__all__ = ["OPTIMIZERS", "AdamW", "BatchedClan", "BatchedClans", "BatchedModel", "Momentum", "Settings", "vectorized"]
+__all__ = [
+    "OPTIMIZERS",
+    "Adafactor",
+    "AdamW",
+    "BatchedClan",
+    "BatchedClans",
+    "BatchedModel",
+    "Lion",
+    "Momentum",
+    "MuonAdamW",
+    "Nesterov",
+    "RMSprop",
+    "RowOptimizer",
+    "Settings",
+    "register",
+    "vectorized",
+]

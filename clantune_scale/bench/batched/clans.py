@@ -122,7 +122,7 @@ class BatchedClans:
         initial = {seed: model.init(seed) for seed in set(seeds)}
         self._layout = RowLayout([parameter.shape for parameter in initial[seeds[0]]])
         rows = torch.stack([self._layout.flatten(initial[seed]) for seed in seeds]).to(dtype)
-        self.state = State.initial(rows, self.num_members, self._rule.slots)
+        self.state = State.initial(rows, self.num_members, self._rule.slot_sizes(self._layout))
         self._leaves = [view.detach().requires_grad_() for view in self._layout.views(self.state.weights)]
         self._feed = Feed(model, seeds, self.num_members)
         self.num_steps = 0
@@ -153,7 +153,7 @@ class BatchedClans:
             self._line_round.before_update(
                 self.state, self.num_steps - position.plan.start_step, hyper["lr"], hyper["weight_decay"]
             )
-        self._rule.update(self.state, gradient, hyper)
+        self._rule.update(self.state, gradient, hyper, self._layout)
         self.num_steps += 1
         for clan, num_samples in zip(self.clans, self._reading.num_samples, strict=True):
             clan.num_trained += num_samples

@@ -69,9 +69,9 @@ class Settings:
     """What one clan's user configured, before any gene.
 
     Attributes:
-        optimizer: ``"adamw"`` or ``"sgd"``; the same for all clans of a batch.
+        optimizer: a name in ``OPTIMIZERS`` (``"adamw"``, ``"sgd"``, ...); the same for all clans of a batch.
         lr: base learning rate.
-        weight_decay: decoupled with AdamW, coupled with SGD, as in torch.
+        weight_decay: decoupled or coupled, as the optimizer has it in torch.
         hyper: further hyperparameters of the optimizer, by name (``beta1``, ``momentum``, ...).
         schedule: factor on the learning rate in the step after so many.
         clip: largest global norm of the gradient; 0 for no clipping.

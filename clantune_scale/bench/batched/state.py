@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,30 @@ class RowLayout:
 
     Args:
         shapes: of a model's parameters, in order.
+
+    Attributes:
+        shapes, sizes: of the parameters, in order.
+        size: numbers in a row.
     """
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = [torch.Size(shape) for shape in shapes]
         self.sizes = [shape.numel() for shape in self.shapes]
+        self.size = sum(self.sizes)
 
     def flatten(self, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
         """[size]: one model's parameters as a row."""
         return torch.cat([parameter.reshape(-1) for parameter in parameters])
+
+    def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Parameters [clans, members or 1, *shape] that share memory with ``rows`` [clans, members or 1, size].
+
+        A parameter that is one number has the shape [1].
+        """
+        return [
+            part.unflatten(2, shape) if shape else part
+            for part, shape in zip(rows.split(self.sizes, dim=2), self.shapes, strict=True)
+        ]
 
     def views(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Parameters [clans x members, ...] that share memory with ``rows`` [clans, members, size]."""
@@ -42,7 +57,7 @@ class State:
     Attributes:
         weights: [clans, members, size].
         average: [clans, members, size], the exponential average of the weights.
-        slots: by name, [clans, members or 1, size], what the optimizer remembers.
+        slots: by name, [clans, members or 1, ...], what the optimizer remembers.
         num_updates: [clans, members or 1, 1] float64, updates that the slots have seen.
     """
 
@@ -52,11 +67,10 @@ class State:
     num_updates: torch.Tensor
 
     @classmethod
-    def initial(cls, rows: torch.Tensor, num_members: int, slot_names: Sequence[str]) -> State:
+    def initial(cls, rows: torch.Tensor, num_members: int, slot_sizes: Mapping[str, int]) -> State:
         """Every member of clan r starts from ``rows[r]`` ([clans, size]), with an optimizer that has seen nothing."""
-        one = rows.unsqueeze(1)
-        weights = one.expand(-1, num_members, -1).contiguous()
-        slots = {name: torch.zeros_like(one) for name in slot_names}
+        weights = rows.unsqueeze(1).expand(-1, num_members, -1).contiguous()
+        slots = {name: rows.new_zeros(len(rows), 1, size) for name, size in slot_sizes.items()}
         return cls(weights, weights.clone(), slots, torch.zeros(len(rows), 1, 1, dtype=torch.float64))
 
     def save(self) -> State:

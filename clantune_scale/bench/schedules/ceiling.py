@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, reference_losses_of
+from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, reference_losses_of, settled
 from clantune_scale.bench.schedules.methods import FIXED
 from clantune_scale.bench.schedules.oracle import oracle_of
 from clantune_scale.bench.schedules.problem import Problem
@@ -50,6 +50,7 @@ def ceilings(problem: Problem, seeds: Sequence[int]) -> list[Ceiling]:
         seeds: of weights and data; the learning rate is chosen by the test loss on these, and scored on them.
     """
     oracle = oracle_of(problem)
+    problem = settled(problem, oracle)
     reference, _ = reference_losses_of(problem, seeds)
     # The learning rate is replaced here, so starts that differ only in it are one.
     kinds = list({repr(start.changes): start for start in problem.starts}.values())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from clantune_scale.bench.batched.model import constant
+from clantune_scale.errors import ConfigError
 
 #: (share of the run that is done, 0 to 1) -> factor
 Curve = Callable[[float], float]
@@ -48,6 +49,29 @@ CURVES: dict[str, Curve] = {
     "wsd": partial(warmed_up, wsd),
     "inverse-sqrt": lambda share: min(share / WARMUP, inverse_square_root(share)),
 }
+
+
+def shaped(curve: Curve, *, warmup: float = 0.0, floor: float = 0.0) -> Curve:
+    """``curve`` between ``floor`` and 1, after a linear warm-up that takes the first part of the run."""
+
+    def factor(share: float) -> float:
+        if share < warmup:
+            return share / warmup
+        rest = min(1.0, (share - warmup) / (1 - warmup))
+        return floor + (1 - floor) * curve(rest)
+
+    return factor
+
+
+def register(name: str, curve: Curve) -> None:
+    """Makes a curve known under a name.
+
+    Raises:
+        ConfigError: if another one has that name.
+    """
+    if name in CURVES:
+        raise ConfigError(f"there is a learning-rate curve {name!r} already. Choose another name.")
+    CURVES[name] = curve
 
 
 def over(name: str, total_steps: int) -> Callable[[int], float]:

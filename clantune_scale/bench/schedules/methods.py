@@ -37,6 +37,8 @@ class Method:
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
         genes: in place of the default ones and the problem's.
         average_every: steps from one update of averaged weights to the next.
+        genes_like: the strategy whose default genes it has; None for its own. A variant of ``clan`` by another name
+            would have other ones.
         members: ``"groups"`` trains all members; ``"line"`` computes them from one model in rounds that allow it.
     """
 
@@ -48,12 +50,14 @@ class Method:
     duty_cycle: float = 0.1
     schedule: str | None = None
     genes: Sequence[str] | None = None
+    genes_like: str | None = None
     members: Literal["groups", "line"] = "groups"
     average_every: int = 1
 
     def gene_names(self, problem: Problem, settings: Settings) -> tuple[str, ...]:
         """Names of the genes of a run that is configured with ``settings``."""
-        return problem.genes_of(self.strategy, settings) if self.genes is None else tuple(self.genes)
+        like = self.genes_like or self.strategy
+        return problem.genes_of(like, settings) if self.genes is None else tuple(self.genes)
 
     def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
         """The strategy of one run that is configured with ``settings``."""
@@ -67,7 +71,10 @@ class Method:
             total_steps=problem.total_steps if problem.knows_length else None,
             sees_samples_once=problem.sees_samples_once,
         )
-        return build(self.strategy, facts, self.options)
+        strategy = build(self.strategy, facts, self.options)
+        if hasattr(strategy, "schedule"):  # one that asks for it; no engine tells it yet
+            strategy.schedule = settings.schedule
+        return strategy
 
 
 #: A run as its start configures it: one member, one round, no genes (a clip gene would write a clip).

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from clantune_scale.bench.batched import BatchedClans, Settings
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.methods import FIXED
-from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.bench.schedules.problem import Problem, Start
 from clantune_scale.bench.schedules.records import finite
 from clantune_scale.bench.schedules.trial import champion_losses
 from clantune_scale.errors import ConfigError
@@ -29,6 +29,14 @@ EDGE, MOST_TRIED = 0.25, 10
 #: Learning rates tried around the oracle's in a shorter run.
 _SHORTER_RATES = (0.56, 1.0, 1.78)
 _ROWS = 192
+#: How often two more rates are searched. Many rates may be equally good, and then the best one lies anywhere.
+_MOST_EXTENSIONS = 3
+#: Least progress of the oracle, as a share of the initial loss, without which there is nothing to measure.
+LEAST_PROGRESS = 0.01
+
+
+class NoOracleError(ConfigError):
+    """A problem has no oracle to measure runs against."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,48 @@ class Oracle:
     grid: tuple[tuple[float, str, float, float], ...]
 
     def trained_rate(self, factor: float, rates: Sequence[float]) -> float:
-        """``factor`` times the best constant rate, lowered along ``rates`` to one that trains.
+        """``factor`` times the best constant rate, lowered along ``rates`` to one that trains."""
+        return self._lowered(
+            factor * self.constant_rate, self.constant_rate, dict(zip(rates, self.constant_losses, strict=True))
+        )
 
-        A learning rate trains if it takes away a tenth of the initial loss. All below the best one are taken to train.
+    def start_rate(self, start: Start, problem: Problem) -> float:
+        """The learning rate of a start, lowered along the grid to one that trains with the problem's own schedule.
+
+        Raises:
+            ConfigError: if the start asks for the best peak of a schedule that the grid has not.
         """
-        wanted = factor * self.constant_rate
-        if factor <= 1:
+        if start.anchor == "oracle":
+            return start.rate * self.best.rate
+        losses = self.losses_along(problem.schedule, problem.settings.weight_decay)
+        if start.anchor == "tuned":
+            if not losses:
+                raise ConfigError(
+                    f"start {start.name!r} of {problem.name!r} asks for the best peak of {problem.schedule!r}, which "
+                    f"is not in the grid's {problem.grid.schedules}. Add it there."
+                )
+            best = min(losses, key=losses.__getitem__)
+            return self._lowered(start.rate * best, best, losses)
+        losses = losses or dict(zip(problem.grid.rates, self.constant_losses, strict=True))
+        return self._lowered(start.rate * self.constant_rate, self.constant_rate, losses)
+
+    def losses_along(self, schedule: str, weight_decay: float) -> dict[float, float]:
+        """By learning rate, the losses of one schedule with one weight decay, as far as they were searched."""
+        return {rate: loss for rate, *rest, loss in self.grid if rest == [schedule, weight_decay]}
+
+    def _lowered(self, wanted: float, best: float, losses: Mapping[float, float]) -> float:
+        """``wanted``, or the highest rate that trains below it.
+
+        A learning rate trains if it makes a tenth of the progress that ``best`` makes. All below that are taken to
+        train.
+        """
+        if wanted <= best:
             return wanted
-        trains = [
-            rate
-            for rate, loss in zip(rates, self.constant_losses, strict=True)
-            if self.constant_rate <= rate <= wanted * 1.01 and loss < 0.9 * self.initial_loss
-        ]
-        return max(trains)
+        least = self.initial_loss - 0.1 * (self.initial_loss - losses.get(best, self.loss))
+        trains = [rate for rate, loss in losses.items() if best <= rate and loss < least]
+        highest = max(rate for rate in trains if rate <= 1.01 * wanted)
+        is_between = highest < 0.98 * wanted and max(trains) > wanted
+        return wanted if is_between else highest
 
     def to_json(self) -> dict:
         """Plain data; null for runs that diverged."""
@@ -125,13 +162,11 @@ def cache_folder() -> Path:
 
 
 def search(problem: Problem) -> Oracle:
-    """Runs the whole grid, and the best point in shorter runs."""
-    grid = problem.grid
-    points = [Choice(*point) for point in itertools.product(grid.rates, grid.schedules, grid.weight_decays)]
-    losses = dict(zip(points, fixed_losses(problem, points, GRID_SEEDS), strict=True))
-    best = min(points, key=losses.__getitem__)
+    """Runs the grid, and the best point in shorter runs."""
+    losses = _grid_losses(problem)
+    best = min(losses, key=losses.__getitem__)
     own = problem.settings.weight_decay
-    constant = [losses[Choice(rate, "constant", own)] for rate in grid.rates]
+    constant = [losses.get(Choice(rate, "constant", own), math.inf) for rate in problem.grid.rates]
     by_share = {}
     for share in SHARES:
         shorter = problem.variant(problem.name, total_steps=round(share * problem.total_steps))
@@ -142,11 +177,48 @@ def search(problem: Problem) -> Oracle:
         best,
         _rounded(losses[best]),
         _rounded(initial_loss(problem)),
-        grid.rates[constant.index(min(constant))],
+        problem.grid.rates[constant.index(min(constant))],
         tuple(map(_rounded, constant)),
         by_share,
-        tuple((point.rate, point.schedule, point.weight_decay, _rounded(losses[point])) for point in points),
+        tuple((point.rate, point.schedule, point.weight_decay, _rounded(losses[point])) for point in losses),
     )
+
+
+def _grid_losses(problem: Problem) -> dict[Choice, float]:
+    """By point of the grid, as far as it is searched, its mean test loss, in the grid's order."""
+    grid = problem.grid
+    first, end, last = 0, len(grid.rates), len(grid.rates) - 1
+    if grid.reach is not None:
+        coarse = [Choice(rate, "constant", problem.settings.weight_decay) for rate in grid.rates[::2]]
+        found = fixed_losses(problem, coarse, GRID_SEEDS[:1])
+        near = 2 * found.index(min(found))
+        first, end = max(0, near - grid.reach[0]), min(end, near + grid.reach[1] + 1)
+    losses = _losses_at(problem, grid.rates[first:end])
+    for _ in range(_MOST_EXTENSIONS if grid.reach is not None else 0):
+        # Every schedule's best rate has to lie inside, and so the one that starts are counted from.
+        edges = {_best_of(losses, schedule).rate for schedule in grid.schedules}
+        if first > 0 and grid.rates[first] in edges:
+            begin = max(0, first - 2)
+            losses = {**_losses_at(problem, grid.rates[begin:first]), **losses}
+            first = begin
+        elif end <= last and grid.rates[end - 1] in edges:
+            stop = min(last + 1, end + 2)
+            losses |= _losses_at(problem, grid.rates[end:stop])
+            end = stop
+        else:
+            break
+    return losses
+
+
+def _best_of(losses: Mapping[Choice, float], schedule: str) -> Choice:
+    along = [point for point in losses if point.schedule == schedule]
+    return min(along, key=losses.__getitem__)
+
+
+def _losses_at(problem: Problem, rates: Sequence[float]) -> dict[Choice, float]:
+    """By point, the mean test losses of all points with these rates."""
+    points = [Choice(*point) for point in itertools.product(rates, problem.grid.schedules, problem.grid.weight_decays)]
+    return dict(zip(points, fixed_losses(problem, points, GRID_SEEDS), strict=True))
 
 
 def oracle_runs(problem: Problem, oracle: Oracle, seeds: Sequence[int]) -> list[float]:
@@ -157,14 +229,19 @@ def oracle_runs(problem: Problem, oracle: Oracle, seeds: Sequence[int]) -> list[
     taken.
 
     Raises:
-        ConfigError: if none of the best few does.
+        NoOracleError: if none of the best few does, or the best makes no progress.
     """
+    if not oracle.initial_loss - oracle.loss > LEAST_PROGRESS * abs(oracle.initial_loss):
+        raise NoOracleError(
+            f"the oracle of {problem.name!r} goes from {oracle.initial_loss:.4g} to {oracle.loss:.4g} only. Give the "
+            f"problem more steps, or a grid with other rates."
+        )
     points = sorted(oracle.grid, key=lambda point: point[3])[:MOST_TRIED]
     for rate, schedule, weight_decay, loss in points:
         (runs,) = fixed_runs(problem, [Choice(rate, schedule, weight_decay)], seeds)
         if max(runs) < loss + EDGE * (oracle.initial_loss - loss):
             return runs
-    raise ConfigError(
+    raise NoOracleError(
         f"none of the {len(points)} best points of {problem.name!r}'s grid trains on seeds {list(seeds)} as it did on "
         f"{list(GRID_SEEDS)}. Give the problem data or a batch with less noise, or a grid with lower rates."
     )

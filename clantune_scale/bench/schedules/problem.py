@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,13 +24,20 @@ class Start:
 
     Attributes:
         name: a column of the table.
-        rate: times the best constant learning rate.
+        rate: times the learning rate that ``anchor`` names.
         changes: fields of :class:`~clantune_scale.bench.batched.Settings` besides ``lr``, in place of the problem's.
+        anchor: ``"constant"``, the best constant rate; ``"tuned"``, the best peak of the problem's own schedule, which
+            its grid must have; ``"oracle"``, the oracle's rate, and then its schedule and its weight decay as well.
+        kind: what starts are grouped by in tables (``"wild"``, ``"tuned"``, ``"oracle"``, ``"wrong decay"``, ...).
+        schedule: name of a learning-rate curve in place of the problem's own; None keeps that.
     """
 
     name: str
     rate: float = 1.0
     changes: Mapping[str, Any] = field(default_factory=dict)
+    anchor: Literal["constant", "tuned", "oracle"] = "constant"
+    kind: str = "wild"
+    schedule: str | None = None
 
 
 #: The study's starts: the best constant learning rate, and half a decade and a decade below and above it.
@@ -45,11 +52,14 @@ class Grid:
         rates: ascending.
         schedules: names in :data:`clantune_scale.bench.schedules.curves.CURVES`.
         weight_decays: the problem's own among them.
+        reach: how many rates below and above the best constant one are searched, and further as long as a schedule's
+            best one lies at the edge; every second constant rate is tried before. None searches all rates.
     """
 
     rates: tuple[float, ...]
     schedules: tuple[str, ...] = ("constant", "cosine", "linear", "warmup-linear")
     weight_decays: tuple[float, ...] = (0.0,)
+    reach: tuple[int, int] | None = None
 
 
 def quarter_decades(lowest: float, count: int = 13) -> tuple[float, ...]:
@@ -77,6 +87,7 @@ class Problem(ABC):
             a part of it (``trial.window``).
         test: likewise, only for the report.
         knows_length: whether strategies are told ``total_steps``.
+        is_reporting: whether it is only for reports, which say so.
     """
 
     name: str
@@ -91,6 +102,7 @@ class Problem(ABC):
     validation: Tensors
     test: Tensors
     knows_length: bool = True
+    is_reporting: bool = False
 
     @abstractmethod
     def init(self, seed: int) -> Tensors:

@@ -31,6 +31,8 @@ class ReferenceLosses:
         losses_by_share: the oracle's in a part of the run, by its share; from the grid's seeds.
         default_runs: [starts][seeds], of which ``default_losses`` are the means.
         oracle_runs: [seeds], likewise.
+        kinds: [starts], what they are grouped by.
+        default_validation: [starts][seeds], the loss on the window at the end of the start kept as it is.
     """
 
     problem: str
@@ -41,6 +43,8 @@ class ReferenceLosses:
     losses_by_share: Mapping[float, float]
     default_runs: tuple[tuple[float, ...], ...] = ()
     oracle_runs: tuple[float, ...] = ()
+    kinds: tuple[str, ...] = ()
+    default_validation: tuple[tuple[float, ...], ...] = ()
 
     def s1(self, start: int, loss: float) -> float:
         """(L_default - L) / (L_default - L_oracle).

@@ -50,6 +50,8 @@ KINDS: dict[str, Callable[[], Problem]] = {
     "longer-10": lambda: kinds.longer(Quadratic(), 10),
 }
 ALL = {**STUDY, **KINDS}
+#: The name that stands for problems that are drawn.
+GENERATED = "generated"
 SETS = {"study": list(STUDY), "small": list(STUDY)[:7], "kinds": list(KINDS), "all": list(ALL)}
 
 
@@ -61,6 +63,11 @@ def load(names: Sequence[str]) -> list[Problem]:
     """
     problems: list[Problem] = []
     for name in names:
+        if name == GENERATED:
+            raise ConfigError(
+                f"{GENERATED!r} stands for drawn problems, and only python -m clantune_scale.bench.schedules draws them. "
+                f"Name one of: {', '.join([*SETS, *ALL])}, or module:NAME."
+            )
         if name in SETS:
             problems += [ALL[member]() for member in SETS[name]]
         elif name in ALL:
@@ -73,7 +80,7 @@ def load(names: Sequence[str]) -> list[Problem]:
 def _imported(name: str) -> list[Problem]:
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = [*SETS, *ALL]
+        known = [*SETS, GENERATED, *ALL]
         hint = did_you_mean(name, known) or f" Choose from: {', '.join(known)}."
         raise ConfigError(f"no problem is called {name!r}.{hint} One of your own is named module:NAME.")
     try:

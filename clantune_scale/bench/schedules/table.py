@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clantune_scale.bench.schedules import missing
 from clantune_scale.bench.schedules.records import finite
 from clantune_scale.bench.schedules.scores import NEARLY_SOLVED, SOLVED, ReferenceLosses, Score
 from clantune_scale.bench.schedules.trial import Trial
@@ -21,33 +22,53 @@ class Result:
         is_report: whether these are the reporting seeds.
         references: [problems].
         trials: [methods][problems].
+        left_out: why problems were left out.
     """
 
     seeds: tuple[int, ...]
     is_report: bool
     references: tuple[ReferenceLosses, ...]
     trials: tuple[tuple[Trial, ...], ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def scores(self) -> list[Score]:
         return [Score.of(trials, self.references) for trials in self.trials]
+
+    @property
+    def figures(self) -> dict[str, list[missing.StartFigures]]:
+        """By method, what is missing from every start of every problem."""
+        return {
+            trials[0].method: [
+                own
+                for trial, reference in zip(trials, self.references, strict=True)
+                for own in missing.figures_of(trial, reference)
+            ]
+            for trials in self.trials
+        }
 
     def to_markdown(self) -> str:
         """The table of methods, and one of S1 by problem and start."""
         kind = "reporting" if self.is_report else "tuning"
         seeds = ", ".join(map(str, self.seeds))
         names = ", ".join(reference.problem for reference in self.references)
-        head = f"{len(self.references)} problems ({names}), {kind} seeds {seeds}.\n"
-        return "\n".join([head, *_summary(self.scores, self._starts()), "", *_by_problem(self), "", FOOTNOTE, ""])
+        head = [f"{len(self.references)} problems ({names}), {kind} seeds {seeds}.", ""]
+        head += [f"Left out: {reason}" for reason in self.left_out] + [""] * bool(self.left_out)
+        by_kind = _markdown(missing.COLUMNS, missing.rows(self.figures))
+        missed = _markdown(*missing.rows_by_problem(self.figures))
+        tables = [*_summary(self.scores, self._starts()), "", *by_kind, "", *missed, "", *_by_problem(self)]
+        return "\n".join([*head, *tables, "", FOOTNOTE, ""])
 
     def to_json(self) -> dict[str, Any]:
         """Everything: every run's loss, cost and rates, besides the numbers of the table; null for what diverged."""
         record = {
-            "schema": 2,
+            "schema": 3,
             "seeds": list(self.seeds),
             "is_report": self.is_report,
             "references": [asdict(reference) for reference in self.references],
+            "left_out": list(self.left_out),
             "scores": [asdict(score) for score in self.scores],
+            "figures": {name: [asdict(own) for own in figures] for name, figures in self.figures.items()},
             "trials": [[asdict(trial) for trial in trials] for trials in self.trials],
         }
         return finite(record)
@@ -65,7 +86,11 @@ FOOTNOTE = (
     "two standard errors worse than their default. Step efficiency: the share of the run in which the oracle's "
     "schedule gets as far. Gap: the distance to the oracle, in shares of its progress. Cost: gradient evaluations "
     "in plain runs, a sample's loss counted as a third of one; evaluations that decide count, those that are only "
-    "for the record do not."
+    "for the record do not. Missing: (loss - oracle) / (initial loss - oracle), at most 100 %. Harm: what is missing "
+    "more than as configured, seed by seed. Worse and better: by more than 0.5 % and two standard errors over seeds. "
+    "By problem: as configured, then by method. Excess loss: over the oracle's, median. Down at what was configured: "
+    "the share of the run after which the validation loss stays at or below what the start kept as it is ends with, "
+    "median, with 0.5 % of the progress as slack."
 )
 
 

@@ -17,6 +17,7 @@ from clantune_scale.bench.schedules.methods import Method
 from clantune_scale.bench.schedules.peers.optimizers import OptimizerPeer
 from clantune_scale.bench.schedules.peers.single import run_single
 from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.core.fitness import Fitness
 
 #: Cost of a sample's loss without its gradient, as a share of the gradient's: the backward pass is twice the forward.
 FORWARD_SHARE = 1 / 3
@@ -36,12 +37,15 @@ class TrialRun:
         cost: gradient evaluations of training and of evaluations that decide, in plain runs of equal length.
         rates: (step, learning rate), the members' geometric mean.
         rollbacks: rounds that the guard rolled back.
+        validation: (step, the fittest member's loss on the window) at the ends of rounds that were not rolled back,
+            and of the run; empty if nothing is evaluated on the way.
     """
 
     loss: float
     cost: float
     rates: tuple[tuple[int, float], ...]
     rollbacks: int
+    validation: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,14 @@ def run_trial(
         rates: [starts], the learning rate of each.
         seeds: of weights, data and decisions.
     """
-    own_schedule = None if isinstance(method, OptimizerPeer) else method.schedule
-    schedule = curves.over(own_schedule or problem.schedule, problem.total_steps)
+    own = None if isinstance(method, OptimizerPeer) else method.schedule
     configured = [
-        replace(problem.settings, lr=rate, schedule=schedule, **start.changes)
+        replace(
+            problem.settings,
+            lr=rate,
+            schedule=curves.over(own or start.schedule or problem.schedule, problem.total_steps),
+            **start.changes,
+        )
         for start, rate in zip(problem.starts, rates, strict=True)
     ]
     settings = [own for own in configured for _ in seeds]
@@ -123,8 +131,11 @@ def _batch_of_runs(
             _cost(clan.num_trained, clan.num_evaluated, problem),
             _rates(clan),
             sum(record.restored for record in clan.lineage),
+            _validation(clan, end, problem.total_steps),
         )
-        for clan, loss in zip(clans.clans, champion_losses(clans, problem), strict=True)
+        for clan, loss, end in zip(
+            clans.clans, champion_losses(clans, problem), clans.evaluate(averaged=_averages(clans)), strict=True
+        )
     ]
 
 
@@ -147,12 +158,29 @@ def champion_losses(clans: BatchedClans, problem: Problem) -> list[float]:
 
     Averages count if the last round kept them up to date, as in a real run.
     """
-    is_averaging = clans.clans[0].clock.at(max(clans.num_steps - 1, 0)).plan.uses_ema
-    roles = (False, True) if is_averaging else (False,)
+    roles = (False, True) if _averages(clans) else (False,)
     validation = torch.cat([clans.losses_on(problem.validation, averaged=role).mean(dim=-1) for role in roles], dim=1)
     test = torch.cat([clans.losses_on(problem.test, averaged=role).mean(dim=-1) for role in roles], dim=1)
     champions = validation.nan_to_num(math.inf, math.inf).argmin(dim=1, keepdim=True)
     return test.gather(1, champions).squeeze(1).nan_to_num(math.inf, math.inf).tolist()
+
+
+def _averages(clans: BatchedClans) -> bool:
+    """Whether the last round kept averages of the weights up to date."""
+    return clans.clans[0].clock.at(max(clans.num_steps - 1, 0)).plan.uses_ema
+
+
+def _validation(clan: BatchedClan, end: Fitness, total_steps: int) -> tuple[tuple[int, float], ...]:
+    """At the ends of rounds that were not rolled back, and at the run's end, where a round may not be over."""
+    points = []
+    for record in clan.lineage:
+        losses = [loss for loss in record.losses if loss is not None]
+        if losses and not record.restored:
+            points.append((record.end_step, min(losses)))
+    last = float(end.mean.min())
+    if math.isfinite(last) and not (points and points[-1][0] == total_steps):
+        points.append((total_steps, last))
+    return tuple(points)
 
 
 def _cost(num_trained: int, num_evaluated: int, problem: Problem) -> float:

@@ -6,6 +6,7 @@ import statistics
 import pytest
 
 from clantune_scale.bench.batched import Settings
+from clantune_scale.bench.schedules import reports
 from clantune_scale.bench.schedules.__main__ import main
 from clantune_scale.bench.schedules.benchmark import REPORTING_SEEDS, TUNING_SEEDS, run
 from clantune_scale.bench.schedules.methods import FIXED, Method, named, read_variants
@@ -22,6 +23,7 @@ PLUG_IN = "tests.bench.schedules.tiny_problem"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reports, "LOG", tmp_path / "REPORTS.log")
 
 
 def test_seeds_for_tuning_reporting_and_the_grid_are_disjoint():
@@ -72,6 +74,7 @@ def test_a_problem_adds_its_genes_to_the_default_ones_of_its_data():
     own = once.variant("own", extra_genes=("clip", "weight_decay"))
     assert own.genes_of("clan", ADAMW) == ("lr", "weight_decay", "clip")
     assert own.genes_of("pbt", ADAMW) == ("lr", "clip", "weight_decay")
+    assert Method("m", "hdet", genes_like="clan").gene_names(once, ADAMW) == ("lr", "weight_decay")
     genes = Method("m", "clan").build(own, ADAMW, 0).facts.genes
     assert [gene.name for gene in genes] == ["lr", "weight_decay", "clip"]
 

@@ -8,8 +8,11 @@ from importlib import resources
 import pytest
 import torch
 
+from clantune_scale.bench.schedules.benchmark import run, settled
+from clantune_scale.bench.schedules.methods import FIXED
 from clantune_scale.bench.schedules.oracle import (
     Choice,
+    NoOracleError,
     Oracle,
     cache_folder,
     fixed_losses,
@@ -18,7 +21,7 @@ from clantune_scale.bench.schedules.oracle import (
     oracle_runs,
     search,
 )
-from clantune_scale.bench.schedules.problem import Start
+from clantune_scale.bench.schedules.problem import Grid, Start, quarter_decades
 from clantune_scale.bench.schedules.problems.quadratic import Quadratic
 from clantune_scale.errors import ConfigError
 from tests.bench.schedules.tiny_problem import CURVATURE, TINY
@@ -48,6 +51,40 @@ def test_the_oracle_is_the_best_point_and_beats_every_other(cache):
     assert math.isinf(oracle.grid[-2][3]) or oracle.grid[-2][3] > oracle.initial_loss  # 3 is beyond the edge
     assert oracle.constant_losses == tuple(loss for _, schedule, _, loss in oracle.grid if schedule == "constant")
     assert oracle.losses_by_share[0.5] > oracle.loss
+
+
+def test_rates_around_the_best_constant_one_are_enough_if_the_best_lies_inside(cache):
+    wide = TINY.variant("wide", grid=Grid(quarter_decades(-3.0, 17), TINY.grid.schedules, reach=(1, 1)))
+    exhaustive = search(wide.variant("all", grid=replace(wide.grid, reach=None)))
+    found = search(wide)
+    assert (found.best, found.loss, found.constant_rate) == (exhaustive.best, exhaustive.loss, exhaustive.constant_rate)
+    searched = sorted({rate for rate, *_ in found.grid})
+    assert len(searched) < 10 and searched[0] < found.best.rate < searched[-1]
+    assert set(found.grid) <= set(exhaustive.grid)
+
+
+def test_starts_are_counted_from_the_best_constant_rate_the_tuned_peak_or_the_oracle(cache):
+    problem = TINY.variant("scheduled", schedule="linear")
+    oracle = search(problem)
+    along = oracle.losses_along("linear", 0.0)
+    peak = min(along, key=along.__getitem__)
+    half = Start("half", 0.5, anchor="tuned")
+    assert oracle.start_rate(half, problem) == 0.5 * peak
+    assert oracle.start_rate(Start("0.1x", 0.1), problem) == 0.1 * oracle.constant_rate
+    assert oracle.start_rate(Start("oracle", anchor="oracle"), problem) == oracle.best.rate
+    (own,) = settled(problem.variant("x", starts=(Start("oracle", anchor="oracle"),)), oracle).starts
+    assert (own.schedule, own.changes) == (oracle.best.schedule, {"weight_decay": oracle.best.weight_decay})
+    with pytest.raises(ConfigError, match="best peak of 'wsd', which is not in the grid"):
+        oracle.start_rate(half, problem.variant("other", schedule="wsd"))
+
+
+def test_without_progress_there_is_nothing_to_measure(cache):
+    stuck = replace(search(TINY), initial_loss=1e-4, loss=1e-4)
+    with pytest.raises(NoOracleError, match="goes from 0.0001 to 0.0001 only"):
+        oracle_runs(TINY, stuck, (0, 1))
+    result = run([TINY, TINY.variant("stuck", init=lambda seed: [torch.zeros(8)])], [FIXED], seeds=(0, 1), say=print)
+    assert len(result.references) == 1 and "'stuck'" in result.left_out[0]
+    assert "Left out: the oracle of 'stuck'" in result.to_markdown()
 
 
 def test_a_best_point_that_blows_up_on_other_seeds_gives_way_to_the_next(cache):
@@ -97,4 +134,5 @@ def test_a_start_that_would_not_train_is_lowered_to_one_that_does():
     rates = (0.03, 0.1, 0.3, 1.0)
     assert oracle.trained_rate(10.0, rates) == 0.3
     assert oracle.trained_rate(3.0, rates) == 0.3
+    assert oracle.trained_rate(2.0, rates) == pytest.approx(0.2)  # between rates that train
     assert oracle.trained_rate(0.01, rates) == pytest.approx(0.001)

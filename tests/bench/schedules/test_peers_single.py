@@ -15,6 +15,7 @@ from clantune_scale.bench.schedules.peers.single import run_single
 from clantune_scale.bench.schedules.problem import Start
 from clantune_scale.bench.schedules.problems.regression import Regression
 from clantune_scale.bench.schedules.trial import run_trial
+from clantune_scale.errors import ConfigError
 from tests.bench.schedules.tiny_problem import TINY, Tiny
 
 TORCH = OPTIMIZER_PEERS["torch"]
@@ -80,3 +81,9 @@ def test_weights_are_those_of_evaluation():
     plain, twice = (run_single(peer, TINY, settings, 0) for peer in (TORCH, OptimizerPeer("2", "torch", doubled)))
     assert twice.loss == pytest.approx(4 * plain.loss)  # the test loss is quadratic in the weights
     assert plain.num_trained == 40 * 8
+
+
+def test_an_optimizer_that_a_peer_has_no_form_of_is_refused():
+    problem = TINY.variant("lion", settings=replace(TINY.settings, optimizer="lion", hyper={}))
+    with pytest.raises(ConfigError, match="'torch' has no form of the optimizer 'lion'"):
+        run_trial(TORCH, problem, rates=[0.1, 0.2], seeds=(0,))

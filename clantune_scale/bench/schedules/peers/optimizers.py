@@ -18,8 +18,11 @@ from clantune_scale.bench.batched import OPTIMIZERS, Settings
 from clantune_scale.bench.schedules import curves
 from clantune_scale.bench.schedules.peers.extra import imported
 from clantune_scale.bench.schedules.problem import Problem
+from clantune_scale.errors import ConfigError
 
 Parameters = Sequence[torch.Tensor]
+#: Optimizers that most peers have a form of, and those whose weight decay is apart from the gradient.
+_FORMS, _DECOUPLED = ("adamw", "sgd"), ("adamw", "lion", "muon", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class OptimizerPeer:
 
 def _torch(parameters: Parameters, settings: Settings, problem: Problem) -> Setup:
     """torch's own: what ``fixed`` does, by another way."""
+    _check(settings, "torch")
     hyper = _hyper(settings)
     lr, decay = settings.lr, settings.weight_decay
     optimizer: torch.optim.Optimizer
@@ -73,6 +77,7 @@ def _schedule_free(scale: Mapping[str, float]) -> Callable[[Parameters, Settings
 
     def setup(parameters: Parameters, settings: Settings, problem: Problem) -> Setup:
         package = imported("schedulefree", method="schedulefree")
+        _check(settings, "schedulefree")
         hyper = _hyper(settings)
         own = {
             "lr": settings.lr * scale[settings.optimizer],
@@ -93,16 +98,17 @@ def _schedule_free(scale: Mapping[str, float]) -> Callable[[Parameters, Settings
 
 def _prodigy(parameters: Parameters, settings: Settings, problem: Problem) -> Setup:
     """Its advice: lr 1, cosine annealing to the end. It is an Adam whatever the problem's optimizer is."""
-    package, is_adam = imported("prodigyopt", method="prodigy"), settings.optimizer == "adamw"
+    package, is_decoupled = imported("prodigyopt", method="prodigy"), settings.optimizer in _DECOUPLED
     own = _adam_options(settings)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which weight decay it uses
-        optimizer = package.Prodigy(parameters, lr=1.0, decouple=is_adam, **own)
+        optimizer = package.Prodigy(parameters, lr=1.0, decouple=is_decoupled, **own)
     return Setup(optimizer, _annealing(problem))
 
 
 def _d_adaptation(parameters: Parameters, settings: Settings, problem: Problem) -> Setup:
     """Its advice: lr 1 and the scheduler that one would use anyway: here, as for Prodigy, cosine annealing."""
     package = imported("dadaptation", method="dadapt")
+    _check(settings, "dadapt")
     if settings.optimizer == "adamw":
         own = _adam_options(settings)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -117,6 +123,15 @@ def _annealing(problem: Problem) -> Callable[[int], float] | None:
     """Without a warm-up: the estimates start low by themselves, Prodigy's advice is against it, and D-Adaptation's SGD
     divides by a first rate of 0."""
     return curves.over("cosine", problem.total_steps) if problem.knows_length else None
+
+
+def _check(settings: Settings, method: str) -> None:
+    """Raises a ConfigError for an optimizer that the method has no form of."""
+    if settings.optimizer not in _FORMS:
+        raise ConfigError(
+            f"method {method!r} has no form of the optimizer {settings.optimizer!r}. Leave it away, or draw problems "
+            f"with {' or '.join(_FORMS)} only."
+        )
 
 
 def _hyper(settings: Settings) -> dict[str, float]:
