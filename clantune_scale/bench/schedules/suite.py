@@ -65,7 +65,7 @@ def load(names: Sequence[str]) -> list[Problem]:
     for name in names:
         if name == GENERATED:
             raise ConfigError(
-                f"{GENERATED!r} stands for drawn problems, and only python -m clantune_scale.bench.schedules draws them. "
+                f"{GENERATED!r} stands for drawn problems, which only python -m clantune_scale.bench.schedules draws. "
                 f"Name one of: {', '.join([*SETS, *ALL])}, or module:NAME."
             )
         if name in SETS:
