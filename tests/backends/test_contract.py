@@ -32,9 +32,10 @@ def _cases(*, slow: tuple[str, ...] = ()) -> list[Any]:
     return found
 
 
-def _run(world_size: int, function: Callable, name: str, *args: Any) -> list[Any]:
+def _run(world_size: int, function: Callable, name: str, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """``function(name, *args)`` on ranks that have the family's engine loaded."""
-    return run_ranks(world_size, function, name, *args, preload=getattr(family(name), "PRELOAD", "tests.preload"))
+    preload = getattr(family(name), "PRELOAD", "tests.preload")
+    return run_ranks(world_size, function, name, *args, preload=preload, timeout_s=timeout_s)
 
 
 every_case = pytest.mark.parametrize(("name", "setup"), _cases())

@@ -183,7 +183,9 @@ def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_p
     block = _searching(setup, tmp_path, genes={"lr": {}, "weight_decay": {}} if setup.optimizer == "adamw" else ["lr"])
     # The family's own tolerance is for the few steps of the other resume; here up to 33 follow.
     tolerance = 10 * getattr(family(name), "RESUME_TOLERANCE", 0.0)
-    for (whole, losses), *resumed in _run(setup.world_size, _stop_and_resume, name, setup, block, [3, 5, 12, 33], 36):
+    stops = [3, 5, 12, 33]
+    ranks = _run(setup.world_size, _stop_and_resume, name, setup, block, stops, 36, timeout_s=360.0)
+    for (whole, losses), *resumed in ranks:
         for weights, theirs in resumed:
             assert _difference(weights, whole) <= tolerance
             assert len(theirs) == len(losses)
