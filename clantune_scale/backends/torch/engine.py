@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch import state
-from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, schedulers_in
+from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, after_call, schedulers_in
 from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
 from clantune_scale.backends.torch.scaler import require_known_scaler, scale_of, set_scale, with_scale
 from clantune_scale.config.default_genes import update_rule
@@ -21,7 +21,7 @@ from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
 from clantune_scale.errors import ClanError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
-from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode, replace_method
+from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.line.decays import decay_rule
@@ -210,39 +210,21 @@ class LoopBackend(ABC):
                 part.register_step_post_hook(lambda *_, index=index: end.stepped("optimizer", index)).remove
             )
         for index, scheduler in enumerate(schedulers):
-            self._undo.append(self._after_schedule(index, scheduler, end))
+            self._undo.append(after_call(scheduler, "step", partial(end.stepped, "scheduler", index)))
         if self._scaler is not None:
-            self._undo.append(self._after_scaling(len(schedulers), self._scaler, end))
+            # In this order: what ends the step may take steps of its own.
+            self._undo.append(after_call(self._scaler, "update", self._note_scaling))
+            self._undo.append(after_call(self._scaler, "update", partial(end.stepped, "scheduler", len(schedulers))))
 
     def after_skip(self, callback: Callable[[], None]) -> None:
         """Calls back when the loop's scaler has skipped a step: its ``update`` comes, and no optimizer has stepped."""
         self._on_skip = callback
 
-    def _after_scaling(self, index: int, scaler: torch.amp.GradScaler, end: StepEnd) -> Callable[[], None]:
+    def _note_scaling(self) -> None:
         """A step ends only after the scaler's ``update``, which is the last to change its state."""
-        update = scaler.update
-
-        @wraps(update)
-        def update_then_note(*args: Any, **kwargs: Any) -> None:
-            update(*args, **kwargs)
-            if not self._has_stepped and self._on_skip is not None:
-                self._on_skip()
-            self._has_stepped = False
-            end.stepped("scheduler", index)
-
-        return replace_method(scaler, "update", update_then_note)
-
-    @staticmethod
-    def _after_schedule(index: int, scheduler: Any, end: StepEnd) -> Callable[[], None]:
-        step = scheduler.step
-
-        @wraps(step)
-        def step_then_note(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            end.stepped("scheduler", index)
-            return result
-
-        return replace_method(scheduler, "step", step_then_note)
+        if not self._has_stepped and self._on_skip is not None:
+            self._on_skip()
+        self._has_stepped = False
 
     def _require_schedule(self) -> None:
         if self._step_end is not None and self._step_end.awaits_schedulers:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 
 from clantune_scale.errors import ClanError, ConfigError
+from clantune_scale.gradients.hooks import replace_method
 from clantune_scale.transfer.state import grow_optimizer
 
 
@@ -113,6 +115,20 @@ class Optimizers:
 
 def _has_modes(part: Any) -> bool:
     return callable(getattr(part, "train", None)) and callable(getattr(part, "eval", None))
+
+
+def after_call(owner: Any, name: str, call: Callable[[], None]) -> Callable[[], None]:
+    """Calls ``call`` after each call of a method of one object; returns what undoes that."""
+    method = getattr(owner, name)
+
+    # torch's schedulers mark their methods with attributes, which wraps() copies.
+    @wraps(method)
+    def method_then_call(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        call()
+        return result
+
+    return replace_method(owner, name, method_then_call)
 
 
 class StepEnd:
