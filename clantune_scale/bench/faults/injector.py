@@ -27,7 +27,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "forward": ("clantune_scale.data.watch", "BatchWatch.on_batch"),
     "step": ("clantune_scale.runtime.clan", "Clan._after_step"),
     "evaluation": ("clantune_scale.runtime.validation_window", "ValidationWindow.losses"),
-    "diagnostics": ("clantune_scale.runtime.clan", "gather_diagnostics"),
+    "diagnostics": ("clantune_scale.runtime.members", "gather_diagnostics"),
     "decision": ("clantune_scale.runtime.clan", "decide"),
     "transfer": ("clantune_scale.transfer.transfers", "Transfers.run"),
     "record": ("clantune_scale.runtime.recorder", "Recorder.round_end"),

@@ -25,10 +25,11 @@ def test_points_are_functions_of_the_package(point):
 @pytest.fixture
 def gathering(monkeypatch):
     """A point's function, put back afterwards."""
-    module = importlib.import_module("clantune_scale.runtime.clan")
+    module = importlib.import_module("clantune_scale.runtime.members")
+    clan = importlib.import_module("clantune_scale.runtime.clan").Clan
     calls = []
     monkeypatch.setattr(module, "gather_diagnostics", lambda: calls.append(1))
-    monkeypatch.setattr(module.Clan, "__init__", module.Clan.__init__)
+    monkeypatch.setattr(clan, "__init__", clan.__init__)
     return module, calls
 
 

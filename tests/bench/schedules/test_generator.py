@@ -96,7 +96,7 @@ def test_what_is_held_back_is_refused_without_a_report(capsys, tmp_path):
         ceiling.ceilings(secret, (0, 1))
     assert main(["--problems", "generated", "--tasks", held_back, "--out", str(tmp_path / "out")]) == 2
     assert "Add --report" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="only python -m clantune_scale.bench.schedules draws them"):
+    with pytest.raises(ConfigError, match="only python -m clantune_scale.bench.schedules draws"):
         load(["generated"])
     assert run([secret], [FIXED], seeds=REPORTING_SEEDS, say=lambda line: None).is_report
 
