@@ -41,6 +41,7 @@ def test_the_order_turns_round_and_the_slowest_rank_counts():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # twelve ranks start, and plain DeepSpeed may compile its collectives for the CPU
 def test_the_command_prints_a_row_for_each_stage(capfd):
     sizes = ["--ranks", "4", "--width", "16", "--depth", "1", "--steps", "1", "--pairs", "2"]
     assert main([*sizes, "--stages", "3"]) == 0
