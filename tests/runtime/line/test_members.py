@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import clantune_scale
 from clantune_scale.core.genome import Gene
+from clantune_scale.core.line import averaging_weights
 from clantune_scale.core.rounds import PhaseKind
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.tracking import read_events
@@ -247,25 +248,25 @@ def test_the_run_is_recorded_as_one_of_members_and_its_champion_loads(tmp_path):
 
 
 @pytest.mark.parametrize("store", ["device", "host"])
-def test_an_average_of_every_fourth_step_measures_points_of_the_same_line(store, tmp_path):
-    """The members' averages are those of real members whose averages are updated as seldom."""
-    genes = {"lr": {}, "weight_decay": {}}
+def test_an_average_of_every_fourth_step_measures_points_of_its_own_line(store, tmp_path):
+    """Against the formulas by hand: updates after steps 4 and 6 of a round of six, and each member's point."""
+    line = {"store": store, "average_every": 4, "go_on_from": "centre"}
     strategy = {"name": "clan", "options": {"trial_cost": 0}}
-    line = {"store": store, "average_every": 4}
-    run = Run(tmp_path, genes=genes, total_steps=120, strategy=strategy, line=line, round_length=6)
-    centre = [p.detach().clone() for p in run.model.parameters()]
-    genomes = run.clan.population.genomes
-    rates = [0.7 * genome.values["lr"] / 0.7 for genome in genomes]
-    run.train(6)
-    measured = run.lineage[0].losses
-    # By hand: each member trains on the gradients of the centre, which the round's first step has in common.
-    spread = (max(measured) - min(measured)) / min(measured)
-    assert spread > 1e-4 and len(set(measured)) == 4
-    ranked = sorted(range(4), key=lambda member: -rates[member])
-    assert sorted(range(4), key=lambda member: measured[member]) in (ranked, ranked[::-1])
-    every = Run(tmp_path / "every", genes=genes, total_steps=120, strategy=strategy, line={"store": store})
-    every.train(6)
-    # Fewer updates of the average read other weights of the same steps.
-    assert measured != every.lineage[0].losses
-    assert measured == pytest.approx(every.lineage[0].losses, rel=0.05)
-    assert any(not torch.equal(a, b) for a, b in zip(centre, run.model.parameters(), strict=True))
+    run = Run(tmp_path, genes={"lr": {}}, total_steps=120, strategy=strategy, line=line)
+    rates = [genome.values["lr"] for genome in run.clan.population.genomes]
+    weights = [[p.detach().clone() for p in run.model.parameters()]]
+    for step in run.clan.steps(run.batches(), until=6):
+        run.one_step(step)
+        weights.append([p.detach().clone() for p in run.model.parameters()])
+    plan = run.clan.phases.clock.round(0)
+    shares = averaging_weights(plan, every=4)
+    assert [bool(share) for share in shares] == [False, False, False, True, False, True]
+    average = weights[0]
+    for share, now in zip(shares, weights[1:], strict=True):
+        average = [a.lerp(w, share) for a, w in zip(average, now, strict=True)]
+    centre = sum(rates) / 4
+    for member, rate in enumerate(rates):
+        for p, start, own in zip(run.model.parameters(), weights[0], average, strict=True):
+            p.data.copy_(start + rate / centre * (own - start))  # the average began at the start
+        by_hand = sum(float(run.model(*samples(900 + i)).detach()) for i in range(3)) / 3
+        assert run.lineage[0].losses[member] == pytest.approx(by_hand, rel=1e-12)

@@ -128,24 +128,21 @@ def test_several_optimizers_take_one_step_together(given, tmp_path):
 
 
 def test_a_control_clan_with_several_optimizers_is_the_plain_run_to_the_last_bit(tmp_path):
-    model = Net()
-    optimizers = muon_and_adamw(model)
-    clan = attach(tmp_path, model, optimizers, strategy="control")
-    loader = clan.loader(data())
-    batches = [batch for _, batch in zip(range(12), iter(loader), strict=False)]
-    clan.detach()
-    plain = Net()
-    theirs = muon_and_adamw(plain)
-    clan = attach(tmp_path, model := Net(), ours := muon_and_adamw(Net()) and muon_and_adamw(model), strategy="control")
-    for runs, clan_or_none in (((model, ours), clan), ((plain, theirs), None)):
-        module, own = runs
-        for step in clan_or_none.steps(batches, until=8) if clan_or_none else [[batch] for batch in batches[:8]]:
+    batches = list(torch.utils.data.DataLoader(data(), 8))
+    plain, model = Net(), Net()
+    for module, own in ((plain, muon_and_adamw(plain)), (model, muon_and_adamw(model))):
+        if module is model:
+            steps = attach(tmp_path, module, own, strategy="control").steps(batches, until=8)
+        else:
+            steps = ([batch] for batch in batches)
+        for step in steps:
             for batch in step:
                 module(*batch).backward()
             for optimizer in own:
                 optimizer.step()
                 optimizer.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert not torch.equal(model.out.weight, Net().out.weight)
 
 
 def test_optimizers_that_do_not_step_together_are_named(tmp_path):
