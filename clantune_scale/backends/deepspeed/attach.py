@@ -28,7 +28,6 @@ from clantune_scale.errors import ClanError, ConfigError, TopologyError
 from clantune_scale.runtime.arguments import ClanArguments, shares
 from clantune_scale.runtime.attach import attach_to, require_examples
 from clantune_scale.runtime.clan import Clan
-from clantune_scale.runtime.engine_protocol import Backend
 
 # Held from the start: `clantune_scale.run` puts this module's function in the place of DeepSpeed's.
 _initialize_engine = deepspeed.initialize
@@ -157,21 +156,22 @@ def _initialize_clan(
         total_steps=_scheduled_steps(ds_config),
         num_samples=num_samples,
     )
-    loader = None
-    if training_data is not None:
-        loader = engine.clan.loader(
-            training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
-        )
-        _feed(backend, loader)
-    return engine, optimizer, loader, scheduler
+    return engine, optimizer, _loader(engine, training_data, passed["collate_fn"], num_workers), scheduler
 
 
-def _feed(backend: Backend, loader: ClanDataLoader) -> None:
-    """Puts the clan's loader in the place of the one that the engine would read from."""
-    if isinstance(backend, PipelineBackend):
-        backend.feed(loader)
+def _loader(
+    engine: Any, training_data: Dataset[Any] | None, collate_fn: Callable[[list[Any]], Any] | None, num_workers: int
+) -> ClanDataLoader | None:
+    """The clan's loader, put in the place of the one that the engine would read from; None without data."""
+    if training_data is None:
+        return None
+    clan: Clan = engine.clan
+    loader = clan.loader(training_data, collate_fn=collate_fn or engine.collate_fn, num_workers=num_workers)
+    if isinstance(clan.backend, PipelineBackend):
+        clan.backend.feed(loader)
     else:
-        backend.engine.training_dataloader = loader
+        engine.training_dataloader = loader
+    return loader
 
 
 def _initialize_line(
@@ -184,24 +184,19 @@ def _initialize_line(
     arguments: ClanArguments,
 ) -> tuple[Any, Any, Any, Any]:
     """Members on the line: the engine is what ``deepspeed.initialize`` makes of the same config without a clan."""
-    suppress_start_up_noise()
-    passed["args"] = _without_config(passed["args"])
-    engine, optimizer, _, scheduler = _initialize_engine(**passed, config=ds_config)
+    # What is missing is said before the engine is built.
     given: dict[str, Any] = {
         **arguments,
-        "eval_data": eval_data,
+        "eval_data": require_examples(eval_data, "initialize"),
         "collate_fn": passed["collate_fn"],
         "total_steps": _scheduled_steps(ds_config),
         "num_samples": _num_samples(training_data),
     }
-    clan = attach_engine(engine, block, given, function="initialize")
-    loader = None
-    if training_data is not None:
-        loader = clan.loader(
-            training_data, collate_fn=passed["collate_fn"] or engine.collate_fn, num_workers=num_workers
-        )
-        _feed(clan.backend, loader)
-    return engine, optimizer, loader, scheduler
+    suppress_start_up_noise()
+    passed["args"] = _without_config(passed["args"])
+    engine, optimizer, _, scheduler = _initialize_engine(**passed, config=ds_config)
+    attach_engine(engine, block, given, function="initialize")
+    return engine, optimizer, _loader(engine, training_data, passed["collate_fn"], num_workers), scheduler
 
 
 class EngineClan(LoopClan):
@@ -240,6 +235,8 @@ def attach_engine(
         )
     examples = require_examples(arguments.get("eval_data"), function)
     backend = PipelineBackend(engine) if _is_pipeline(engine.module) else DeepSpeedBackend(engine)
+    if backend.tp_size > 1 and engine.autotp_size() <= 1:
+        _refuse_unmarked(backend)
     clan = engine.clan = attach_to(
         backend,
         EngineClan,
