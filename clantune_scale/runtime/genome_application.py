@@ -280,13 +280,14 @@ def _found(target: str, names: Sequence[str] | None, backend: TunedEngine) -> fl
     return None
 
 
-def _group_names(backend: TunedEngine) -> list[str]:
-    return [str(group.get("name", index)) for index, group in enumerate(backend.param_groups())]
+def group_names(param_groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Each parameter group's ``"name"``, else its index."""
+    return [str(group.get("name", index)) for index, group in enumerate(param_groups)]
 
 
 def _missing_groups(target: str, config: GeneConfig, backend: TunedEngine) -> list[str]:
     """The names in a gene's ``groups`` that no parameter group has."""
-    names = _group_names(backend)
+    names = group_names(backend.param_groups())
     return [name for name in config.groups or [] if target in GROUP_KEYS and name not in names]
 
 
@@ -301,7 +302,7 @@ def _why_without_effect(
         chosen = chosen_groups(groups, config.groups)
         key, place = GROUP_KEYS[target]
         if not chosen:
-            there_are = ", ".join(_group_names(backend))
+            there_are = ", ".join(group_names(backend.param_groups()))
             return f"no parameter group is called {' or '.join(config.groups or [])}; there are {there_are}"
         if not any(key in group for group in chosen):
             return f"the optimizer has no {key}; its groups hold {', '.join(k for k in chosen[0] if k != 'params')}"

@@ -5,7 +5,7 @@ The clan makes rounds and decides; what differs between the two forms is behind 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -225,8 +225,3 @@ class InGroups:
 
     def abort_phase(self) -> bool:
         return False
-
-
-def names_of_groups(param_groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Each parameter group's ``"name"``, else its index."""
-    return [str(group.get("name", index)) for index, group in enumerate(param_groups)]

@@ -18,11 +18,12 @@ from clantune_scale.data.watch import LossMeter
 from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.diagnostics import Diagnostics
+from clantune_scale.runtime.genome_application import group_names
 from clantune_scale.runtime.line.points import Points
 from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
 from clantune_scale.runtime.line.snapshot import TrainingSnapshot
 from clantune_scale.runtime.line.turns import Turns, competitors_of
-from clantune_scale.runtime.members import MemberParts, names_of_groups
+from clantune_scale.runtime.members import MemberParts
 
 TrainStep = Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object]
 
@@ -273,7 +274,7 @@ class OnTheLine:
         reason = obstacle(plan, genomes, genes, knows_decay=None not in rules)
         if reason is not None:
             raise ConfigError(f'round {plan.index}: {reason}. Leave that gene out, or set members to "groups".')
-        self._line = Line.of(genomes, genes, names_of_groups(self._backend.param_groups()))
+        self._line = Line.of(genomes, genes, group_names(self._backend.param_groups()))
         if not (self._line.varies_rate or self._line.varies_decay):
             return
         ema = parts.measurement.ema
