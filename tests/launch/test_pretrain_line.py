@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,17 @@ UNIFORM = 5.545
 STEPS = 60
 
 
+def _text(folder: Path) -> Path:
+    """Sentences of made-up words, the same in every checkout: decisions are compared, and text that changes flips some."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 6))) for _ in range(60)]
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number:02}.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(200)))
+    return texts
+
+
 def _run(folder: Path, *, ranks: int) -> tuple[str, Path]:
     """The script's output and the run's folder; 36 of its 60 steps are a trial's, in turns."""
     folder.mkdir()
@@ -33,7 +45,7 @@ def _run(folder: Path, *, ranks: int) -> tuple[str, Path]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()]
     command = [sys.executable, *(launcher if ranks > 1 else []), ROOT / "launch" / "pretrain_gpt_line.py"]
     command += ["--config", folder / "config.json", "--steps", STEPS, "--context", 32, "--width", 32, "--lr", 5e-3]
-    command += ["--test_windows", 32, "--text", ROOT / "clantune_scale"]
+    command += ["--test_windows", 32, "--text", _text(folder)]
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -57,8 +69,15 @@ def test_it_learns_and_decides_the_same_on_any_number_of_ranks(tmp_path):
         assert any(phase["kind"] == "competitive" for event in rounds[ranks] for phase in event["phases"])
     assert len(rounds[1]) == len(rounds[2]) >= 3
     for one, two in zip(rounds[1], rounds[2], strict=True):
-        assert [m["donor"] for m in one["members"]] == [m["donor"] for m in two["members"]]
-        # Sums of float32 in another order, through up to 60 steps of AdamW.
-        assert [m["loss"] for m in one["members"]] == pytest.approx([m["loss"] for m in two["members"]], rel=2e-3)
+        # Sums of float32 in another order, through up to 60 steps of AdamW. A member whose rate throws it off course
+        # (its loss is far above the best) has no loss to compare: the smallest difference grows from step to step.
+        losses = [(m["loss"], n["loss"]) for m, n in zip(one["members"], two["members"], strict=True)]
+        best = min(min(pair) for pair in losses)
+        on_course = [pair for pair in losses if max(pair) < best + 0.1]
+        assert on_course
+        if max(map(max, losses)) > best + 0.01:  # Members that end alike are ranked by rounding.
+            assert [m["donor"] for m in one["members"]] == [m["donor"] for m in two["members"]]
+        for loss, other in on_course:
+            assert loss == pytest.approx(other, rel=2e-3)
     with safe_open(runs[2][1] / "champion.safetensors", framework="pt") as file:
         assert file.get_tensor("blocks.0.mlp.0.weight").shape == (128, 32)
