@@ -22,7 +22,7 @@ STEPS = 60
 
 
 def _text(folder: Path) -> Path:
-    """Sentences of made-up words, the same in every checkout: decisions are compared, and text that changes flips some."""
+    """Sentences of made-up words, the same in every checkout: text that changes would flip some of the decisions."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 6))) for _ in range(60)]
     texts = folder / "texts"
