@@ -37,13 +37,13 @@ CHOSEN = {
 QUICK = ("ddp-dp", "fsdp-dp")
 
 
-def _cases() -> list[Any]:
+def _cases(quick: tuple[str, ...] = QUICK) -> list[Any]:
     found = []
     for name in FAMILIES:
         module = family(name)
         chosen = {case: module.CASES[case] for case in CHOSEN[name]} | getattr(module, "LINE_CASES", {})
         for case, setup in chosen.items():
-            marks = [] if f"{name}-{case}" in QUICK else [pytest.mark.slow]
+            marks = [] if f"{name}-{case}" in quick else [pytest.mark.slow]
             found.append(pytest.param(name, setup, id=f"{name}-{case}", marks=marks))
     return found
 
@@ -177,7 +177,7 @@ def _stop_and_resume(name: str, setup: Setup, block: dict, stops: list[int], num
 
 
 @pytest.mark.timeout(400)  # nine launches of an engine
-@every_case
+@pytest.mark.parametrize(("name", "setup"), _cases(quick=("ddp-dp",)))
 def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(name, setup, tmp_path):
     """Inside a round with a perturbed rate and decay, at a round's end, inside a trial's first turn."""
     block = _searching(setup, tmp_path, genes={"lr": {}, "weight_decay": {}} if setup.optimizer == "adamw" else ["lr"])

@@ -60,7 +60,7 @@ class Unkept(ClanStrategy):
         return replace(super().idle(population), takes_snapshot=False)
 
 
-FEW = ((1, 2, 1, 20), (3, 1, 2, 40))
+FEW = ((3, 1, 2, 40),)
 # Genes freeze after 16 of 40 steps, and after 8 of 20: what ``Unkept`` goes back to is then older than the state.
 LENGTHS = {40: 10, 20: 13}
 CASES = [

@@ -82,6 +82,7 @@ def _train_model_made(rank, config, in_parts):
     return flat_weights(engine)
 
 
+@pytest.mark.slow
 def test_a_model_made_under_zero_init_trains_as_one_that_was_not(tmp_path):
     config = clan_config(tmp_path, ds_config(3))
     partitioned = run_ranks(4, in_member_worlds, _train_model_made, config, True)

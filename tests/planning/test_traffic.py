@@ -65,7 +65,11 @@ def _elements(collectives: list[Collective]) -> dict[counted.Key, int]:
     return dict(total)
 
 
-@pytest.mark.parametrize("case", CASES)
+#: Those that a run without ``-m slow`` has: one that reduces whole gradients, one that shards weights.
+QUICK = ("1", "3")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES])
 def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
     stage, dtype, extra = CASES[case]
     config = clan_config(
@@ -106,7 +110,7 @@ def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
     assert any(found["donors"][-1] != (0, 1) for found in results), "nobody was cloned, and nothing was seen of it"
 
 
-@pytest.mark.parametrize("case", ["0", "2 in bf16", "3"])
+@pytest.mark.parametrize("case", [pytest.param("0", marks=pytest.mark.slow), "2 in bf16", "3"])
 def test_what_a_clan_on_the_line_sends_is_what_was_predicted(case, tmp_path):
     """A plain step, and at a round's end four points with their losses, and the weights' way to the best."""
     stage, dtype, extra = CASES[case]

@@ -60,6 +60,7 @@ def lived(folder: Path, *faults: Fault, members: int = 3, dp: int = 1, **setting
     )
 
 
+@pytest.mark.slow
 def test_who_serves_the_store_and_writes_the_record_may_die(tmp_path):
     ended = lived(tmp_path, Fault(0, "forward", 7))
     assert [rank.code for rank in ended] == [-9, 0, 0], ended[1].text
