@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import pytest
 import torch
 
 import clantune_scale

@@ -69,7 +69,9 @@ def _elements(collectives: list[Collective]) -> dict[counted.Key, int]:
 QUICK = ("1", "3")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES]
+)
 def test_what_a_clan_sends_is_what_was_predicted(case, tmp_path):
     stage, dtype, extra = CASES[case]
     config = clan_config(
