@@ -184,4 +184,3 @@ def config_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
 def _bf16_block(ds_config: Mapping[str, Any]) -> str:
     """Its name: DeepSpeed still reads the old one if the new one is missing."""
     return "bf16" if ds_config.get("bf16") is not None else "bfloat16"
-

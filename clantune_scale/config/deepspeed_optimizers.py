@@ -93,7 +93,7 @@ def scheduler_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def filled_by_others(ds_config: Mapping[str, Any]) -> list[str]:
-    """The paths that are "auto" where DeepSpeed does not take its default for it. Those of the batch are errors elsewhere."""
+    """The paths that are "auto" where DeepSpeed does not take its default for it, except those of the batch."""
     paths = [key for key in (*NUMBERS, *FLAGS) if ds_config.get(key) == AUTO]
     for name in ("optimizer", "scheduler"):
         params = block_of(block_of(ds_config, name), "params")
@@ -105,7 +105,7 @@ def _type_refusals(kind: Any, ds_config: Mapping[str, Any]) -> Iterator[str]:
     name = kind.lower() if isinstance(kind, str) else ""
     is_own = name in map(str.lower, OWN_OPTIMIZERS)
     if name in _REMOVED:
-        yield f"optimizer.type is {shown(kind)}, which DeepSpeed 0.19 does not have any more. Set it to {_REMOVED[name]!r}."
+        yield f"optimizer.type is {shown(kind)}, which DeepSpeed 0.19 no longer has. Set it to {_REMOVED[name]!r}."
     elif not is_own and kind not in TORCH_OPTIMIZERS:
         yield _unknown("optimizer.type", kind, OWN_OPTIMIZERS, TORCH_OPTIMIZERS)
     elif _shards(ds_config) and name not in _SHARDED and not ds_config.get("zero_allow_untested_optimizer", False):

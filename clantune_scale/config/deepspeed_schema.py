@@ -11,16 +11,22 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from clantune_scale.config.deepspeed_values import AUTO, is_number, shown
+from clantune_scale.config.deepspeed_values import AUTO, block_of, is_number, is_on, number_of, shown
 from clantune_scale.core.spelling import did_you_mean, nearest
 
 _Size = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
 
 
 class _Device(str, Enum):
@@ -67,13 +73,12 @@ _ZERO: dict[Any, str] = {
 }
 _FP16: dict[Any, str] = {
     bool: "enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads",
-    Annotated[float, Field(ge=0, allow_inf_nan=False)]: "loss_scale",
-    int: "initial_scale_power loss_scale_window hysteresis min_loss_scale",
+    Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth_value)]: "loss_scale",
+    int: "initial_scale_power hysteresis",
+    Annotated[int, BeforeValidator(_no_truth_value)]: "loss_scale_window min_loss_scale",
 }
 _BF16: dict[Any, str] = {
-    bool: (
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-    )
+    bool: ("enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states")
 }
 _MONITOR: dict[Any, str] = {bool: "enabled", str: "output_path job_name"}
 _TABLES: dict[str, dict[Any, str]] = {
@@ -85,6 +90,15 @@ _TABLES: dict[str, dict[Any, str]] = {
     "tensorboard": _MONITOR,
     "csv_monitor": _MONITOR,
     "wandb": {bool: "enabled", str | None: "group team", str: "project"},
+    "compile": {
+        bool: (
+            "deepcompile autoep_non_moe free_activation offload_activation offload_activation_pin_memory "
+            "offload_opt_states double_buffer symmetric_memory debug_log offload_parameters sync_before_reduce "
+            "sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors keep_all_input_tensors"
+        ),
+        int: "free_activation_threshold",
+        list[Literal["z1", "z3", "autosp", "autotp"]] | None: "passes",
+    },
     "comms_logger": {bool: "enabled prof_all verbose debug", list: "prof_ops"},
 }
 #: The blocks whose every key DeepSpeed knows, by their path in the config.
@@ -110,7 +124,7 @@ OTHERS = (
     "csv_monitor", "comms_logger", "flops_profiler", "activation_checkpointing", "checkpoint", "autotuning", "aio",
     "hybrid_engine", "pipeline", "data_efficiency", "compile", "timers", "tensor_parallel", "expert_parallel",
     "weight_quantization", "vocabulary_size", "disable_python_gc", "log_level", "sequence_parallel_size",
-    "data_parallel_size", "datastates",
+    "data_parallel_size", "datastates_ckpt",
 )  # fmt: skip
 
 
@@ -124,13 +138,40 @@ def schema_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
         block = holder[name]
         if isinstance(block, Mapping):
             yield from _block_refusals(path, block)
-        elif not (block is None and path in _MAY_BE_NULL or path == "zero_optimization" and isinstance(block, bool)):
-            # An inner block is dropped if it is "auto", as every "auto" of a checked block is.
-            if not (outer and block == AUTO):
-                yield f"{path} is {shown(block)}, not an object. Write its keys in {{ }}, or delete it."
+        elif not _may_be(path, block):
+            yield f"{path} is {shown(block)}, not an object. Write its keys in {{ }}, or delete it."
+    yield from _pair_refusals(ds_config)
     for key in (*NUMBERS, *FLAGS):
         if key in ds_config and ds_config[key] != AUTO:
             yield from _scalar_refusals(key, ds_config[key])
+
+
+def _pair_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed raises on for two values together."""
+    zero, fp16, bf16 = (block_of(ds_config, name) for name in ("zero_optimization", "fp16", "bf16"))
+    stage = zero.get("stage", 0)
+    if is_on(ds_config, "fp16") and number_of(fp16, "loss_scale", 0) == 0:
+        for key in ("loss_scale_window", "min_loss_scale"):
+            if number_of(fp16, key, 1) <= 0:
+                yield f"fp16.{key} is {shown(fp16[key])}, and a dynamic loss scale needs one above 0. Raise it."
+    if zero.get("compute_grad_norm") is False and stage not in (1, 2):
+        yield (
+            f"zero_optimization.compute_grad_norm is false, and the stage is {shown(stage)}. DeepSpeed takes that only "
+            f"for 1 and 2. Delete it."
+        )
+    if number_of(block_of(zero, "offload_optimizer"), "ratio", 1) < 1 and stage != 3:
+        yield "zero_optimization.offload_optimizer.ratio is below 1, which only stage 3 can do. Delete it."
+    for block, name in ((fp16, "fp16"), (bf16, "bf16")):
+        if block.get(f"{name}_master_weights_and_grads") is True and stage not in (1, 2, 3):
+            yield f"{name}.{name}_master_weights_and_grads is true, which needs ZeRO. Set zero_optimization.stage to 1."
+    if bf16.get("bf16_optimizer_states") is True and bf16.get("bf16_master_weights_and_grads") is not True:
+        yield "bf16.bf16_optimizer_states is true. Set bf16.bf16_master_weights_and_grads to true too, or delete it."
+
+
+def _may_be(path: str, value: Any) -> bool:
+    """Whether DeepSpeed takes another value than an object for the block. It drops an inner one that is "auto"."""
+    is_old_style = path == "zero_optimization" and isinstance(value, bool)
+    return is_old_style or (value is None and path in _MAY_BE_NULL) or ("." in path and value == AUTO)
 
 
 def ignored_keys(ds_config: Mapping[str, Any]) -> Iterator[str]:
@@ -143,6 +184,9 @@ def ignored_keys(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _block_refusals(path: str, block: Mapping[str, Any]) -> Iterator[str]:
+    for key in block:
+        if f"stage3_{key}" in block and str(key) in _model_of(path).model_fields:
+            yield f"{path} has {key} and stage3_{key}, two names of one key, and DeepSpeed raises on that. Keep one."
     try:
         known = {str(key): value for key, value in block.items() if value != AUTO}
         _model_of(path).model_validate({key: value for key, value in known.items() if key not in REMOVED_ZERO_KEYS})
@@ -156,11 +200,12 @@ def _sentence(path: str, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         fields = _model_of(path).model_fields
         return (
-            f"{path}.{key} is no key of DeepSpeed 0.19, which raises on it."
-            f"{did_you_mean(key, fields) or ' Delete it.'}"
+            f"{path}.{key} is no key of DeepSpeed 0.19, which raises on it.{did_you_mean(key, fields) or ' Delete it.'}"
         )
-    demand = detail["msg"].replace("Input should be", "should be").rstrip(".")
-    return f"{path}.{key} is {shown(detail['input'])}, and {demand}. Change it, or delete the key for DeepSpeed's default."
+    demand = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be").rstrip(".")
+    return (
+        f"{path}.{key} is {shown(detail['input'])}, and {demand}. Change it, or delete the key for DeepSpeed's default."
+    )
 
 
 def _scalar_refusals(key: str, value: Any) -> Iterator[str]:

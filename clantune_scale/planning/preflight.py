@@ -157,7 +157,9 @@ def _check_ranks(found: Preflight, num_models: int | None, world_size: int, pp: 
     stages, autotp_size = degrees_from_config(found.ds_config)
     for said, key, degree in ((pp, "pipeline.stages", stages), (tp, "tensor_parallel.autotp_size", autotp_size)):
         if said > 1 and degree > 1 and said != degree:
-            found.errors.append(f"the command line says {said}, and {key} is {degree}. Leave one out, or make them equal.")
+            found.errors.append(
+                f"the command line says {said}, and {key} is {degree}. Leave one out, or make them equal."
+            )
     if pp > 1 and stages == 1:
         found.errors += refusals(EngineFacts(has_stages=True, zero_stage=zero_stage(found.ds_config)))
     pp, tp = max(pp, stages), max(tp, autotp_size)
