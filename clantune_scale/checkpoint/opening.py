@@ -14,7 +14,7 @@ from typing import Any
 from clantune_scale.checkpoint import manifest
 from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.errors import CheckpointError
+from clantune_scale.errors import CheckpointError, ClanError
 from clantune_scale.tracking import FINISHED, create_run_dir
 from clantune_scale.tracking.run_dir import ROUNDS, committed_rounds
 
@@ -127,7 +127,8 @@ def open_run(
         fault: takes a round's folder and its manifest; says what is wrong with the files that this rank reads.
 
     Raises:
-        CheckpointError: if every round is damaged, or a given path holds no round.
+        CheckpointError: on all ranks, if the run's folder cannot be made or used, every round is damaged, or a given
+            path holds no round.
     """
     said = everyone.from_leader(_look_on_leader(config, take) if everyone.is_leader else None)
     if "error" in said:
@@ -153,8 +154,13 @@ def _look_on_leader(config: ClanConfig, take: Callable[[Path], None]) -> dict[st
         take(found.run_dir)
         (found.run_dir / ROUNDS).mkdir(exist_ok=True)
         return {"run_dir": str(found.run_dir), "rounds": found.rounds}
-    except CheckpointError as error:
+    except ClanError as error:
         return {"error": str(error)}
+    except OSError as error:
+        return {
+            "error": f"the folder of this run cannot be used: {error}. Let rank 0 write there, or set "
+            f"clantune.tracking.directory to another folder."
+        }
 
 
 def _verified(

@@ -12,11 +12,19 @@ from clantune_scale.errors import ClanError
 if TYPE_CHECKING:
     from clantune_scale.planning.model_spec import LoadedModel
 
+# Ours first, then Megatron's own.
+_PIPELINE = ("--pipeline-parallel-size", "--pipeline-model-parallel-size")
+_TENSOR = ("--tensor-parallel-size", "--tensor-model-parallel-size")
+
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, ``--world-size``, ``--model`` and ``--model-args``."""
+    """CONFIG, ``--world-size``, the degrees of a member, ``--model`` and ``--model-args``."""
     parser.add_argument("config", metavar="CONFIG", help="a DeepSpeed config with its clantune block")
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks that the launcher starts")
+    for names, what in ((_PIPELINE, "pipeline stages"), (_TENSOR, "tensor shards")):
+        parser.add_argument(
+            *names, type=int, default=1, metavar="N", help=f"{what} of a member, if the script sets them (Megatron)"
+        )
     parser.add_argument("--model", metavar="MODULE:FACTORY", help="builds the model; also path/to/file.py:FACTORY")
     parser.add_argument("--model-args", type=json_object, default={}, metavar="JSON", help="for the factory")
 
@@ -25,10 +33,16 @@ def read_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """The DeepSpeed config that CONFIG names.
 
     Raises:
-        ClanError: if it cannot be read, or ``--world-size`` is no number of ranks.
+        ClanError: if it cannot be read, or ``--world-size`` or a degree is no number of ranks.
     """
     if arguments.world_size < 1:
         raise ClanError(f"--world-size is {arguments.world_size}. Give the number of ranks, at least 1.")
+    for option, degree in (
+        (_PIPELINE[0], arguments.pipeline_parallel_size),
+        (_TENSOR[0], arguments.tensor_parallel_size),
+    ):
+        if degree < 1:
+            raise ClanError(f"{option} is {degree}. Give a number of at least 1.")
     return load_ds_config(arguments.config)
 
 

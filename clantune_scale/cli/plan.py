@@ -12,7 +12,7 @@ from clantune_scale.cli.model_arguments import add_config_arguments, read_config
 from clantune_scale.cli.opened_run import open_run
 from clantune_scale.cli.plan_text import describe
 from clantune_scale.errors import ClanError
-from clantune_scale.planning.budget import Forecast, Size, fitting, forecast
+from clantune_scale.planning.budget import Forecast, Size, data_parallel_part, fitting, forecast
 from clantune_scale.planning.forms import Form, FormName, forms_of
 from clantune_scale.planning.hardware import PRESETS, Hardware, read_hardware
 from clantune_scale.planning.measured import measure
@@ -49,19 +49,25 @@ def _run(arguments: argparse.Namespace) -> Answer:
     model = read_model(arguments)
     if (model is None) == (arguments.params is None):
         raise ClanError("the size of the model is unknown. Give either --model MODULE:FACTORY or --params N.")
-    found = preflight(ds_config, world_size=arguments.world_size, model=model)
+    degrees = {"pp": arguments.pipeline_parallel_size, "tp": arguments.tensor_parallel_size}
+    whole = preflight(ds_config, world_size=arguments.world_size, model=model, **degrees)
+    num_parts = whole.topology.pp * whole.topology.tp if whole.topology else 1
+    ds_config = data_parallel_part(ds_config, whole.batch)
+    world_size = arguments.world_size // num_parts
+    found = whole if num_parts == 1 or whole.errors else preflight(ds_config, world_size=world_size, model=model)
     if found.errors or found.block is None or found.genes is None or found.strategy is None:
         raise ClanError(f"{found.errors[0]} `clantune validate` shows all errors ({len(found.errors)}).")
     how = {
-        "world_size": arguments.world_size,
+        "world_size": world_size,
         "num_steps": arguments.steps or found.strategy.facts.total_steps or _DEFAULT_STEPS,
         "hardware": read_hardware(arguments.hardware) if arguments.hardware else None,
         "measured": measure(open_run(arguments.measured).events) if arguments.measured else None,
     }
-    size = _size(arguments, model)
+    size = _size(arguments, model).part(num_parts)
     one = forecast(found.ds_config, found.block, found.genes, size, **how)
     forms = forms_of(ds_config, one, size, model=model, **how)
-    data = _data(one, found, how) | {"form": found.block.members, "forms": _forms(forms, how["hardware"])}
+    data = _data(one, how) | _of_whole(whole, num_parts, _size(arguments, model))
+    data |= {"form": found.block.members, "forms": _forms(forms, how["hardware"])}
     if arguments.budget_percent is not None:
         data["budget"] = _budget(arguments.budget_percent, found, size, how, one)
     return Answer(describe(data), data)
@@ -78,7 +84,22 @@ def _size(arguments: argparse.Namespace, model: Any) -> Size:
     return Size(tuple(model.trainable), tuple(groups), frozen + buffers, tokens)
 
 
-def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any]:
+def _of_whole(whole: Preflight, num_parts: int, size: Size) -> dict[str, Any]:
+    """What the plan says of whole members, and a warning if it counts one of their tensor and pipeline parts."""
+    left_out = (
+        f"the plan counts one of the {num_parts} tensor and pipeline parts of a member. It leaves out what the parts "
+        f"send each other, and the time that stages wait."
+    )
+    return {
+        "ranks": whole.ranks,
+        "batch": whole.batch and whole.batch.describe(),
+        "parameters": sum(size.parameters),
+        "num_parts": num_parts,
+        "warnings": whole.warnings + [left_out] * (num_parts > 1),
+    }
+
+
+def _data(one: Forecast, how: dict[str, Any]) -> dict[str, Any]:
     job, plain, cost = one.job, one.job.without_clan(), one.cost
     # The same ranks in one ring, counted at the boundaries of the clan's members; one model has none.
     scope: Scope = "member" if job.points else "clan"
@@ -93,9 +114,6 @@ def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any
     parts["mean_round"] = dict(zip(("inside_bytes", "crossing_bytes"), mean_round_bytes(job, one.walk), strict=True))
     hardware, measured = how["hardware"], how["measured"]
     return {
-        "ranks": found.ranks,
-        "batch": found.batch and found.batch.describe(),
-        "parameters": job.num_parameters,
         "zero_stage": job.stage,
         "memory": {
             "clan": _bytes(one.memory),
@@ -114,7 +132,6 @@ def _data(one: Forecast, found: Preflight, how: dict[str, Any]) -> dict[str, Any
         "unique_tokens_lost": _tokens_lost(one),
         "hardware": asdict(hardware) if hardware else None,
         "measured": asdict(measured) if measured else None,
-        "warnings": found.warnings,
     }
 
 

@@ -30,7 +30,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
         model = read_model(arguments)
     except ClanError as error:
         unusable = str(error)
-    found = preflight(ds_config, world_size=arguments.world_size, model=model)
+    found = preflight(
+        ds_config,
+        world_size=arguments.world_size,
+        model=model,
+        pp=arguments.pipeline_parallel_size,
+        tp=arguments.tensor_parallel_size,
+    )
     if unusable:
         found.errors.append(unusable)
     errors = found.errors + (found.warnings if arguments.strict else [])
@@ -129,6 +135,7 @@ All errors are shown at once; the exit code is 1 if there are any. With --model 
 device, so that a large one needs no memory; a factory that returns (module, parameter_groups) lets genes with
 "groups" be checked too.""",
     examples="""  clantune validate ds.json --world-size 64
+  clantune validate ds.json --world-size 384 --tensor-parallel-size 4 --pipeline-parallel-size 12
   clantune validate ds.json --world-size 64 --model my_models:gpt --json | jq .errors
   clantune validate configs/quickstart.json --world-size 4 --model launch/gpt.py:GPT \\
       --model-args '{"context": 128, "width": 64, "num_layers": 2, "num_heads": 4}'""",

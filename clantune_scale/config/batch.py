@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clantune_scale.config.deepspeed_values import AUTO
 from clantune_scale.errors import ConfigError
 
 TRAIN = "train_batch_size"
@@ -78,6 +79,12 @@ def split_batch(
         ConfigError: if a value is "auto" or not a positive whole number, no batch size is given, or
             something does not divide.
     """
+    autos = [key for key in (TRAIN, MICRO, ACCUMULATION) if ds_config.get(key) == AUTO]
+    if autos:
+        raise ConfigError(
+            f'{" and ".join(autos)} {"is" if len(autos) == 1 else "are"} "auto", which is filled in after the clan '
+            f"divides the batch. Write a number."
+        )
     train, micro, accumulation = (_read(ds_config, key) for key in (TRAIN, MICRO, ACCUMULATION))
     num_ranks = population_size * dp_size * counted
     ranks = f"population_size({population_size}) x dp({dp_size})" + (f" x tp({counted})" if counted > 1 else "")
@@ -124,7 +131,7 @@ def with_arguments(
         if value is None:
             continue
         # Who passes a number answers the "auto" that other libraries fill in.
-        if written not in (None, "auto", value):
+        if written not in (None, AUTO, value):
             raise ConfigError(
                 f"{function}() was given {name}={value}, and the config says {key}: {written}. Leave one of the two "
                 f"out, or make them equal."
@@ -156,8 +163,6 @@ def _read(ds_config: Mapping[str, Any], key: str) -> int | None:
     value = ds_config.get(key)
     if value is None:
         return None
-    if value == "auto":
-        raise ConfigError(f'{key} is "auto", which is filled in after the clan divides the batch. Write a number.')
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{key} is {value!r}. Set it to a whole number of at least 1.")
     return value

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clantune_scale.config.deepspeed_optimizers import optimizer_refusals, scheduler_refusals
+from clantune_scale.config.deepspeed_schema import REMOVED_ZERO_KEYS, schema_refusals
+from clantune_scale.config.deepspeed_values import AUTO, block_of, is_on, shown
+
 # What DeepSpeed 0.19 raises on; `tests/config/test_deepspeed_limits.py` compares them with the installed version's.
 REMOVED_KEYS = frozenset(
     (
@@ -22,7 +26,6 @@ REMOVED_KEYS = frozenset(
         "progressive_layer_drop",
     )
 )
-REMOVED_ZERO_KEYS = frozenset(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"))
 
 _HALF = ("float16", "fp16", "torch.float16", "half")
 
@@ -114,29 +117,29 @@ def refusals(facts: EngineFacts) -> Iterator[str]:
 
 def facts_from_config(ds_config: Mapping[str, Any]) -> EngineFacts:
     """The facts as a DeepSpeed config states them."""
-    zero = _block(ds_config, "zero_optimization")
-    autocast = _block(ds_config, "torch_autocast")
+    zero = block_of(ds_config, "zero_optimization")
+    autocast = block_of(ds_config, "torch_autocast")
     stages, autotp_size = degrees_from_config(ds_config)
     return EngineFacts(
         zero_stage=zero_stage(ds_config),
-        fp16=_is_on(ds_config, "fp16"),
-        half_autocast=_is_on(ds_config, "torch_autocast") and str(autocast.get("dtype")) in _HALF,
+        fp16=is_on(ds_config, "fp16"),
+        half_autocast=is_on(ds_config, "torch_autocast") and str(autocast.get("dtype")) in _HALF,
         nvme_parts=tuple(
-            part for part in ("offload_param", "offload_optimizer") if _block(zero, part).get("device") == "nvme"
+            part for part in ("offload_param", "offload_optimizer") if block_of(zero, part).get("device") == "nvme"
         ),
         managed_accumulation=bool(ds_config.get("managed_gradient_accumulation", True)),
         multi_rank_buckets=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
         has_stages=stages > 1,
         autotp_size=autotp_size,
         sequence_size=_degree(ds_config, "sequence_parallel_size"),
-        auto_experts=_is_on(ds_config, "expert_parallel"),
+        auto_experts=is_on(ds_config, "expert_parallel"),
     )
 
 
 def degrees_from_config(ds_config: Mapping[str, Any]) -> tuple[int, int]:
     """(pipeline stages, AutoTP's tensor shards) of a member as a DeepSpeed config states them; 1 if it does not."""
-    stages = _degree(_block(ds_config, "pipeline"), "stages")
-    return stages, _degree(_block(ds_config, "tensor_parallel"), "autotp_size")
+    stages = _degree(block_of(ds_config, "pipeline"), "stages")
+    return stages, _degree(block_of(ds_config, "tensor_parallel"), "autotp_size")
 
 
 def _degree(block: Mapping[str, Any], key: str) -> int:
@@ -145,36 +148,39 @@ def _degree(block: Mapping[str, Any], key: str) -> int:
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
-    """ZeRO's stage; 0 if the config gives no number."""
-    stage = _block(ds_config, "zero_optimization").get("stage", 0)
+    """ZeRO's stage; 0 if the config gives no number. The old style, ``"zero_optimization": true``, means 1."""
+    if ds_config.get("zero_optimization") is True:
+        return 1
+    stage = block_of(ds_config, "zero_optimization").get("stage", 0)
     return stage if isinstance(stage, int) else 0
 
 
 def dtype_of(ds_config: Mapping[str, Any]) -> str:
     """``"fp16"``, ``"bf16"`` or ``"fp32"``: what the model computes in."""
-    return next((name for name in ("fp16", "bf16") if _is_on(ds_config, name)), "fp32")
+    if is_on(ds_config, "fp16"):
+        return "fp16"
+    return "bf16" if is_on(ds_config, _bf16_block(ds_config)) else "fp32"
 
 
 def config_refusals(ds_config: Mapping[str, Any]) -> Iterator[str]:
     """Everything in a DeepSpeed config, its ``clantune`` block aside, that DeepSpeed or the clan will refuse."""
     for key in sorted(REMOVED_KEYS & ds_config.keys()):
         yield f"{key!r} was removed from DeepSpeed 0.19, which raises on it. Delete it."
-    for key in sorted(REMOVED_ZERO_KEYS & _block(ds_config, "zero_optimization").keys()):
+    for key in sorted(REMOVED_ZERO_KEYS & block_of(ds_config, "zero_optimization").keys()):
         yield f"zero_optimization.{key} was removed from DeepSpeed 0.19, which raises on it. Delete it."
-    stage = _block(ds_config, "zero_optimization").get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        yield f"zero_optimization.stage is {stage!r}. Set it to 0, 1, 2 or 3."
-    if _is_on(ds_config, "fp16") and _is_on(ds_config, "bf16"):
+    stage = block_of(ds_config, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3, AUTO):
+        yield f"zero_optimization.stage is {shown(stage)}. Set it to 0, 1, 2 or 3."
+    if is_on(ds_config, "fp16") and is_on(ds_config, _bf16_block(ds_config)):
         yield "fp16 and bf16 are both enabled, and DeepSpeed refuses that. Keep one."
     if str(ds_config.get("gradient_allreduce_op", "mean")).lower() == "sum":
         yield "gradient_allreduce_op is 'sum', and the clan averages over its members. Leave it at its default, mean."
+    yield from schema_refusals(ds_config)
+    yield from optimizer_refusals(ds_config)
+    yield from scheduler_refusals(ds_config)
     yield from refusals(facts_from_config(ds_config))
 
 
-def _block(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    block = config.get(name)
-    return block if isinstance(block, Mapping) else {}
-
-
-def _is_on(config: Mapping[str, Any], name: str) -> bool:
-    return bool(_block(config, name).get("enabled", False))
+def _bf16_block(ds_config: Mapping[str, Any]) -> str:
+    """Its name: DeepSpeed still reads the old one if the new one is missing."""
+    return "bf16" if ds_config.get("bf16") is not None else "bfloat16"

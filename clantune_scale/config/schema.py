@@ -99,10 +99,10 @@ class FitnessConfig(Block):
 class TrackingConfig(Block):
     """Where a run leaves its traces."""
 
-    directory: str = "clan_runs"
+    directory: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "clan_runs"
     """Folder that holds one folder per run."""
 
-    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$")] | None = None
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$", max_length=200)] | None = None
     """Name of the run and its folder; null takes the date and time. A used folder gets a numbered sibling."""
 
     mlflow: Flag = True
@@ -111,7 +111,7 @@ class TrackingConfig(Block):
     tracking_uri: str | None = None
     """MLflow's tracking URI; null takes `MLFLOW_TRACKING_URI`, then an SQLite file in `directory`."""
 
-    experiment: str = "clantune"
+    experiment: Annotated[str, Field(pattern=r"\S", max_length=500)] = "clantune"
     """MLflow experiment that the run belongs to."""
 
     system_metrics: Flag = False

@@ -19,9 +19,9 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
     return by_plain[found[0]] if found else None
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """``" Did you mean 'x'?"`` for the known word most like ``word``, or an empty string."""
-    found = nearest(word, known)
+    found = nearest(word, known, cutoff=cutoff)
     return f" Did you mean {found!r}?" if found else ""
 
 

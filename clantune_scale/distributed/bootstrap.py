@@ -175,10 +175,21 @@ def enter_member(
 
 
 def own_address(towards: str) -> str:
-    """The address of this host on the route to ``towards``. No packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((towards, 9))
-        return probe.getsockname()[0]
+    """The address of this host on the route to ``towards``, IPv4 or IPv6. No packet is sent.
+
+    Raises:
+        OSError: if no address of ``towards`` can be routed to.
+    """
+    error: OSError | None = None
+    for family, kind, protocol, _, place in socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(place)
+                return probe.getsockname()[0]
+        # A name may have an address of a family that this host has no route for.
+        except OSError as refused:
+            error = refused
+    raise error or OSError(f"{towards} has no address")
 
 
 def open_replica_group(store: Store, topology: Topology, at: Coordinates, timeout_s: float) -> ReplicaGroup:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clantune_scale.config.batch import BatchPlan, split_batch
+from clantune_scale.config.batch import TRAIN, BatchPlan, split_batch
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.strategies import build
@@ -30,6 +30,25 @@ class Size:
     groups: tuple[int, ...] | None = None
     other_bytes: int = 0
     tokens_per_sample: int | None = None
+
+    def part(self, num_parts: int) -> Size:
+        """One of equal tensor and pipeline parts, rounded up."""
+        parameters = tuple(-(-count // num_parts) for count in self.parameters)
+        groups = None if self.groups is None else tuple(-(-count // num_parts) for count in self.groups)
+        return Size(parameters, groups, -(-self.other_bytes // num_parts), self.tokens_per_sample)
+
+
+def data_parallel_part(ds_config: Mapping[str, Any], batch: BatchPlan | None) -> dict[str, Any]:
+    """The config of one tensor and pipeline part of every member: data parallelism over its ranks, nothing else.
+
+    Args:
+        ds_config: of whole members.
+        batch: that it divides among them; None if it has errors.
+    """
+    part = {key: value for key, value in ds_config.items() if key not in ("pipeline", "tensor_parallel")}
+    if batch is not None and TRAIN in part:
+        part[TRAIN] = batch.clan_batch
+    return part
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from clantune_scale.config.deepspeed_values import AUTO, block_of, is_number, number_of
 from clantune_scale.config.default_genes import ADAMW
 from clantune_scale.core.line import DecayRule
 
@@ -40,14 +41,16 @@ class ConfiguredOptimizer:
             return [1.0]
         # DeepSpeed's own have no decay by default, torch's AdamW has 0.01.
         common = self._params.get("weight_decay", 0.01 if self._params.get("torch_adam") else 0.0)
-        return [float(group.get("weight_decay", common)) for group in groups]
+        decays = [group.get("weight_decay", common) for group in groups]
+        # Whoever fills in "auto" may fill in some. What is no number is an error elsewhere.
+        return [float(decay) if is_number(decay) else float(decay == AUTO) for decay in decays]
 
     def decay_rules(self) -> list[DecayRule | None]:
         """One rule for all groups; None if it is not known to be linear in the decay."""
         if self.rule in _DECOUPLED or self._params.get("decoupled_weight_decay"):
             return [DecayRule()]
         if self.rule == "sgd":
-            momentum, dampening = (float(self._params.get(key, 0.0)) for key in ("momentum", "dampening"))
+            momentum, dampening = (float(number_of(self._params, key, 0.0)) for key in ("momentum", "dampening"))
             return [DecayRule(momentum, dampening, bool(self._params.get("nesterov", False)))]
         return [None]
 
@@ -57,4 +60,4 @@ class ConfiguredOptimizer:
 
     @property
     def _params(self) -> Mapping[str, Any]:
-        return self._block.get("params", {})
+        return block_of(self._block, "params")

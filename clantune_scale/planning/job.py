@@ -11,6 +11,7 @@ from typing import Any
 
 from clantune_scale.config.batch import BatchPlan
 from clantune_scale.config.deepspeed_limits import dtype_of, zero_stage
+from clantune_scale.config.deepspeed_values import block_of, number_of
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.core.rounds import Phase, PhaseKind, RoundPlan
 from clantune_scale.core.strategies import Strategy
@@ -194,12 +195,11 @@ def describe_job(
         other_bytes: frozen parameters and buffers.
         tokens_per_sample: None if it is not known.
     """
-    zero = ds_config.get("zero_optimization") or {}
-    optimizer = ds_config.get("optimizer") or {}
+    zero, optimizer = (block_of(ds_config, name) for name in ("zero_optimization", "optimizer"))
     is_line = block.members == "line"
     name = str(optimizer.get("type", "adamw")).lower()
     moments = _MOMENTS.get(name, 2)
-    if name == "sgd" and not optimizer.get("params", {}).get("momentum"):
+    if name == "sgd" and not block_of(optimizer, "params").get("momentum"):
         moments = 0
     return Job(
         parameters=tuple(parameters),
@@ -217,11 +217,16 @@ def describe_job(
         num_samples=block.fitness.num_samples,
         eval_batch=block.fitness.batch_size or batch.micro_batch,
         tokens_per_sample=tokens_per_sample,
-        persistence=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE)),
-        keeps=int(min(zero.get("stage3_max_live_parameters", _KEEPS), zero.get("stage3_max_reuse_distance", _KEEPS))),
+        persistence=_of_stage_3(zero, "param_persistence_threshold", _PERSISTENCE),
+        keeps=min(_of_stage_3(zero, key, _KEEPS) for key in ("max_live_parameters", "max_reuse_distance")),
         points=block.population_size if is_line else 0,
         host_average_every=block.line.average_every if is_line and block.line.store == "host" else None,
     )
+
+
+def _of_stage_3(zero: Mapping[str, Any], key: str, default: int) -> int:
+    """A number of elements, under either of the two names that DeepSpeed takes."""
+    return int(number_of(zero, f"stage3_{key}", number_of(zero, key, default)))
 
 
 def _up(size: int, multiple: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from clantune_scale.config.deepspeed_values import block_of, is_number, number_of
 from clantune_scale.errors import ConfigError
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -20,7 +22,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
-_KEYS = ("lr", "betas", "eps", "weight_decay", "momentum")
+_NUMBERS = ("lr", "eps", "weight_decay", "momentum")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class ConfigBackend:
 
     def __init__(self, model: LoadedModel, ds_config: Mapping[str, Any], accumulation: int) -> None:
         self.module = model.module
-        self.clip = float(ds_config.get("gradient_clipping", 0.0))
+        self.clip = float(number_of(ds_config, "gradient_clipping", 0.0))
         self.accumulation = accumulation
         self._groups = _optimizer_groups(model, ds_config.get("optimizer"))
 
@@ -120,10 +122,16 @@ def _import(spec: str) -> Callable[..., Any]:
 def _optimizer_groups(model: LoadedModel, block: Any) -> list[dict[str, Any]]:
     """The groups with every hyperparameter. An optimizer that the script makes is not known, and counts as AdamW."""
     block = block if isinstance(block, Mapping) else {}
-    params = {key: value for key, value in block.get("params", {}).items() if key in _KEYS}
+    given = block_of(block, "params")
+    # What is "auto" or no number has torch's default here; preflight says so.
+    params = {"lr": 1e-3, **{key: given[key] for key in _NUMBERS if is_number(given.get(key))}}
+    betas = given.get("betas")
+    if isinstance(betas, list | tuple) and len(betas) == 2 and all(map(is_number, betas)):
+        params["betas"] = tuple(betas)
     name = str(block.get("type", "adamw")).lower()
-    if name != "sgd" and not block.get("params", {}).get("torch_adam", False):
+    if name != "sgd" and not given.get("torch_adam", False):
         params.setdefault("weight_decay", 0.0)  # DeepSpeed's Adam has none by default, and torch's has 0.01.
     groups = [dict(group) for group in model.groups]
     optimizer = _OPTIMIZERS.get(name, torch.optim.AdamW)
-    return optimizer(groups, **{"lr": 1e-3, **params}).param_groups
+    taken = inspect.signature(optimizer).parameters
+    return optimizer(groups, **{key: params[key] for key in params if key in taken}).param_groups

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clantune_scale.config.batch import ACCUMULATION, BatchPlan, split_batch
+from clantune_scale.config.batch import ACCUMULATION, CLIPPING, BatchPlan, split_batch
 from clantune_scale.config.deepspeed_file import BLOCK, extract, parse_block
 from clantune_scale.config.deepspeed_limits import (
     EngineFacts,
@@ -16,6 +16,9 @@ from clantune_scale.config.deepspeed_limits import (
     refusals,
     zero_stage,
 )
+from clantune_scale.config.deepspeed_optimizers import filled_by_others
+from clantune_scale.config.deepspeed_schema import ignored_keys
+from clantune_scale.config.deepspeed_values import block_of, is_number, number_of, steps_of
 from clantune_scale.config.default_genes import genes_of
 from clantune_scale.config.gene_catalogue import CATALOGUE, build_gene, target_of
 from clantune_scale.config.schema import ClanConfig
@@ -76,25 +79,30 @@ class Preflight:
         )
 
 
-def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None) -> Preflight:
+def preflight(
+    ds_config: Mapping[str, Any], *, world_size: int, model: LoadedModel | None = None, pp: int = 1, tp: int = 1
+) -> Preflight:
     """Checks a DeepSpeed config with its block against a number of ranks and, if there is one, a model.
 
     Args:
         ds_config: loaded, the ``clantune`` block in it.
         world_size: ranks that the launcher will start.
         model: for genes that bind to its modules and groups.
+        pp, tp: a member's pipeline and tensor degrees, if the script sets them (Megatron's arguments) and not the
+            config.
     """
     rest = {key: value for key, value in ds_config.items() if key != BLOCK}
     found = Preflight(rest)
     _attempt(found, lambda: extract(rest))
     found.errors += config_refusals(rest)
+    _warn_of_values(found)
     if model is not None and model.has_moe:
         found.errors += refusals(EngineFacts(has_moe=True, zero_stage=zero_stage(rest)))
     if BLOCK not in ds_config:
         found.errors.append(f'the config has no "{BLOCK}" block. Add at least "{BLOCK}": {{"population_size": 4}}.')
         return found
     found.block = _attempt(found, lambda: parse_block(ds_config[BLOCK]))
-    _check_ranks(found, _models(ds_config[BLOCK]), world_size)
+    _check_ranks(found, _models(ds_config[BLOCK]), world_size, pp, tp)
     if found.block is None:
         return found
     _check_window(found, found.block)
@@ -133,17 +141,34 @@ def _models(block: Any) -> int | None:
     return 1 if plain.get("members") == "line" else size
 
 
-def _check_ranks(found: Preflight, num_models: int | None, world_size: int) -> None:
+def _warn_of_values(found: Preflight) -> None:
+    found.warnings += ignored_keys(found.ds_config)
+    autos = filled_by_others(found.ds_config)
+    if autos:
+        found.warnings.append(
+            f'{", ".join(autos)}: "auto", which DeepSpeed does not fill in. transformers\' Trainer and accelerate do, '
+            f"before they build the engine. For a loop of your own, write numbers. DeepSpeed's defaults were checked."
+        )
+
+
+def _check_ranks(found: Preflight, num_models: int | None, world_size: int, pp: int, tp: int) -> None:
     if num_models is None:
         return
-    stages, tp = degrees_from_config(found.ds_config)
-    found.topology = _attempt(
-        found, lambda: Topology.from_world(world_size, population_size=num_models, pp=stages, tp=tp)
-    )
+    stages, autotp_size = degrees_from_config(found.ds_config)
+    for said, key, degree in ((pp, "pipeline.stages", stages), (tp, "tensor_parallel.autotp_size", autotp_size)):
+        if said > 1 and degree > 1 and said != degree:
+            found.errors.append(
+                f"the command line says {said}, and {key} is {degree}. Leave one out, or make them equal."
+            )
+    if pp > 1 and stages == 1:
+        found.errors += refusals(EngineFacts(has_stages=True, zero_stage=zero_stage(found.ds_config)))
+    pp, tp = max(pp, stages), max(tp, autotp_size)
+    found.topology = _attempt(found, lambda: Topology.from_world(world_size, population_size=num_models, pp=pp, tp=tp))
     if found.topology is None:
         return
-    dp = found.topology.dp
-    split = _attempt(found, lambda: split_batch(found.ds_config, population_size=num_models, dp_size=dp, counted=tp))
+    # Only AutoTP's ranks are counted in DeepSpeed's batch: Megatron's know their data-parallel degree.
+    how = {"population_size": num_models, "dp_size": found.topology.dp, "counted": autotp_size}
+    split = _attempt(found, lambda: split_batch(found.ds_config, **how))
     found.batch = split[1] if split else None
 
 
@@ -173,7 +198,7 @@ def _bound(found: Preflight, block: ClanConfig, model: LoadedModel) -> tuple[Gen
     from clantune_scale.planning.model_spec import ConfigBackend
     from clantune_scale.runtime.genome_application import bind_genes
 
-    accumulation = found.batch.accumulation if found.batch else int(found.ds_config.get(ACCUMULATION) or 1)
+    accumulation = found.batch.accumulation if found.batch else steps_of(found.ds_config, ACCUMULATION) or 1
     backend = _attempt(found, lambda: ConfigBackend(model, found.ds_config, accumulation))
     setters = {target: lambda value: None for target in _set_by_script(block)}
     genes: list[Gene] = []
@@ -196,18 +221,19 @@ def _bound(found: Preflight, block: ClanConfig, model: LoadedModel) -> tuple[Gen
 def _found_in_config(target: str, found: Preflight) -> float | None:
     """The value that an engine of this config would have for a target."""
     if target == "clip":
-        return float(found.ds_config.get("gradient_clipping") or 1.0)
+        return float(number_of(found.ds_config, CLIPPING, 0.0) or 1.0)
     if target == "accumulation":
         return float(found.batch.accumulation) if found.batch else 1.0
     if target == "dropout":
         return CATALOGUE["dropout"].initial
     if target not in _DEFAULTS:
         return None
-    params = (found.ds_config.get("optimizer") or {}).get("params", {})
+    params = block_of(block_of(found.ds_config, "optimizer"), "params")
     if target in _IN_PAIR:
         pair = params.get("betas")
-        return float(pair[_IN_PAIR[target]]) if pair else _DEFAULTS[target]
-    return float(params.get(target, _DEFAULTS[target]))
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_number, pair))
+        return float(pair[_IN_PAIR[target]]) if is_pair else _DEFAULTS[target]
+    return float(number_of(params, target, _DEFAULTS[target]))
 
 
 def _set_by_script(block: ClanConfig) -> set[str]:
@@ -242,6 +268,5 @@ def _check_line(found: Preflight, block: ClanConfig, optimizer: ConfiguredOptimi
 
 def run_facts(block: ClanConfig, genes: tuple[Gene, ...], ds_config: Mapping[str, Any]) -> RunFacts:
     """The facts that the run's strategy gets."""
-    scheduler = ds_config.get("scheduler") or {}
-    steps = block.total_steps or scheduler.get("params", {}).get("total_num_steps")
-    return block.facts(genes, total_steps=steps)
+    scheduled = steps_of(block_of(block_of(ds_config, "scheduler"), "params"), "total_num_steps")
+    return block.facts(genes, total_steps=block.total_steps or scheduled)

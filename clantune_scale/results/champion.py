@@ -176,4 +176,13 @@ def _plot(run_dir: Path) -> None:
     # Matplotlib takes a second to import, so only the process that plots imports it, at the run's end.
     from clantune_scale.tracking.plots import plot_genes
 
-    plot_genes(read_events(run_dir / "events.jsonl"), run_dir / "genes.png")
+    try:
+        plot_genes(read_events(run_dir / "events.jsonl"), run_dir / "genes.png")
+    # A picture may fail in as many ways as there are fonts, disks and names. The run has its results without it.
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "the genes are not plotted (%s: %s). Plot them later: clantune report %s",
+            type(error).__name__,
+            error,
+            run_dir,
+        )

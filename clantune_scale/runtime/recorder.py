@@ -155,7 +155,7 @@ class Recorder:
             if where is not None
             else "no round was committed, so it cannot be continued"
         )
-        print(f"clan {self.run_dir.name} stopped after {self._view.phases.position.step} steps; {said}", flush=True)
+        self.tracking.say(f"clan {self.run_dir.name} stopped after {self._view.phases.position.step} steps; {said}")
 
     def phase_start(self, position: Position) -> None:
         """Records the start of a phase."""

@@ -12,6 +12,7 @@ from clantune_scale.tracking import uri as uris
 from clantune_scale.tracking.background import Background, Event, EventConsumer
 from clantune_scale.tracking.events import EventLog, read_events
 from clantune_scale.tracking.lifecycle import FAILED, FINISHED, KILLED, Lifecycle
+from clantune_scale.tracking.live import Steady, screen
 from clantune_scale.tracking.run_dir import create_run_dir
 from clantune_scale.tracking.sender import Sender
 from clantune_scale.tracking.terminal import Terminal
@@ -33,6 +34,7 @@ class Tracking:
     def __init__(self) -> None:
         self._log: EventLog | None = None
         self._mlflow: Background | None = None
+        self._screen: Steady | None = None
         self._terminal: Terminal | None = None
         self._lifecycle: Lifecycle | None = None
         self._run_dir = Path()
@@ -92,6 +94,11 @@ class Tracking:
         self._warn_of_mlflow()
         self._warn_of_disk(self._log)
 
+    def say(self, line: str) -> None:
+        """Prints a line; silent on every rank but the writer's."""
+        if self._screen is not None:
+            self._screen.line(line)
+
     def close(self, status: str = FINISHED) -> None:
         """Ends the run with ``FINISHED``, ``FAILED`` or ``KILLED``; harmless when it has ended.
 
@@ -108,7 +115,9 @@ class Tracking:
         self._log = None
         log.close()
         if log.num_waiting:
-            logger.error("clan: the last %d bytes of %s are lost: the disk is full.", log.num_waiting, log.path)
+            logger.error(
+                "clan: the last %d bytes of %s are lost: the disk did not take them.", log.num_waiting, log.path
+            )
         lifecycle.release()
         if self._terminal is not None and self._end is not None:
             self._terminal.show(self._end)
@@ -128,7 +137,8 @@ class Tracking:
             self._mlflow_name = uris.redact(uri)
             hint = uris.hint(uri)
             self._mlflow = Background(lambda: _mlflow_recorder(uri, config, run_dir))
-        self._terminal = Terminal(events_path=self._log.path, mlflow_hint=hint)
+        self._screen = Steady(screen())
+        self._terminal = Terminal(events_path=self._log.path, mlflow_hint=hint, on=self._screen)
         self._lifecycle = Lifecycle(self.close)
 
     def _warn_of_mlflow(self) -> None:
@@ -147,8 +157,8 @@ class Tracking:
             self._has_told_of_disk = not self._has_told_of_disk
             if self._has_told_of_disk:
                 logger.warning(
-                    "clan: the disk of %s is full. Events wait in memory and training goes on; rounds are not "
-                    "written. Make room before the run ends.",
+                    "clan: the disk of %s is full or does not answer. Events wait in memory and training goes on; "
+                    "rounds are not written. Make room before the run ends.",
                     self._run_dir,
                 )
 

@@ -24,8 +24,9 @@ SCHEMA = 1
 # JSON has no words for these numbers. Every reader takes strings, and `read_events` turns them back into numbers.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-# With these errors a disk has no room now, and may have some later.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# With these errors the file itself is wrong. With any other, such as a full disk, a quota or a server of files that is
+# away, it may take the events later.
+_LASTING = (errno.EBADF, errno.EINVAL, errno.EFAULT)
 
 
 class EventLog:
@@ -75,7 +76,7 @@ class EventLog:
             try:
                 data = data[os.write(self._file, data) :]
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno in _LASTING:
                     raise
                 self._waiting = data + self._waiting
                 return

@@ -1,15 +1,25 @@
-"""The last line of a terminal, which is overwritten while a round goes on. It never reaches a log file."""
+"""The last line of a terminal, which is overwritten while a round goes on. It never reaches a log file.
+
+A stream that cannot print a letter gets another one for it. One that cannot be written to ends no training.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from clantune_scale.tracking.background import Event
 
 _ERASE_LINE = "\r\x1b[2K"
+# For encodings without these letters; others are escaped.
+_PLAIN = {"±": "+-"}
+
+logger = logging.getLogger(__name__)
 
 
 class Screen(Protocol):
@@ -34,7 +44,7 @@ class Lines:
 
     def line(self, text: str) -> None:
         """Prints a line that stays."""
-        print(text, file=self._stream or sys.stdout, flush=True)
+        _write(self._stream or sys.stdout, text + "\n")
 
     def status(self, text: str) -> bool:
         """Shows nothing: a log keeps every line."""
@@ -54,16 +64,46 @@ class Live:
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the last one."""
-        self._stream.write(f"{_ERASE_LINE if self._shown else ''}{text}\n{self._shown}")
-        self._stream.flush()
+        _write(self._stream, f"{_ERASE_LINE if self._shown else ''}{text}\n{self._shown}")
 
     def status(self, text: str) -> bool:
         """Overwrites the last line. An empty text removes it."""
         # A line that wraps could not be erased again.
         self._shown = text[: shutil.get_terminal_size().columns - 1]
-        self._stream.write(_ERASE_LINE + self._shown)
-        self._stream.flush()
+        _write(self._stream, _ERASE_LINE + self._shown)
         return True
+
+
+class Steady:
+    """A screen that may fail: for a process that trains. What cannot be printed is left out, and that is told once.
+
+    Args:
+        on: the screen.
+        stream: what it writes to; if None, what ``sys.stdout`` is at each call.
+    """
+
+    def __init__(self, on: Screen, stream: TextIO | None = None) -> None:
+        self._on, self._stream = on, stream
+        self._has_told = False
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._attempt(lambda: self._on.line(text))
+
+    def status(self, text: str) -> bool:
+        """Shows where the run is. Returns False if it cannot, so that a line must say it."""
+        return bool(self._attempt(lambda: self._on.status(text)))
+
+    def _attempt(self, show: Callable[[], bool | None]) -> bool | None:
+        try:
+            return show()
+        # ValueError is what Python says of a stream that is closed.
+        except (OSError, ValueError) as error:
+            _drop_buffer(self._stream or sys.stdout, for_ever=isinstance(error, BrokenPipeError))
+            if not self._has_told:
+                logger.warning("clan: standard output takes no lines (%s). Training goes on without them.", error)
+            self._has_told = True
+            return None
 
 
 def screen(stream: TextIO | None = None) -> Screen:
@@ -71,6 +111,38 @@ def screen(stream: TextIO | None = None) -> Screen:
     chosen = stream or sys.stdout
     is_live = chosen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return Live(chosen) if is_live else Lines(stream)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError as error:
+        for letter, plain in _PLAIN.items():
+            text = text.replace(letter, plain)
+        stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+    stream.flush()
+
+
+def _drop_buffer(stream: TextIO, *, for_ever: bool) -> None:
+    """Empties a stream's buffer. Otherwise the next line of the script itself would fail, or the end of Python.
+
+    Args:
+        stream: that could not be written to.
+        for_ever: whether its reader is gone, so that nobody will miss what is written from now on.
+    """
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError, AttributeError, io.UnsupportedOperation):
+        return
+    null, own = os.open(os.devnull, os.O_WRONLY), os.dup(descriptor)
+    try:
+        os.dup2(null, descriptor)
+        stream.flush()
+    finally:
+        if not for_ever:
+            os.dup2(own, descriptor)
+        os.close(null)
+        os.close(own)
 
 
 class Progress:

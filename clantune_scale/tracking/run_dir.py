@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import socket
 import time
 from pathlib import Path
 
 from clantune_scale.config.schema import TrackingConfig
+from clantune_scale.errors import ConfigError
 
 #: The folder of a run that holds its committed rounds.
 ROUNDS = "rounds"
@@ -19,10 +21,26 @@ def create_run_dir(config: TrackingConfig) -> Path:
 
     The folder is ``directory/run_name``, or ``directory/run_name-2`` and so on if that is taken. The date and time
     are the name if the config gives none.
+
+    Raises:
+        ConfigError: if the folder cannot be made.
     """
     name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
-    parent = Path(config.directory).resolve()
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent = Path(config.directory).resolve()
+        parent.mkdir(parents=True, exist_ok=True)
+        return _new_sibling(parent, name)
+    # ValueError is what Python says of a null character in a path, RuntimeError of a loop of links.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"the folder of this run, {name!r} in {config.directory!r} on {socket.gethostname()}, cannot be made: "
+            f"{reason}. Set clantune.tracking.directory to a folder that rank 0 can write to, and "
+            f"clantune.tracking.run_name to a name that its file system takes."
+        ) from error
+
+
+def _new_sibling(parent: Path, name: str) -> Path:
     for number in itertools.count(1):
         path = parent / (name if number == 1 else f"{name}-{number}")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,12 +75,29 @@ def resolve(configured: str | None, *, directory: Path) -> str:
         directory: folder of the runs. It gets the SQLite file if neither the config nor ``MLFLOW_TRACKING_URI`` names
             a server. (MLflow's own default is the current folder.)
     """
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve() / 'mlflow.db'}"
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or of_database(directory.resolve() / "mlflow.db")
+
+
+def of_database(path: Path) -> str:
+    """The URI of an SQLite file, whatever its folder is called.
+
+    SQLAlchemy 2.1 decodes percent signs in the path of a URI, 2.0 does not, and both end it at a question mark. So a
+    path with these letters is spelt as SQLAlchemy reads it back, or as SQLite's own kind of URI.
+    """
+    plain = f"sqlite:///{path}"
+    if not any(letter in str(path) for letter in "?%"):
+        return plain
+    from sqlalchemy import make_url
+
+    encoded = urllib.parse.quote(str(path))
+    if make_url(f"sqlite:///{encoded}").database == str(path):
+        return f"sqlite:///{encoded}"
+    return f"sqlite:///file:{encoded}?uri=true"
 
 
 def hint(uri: str) -> str:
-    """How to look at the runs there: a command for a database, or the redacted address of a server."""
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else redact(uri)
+    """How to look at the runs there: a command for a database, as a shell takes it, or a server's redacted address."""
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else redact(uri)
 
 
 def set_client_defaults() -> None:

@@ -6,6 +6,8 @@ import io
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,45 @@ def test_a_run_of_unknown_length_has_no_share():
     progress.take({"kind": "run_start", "step": 0, "time_s": 0.0, "total_steps": None})
     line = progress.take({"kind": "step", "step": 5, "time_s": 1.0, "loss": 1.0, "step_s": 2.0})
     assert line.startswith("step 5  round 0")
+
+
+def test_a_stream_without_the_letter_gets_another(tmp_path):
+    path = tmp_path / "log"
+    with open(path, "w", encoding="ascii") as stream:
+        Lines(stream).line("loss 1.0 ± 0.1 läuft")
+        Live(stream).line("± se")
+    assert path.read_text() == "loss 1.0 +- 0.1 l\\xe4uft\n+- se\n"
+
+
+_PRINTS = """
+import sys
+from clantune_scale.tracking.live import Steady, screen
+on = Steady(screen())
+for step in range(2000):
+    on.line(f"step {step} ± and as long as a line of a table is")
+    on.status("status")
+print("the script's own line")
+print("trained", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("kind", ["closed pipe", "full disk", "closed stream", "ascii"])
+def test_no_stream_ends_a_process_that_trains(kind):
+    code = "import sys; sys.stdout.close()\n" + _PRINTS.replace('print("the', "#") if "stream" in kind else _PRINTS
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"} if kind == "ascii" else dict(os.environ)
+    command = [sys.executable, "-c", code]
+    if kind == "full disk":
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    else:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        if kind == "closed pipe":
+            process.stdout.close()
+            process.stdout = None
+        _, error = process.communicate()
+        done = subprocess.CompletedProcess(command, process.returncode, "", error)
+    assert done.stderr.splitlines()[-1] == "trained" or kind == "full disk", done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("takes no lines") == (kind != "ascii")
+    # With a full disk the script's own last line fails when Python ends, as it does without a clan.
+    assert done.returncode == (120 if kind == "full disk" else 0)

@@ -19,6 +19,7 @@ from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.config.batch import split_batch
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
+from clantune_scale.config.deepspeed_values import block_of, steps_of
 from clantune_scale.config.schema import ClanConfig
 from clantune_scale.data.sampler import ClanDataLoader, require_samples
 from clantune_scale.distributed import world
@@ -312,5 +313,4 @@ def _without_config(args: Any) -> Any:
 
 def _scheduled_steps(ds_config: Mapping[str, Any]) -> int | None:
     """The run's length, if a DeepSpeed scheduler with an end says it."""
-    parameters = ds_config.get("scheduler", {}).get("params", {})
-    return parameters.get("total_num_steps")
+    return steps_of(block_of(block_of(ds_config, "scheduler"), "params"), "total_num_steps")
