@@ -79,7 +79,7 @@ class Capture:
             if snapshot is not None:
                 tensors |= {prefix + name: tensor for name, tensor in snapshot.tensors}
                 numbers[prefix] = {"scalars": snapshot.scalars, "layout": snapshot.layout()}
-        return cls(tensors, numbers, RandomStreams.capture(view.backend), _of_clan(view, progress, begun))
+        return cls(tensors, numbers, RandomStreams.capture(view.backend), clan_of(view, progress, begun=begun))
 
     @property
     def num_bytes(self) -> int:
@@ -129,12 +129,13 @@ def copy_from(numbers: Mapping[str, Any], prefix: str, tensors: Mapping[str, tor
 
 
 def population_from(data: Mapping[str, Any]) -> Population:
-    """The population that ``_of_clan`` wrote."""
+    """The population that :func:`clan_of` wrote."""
     genomes = tuple(Genome(genome["values"], genome["step_sizes"]) for genome in data["genomes"])
     return Population(genomes, data["memory"], None if data["teams"] is None else tuple(data["teams"]))
 
 
-def _of_clan(view: RunView, progress: RunProgress, begun: bool) -> dict[str, Any]:
+def clan_of(view: RunView, progress: RunProgress, *, begun: bool) -> dict[str, Any]:
+    """The state that all ranks share, JSON-serializable: :class:`Capture` says what ``begun`` is."""
     return {
         "step": view.phases.position.step,
         "begun": begun,

@@ -122,8 +122,22 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
     Raises:
         CheckpointError: if the state's parameters, shapes or types differ from this launch's.
     """
-    view, progress = target.view, target.progress
     data = json.loads((folder / "clan.json").read_bytes())
+    restore_shared(target.view, target.progress, data, sources)
+    target.prepare(data["begun"])
+    numbers = _restore_rank(target, folder, 0 if target.view.has_one_state else sources[target.view.member])
+    return {**numbers, "begun": data["begun"]}
+
+
+def restore_shared(view: RunView, progress: RunProgress, data: Mapping[str, Any], sources: Sequence[int]) -> None:
+    """Population, clock and lineage, as they were when ``data`` was made (``capture.clan_of``).
+
+    Args:
+        view: the clan on this rank.
+        progress: of the run.
+        data: the state that all ranks share.
+        sources: by member, the member that it continues.
+    """
     lineage = Lineage.from_json(data["lineage"])
     past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
     if past:
@@ -137,9 +151,6 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
         progress.population = view.strategy.resized(population, sources, view.phases.position.plan)
         lineage.resize(sources)
     progress.lineage, progress.num_samples = lineage, data["samples"]
-    target.prepare(data["begun"])
-    numbers = _restore_rank(target, folder, 0 if view.has_one_state else sources[view.member])
-    return {**numbers, "begun": data["begun"]}
 
 
 def _restore_rank(target: Target, folder: Path, source: int) -> dict[str, Any]:

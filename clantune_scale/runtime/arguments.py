@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from clantune_scale.config.deepspeed_file import ConfigSource
 from clantune_scale.runtime.genome_application import Setter
-from clantune_scale.runtime.line.members import TrainStep
+from clantune_scale.runtime.line.members import TrainStep, Watch
 from clantune_scale.runtime.validation_window import Evaluate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -55,6 +55,11 @@ class LoopArguments(_Required, ClanArguments, total=False):
         train_step: for members on the line whose loop does not take its steps from ``clan.steps()``: does one optimizer
             step, as the loop does, on the micro-batches that it gets, each the (args, kwargs) of a forward pass of the
             model. Competitors of a competitive phase are trained with it, on batches that the loop has drawn.
+        watch: ``(on_batch, on_loss) -> undo`` for a loop whose micro-batches or losses do not pass through the model's
+            forward pass: calls ``on_batch(args, kwargs)`` before each micro-batch, which ``train_step`` gets, and
+            ``on_loss(loss)`` after it.
+        state: this rank's ``clan.state_dict()`` from a checkpoint of the loop's, whose weights, optimizer and schedule
+            the loop has restored.
     """
 
     micro_batch_size: int | None
@@ -62,6 +67,8 @@ class LoopArguments(_Required, ClanArguments, total=False):
     total_steps: int | None
     num_samples: int | None
     train_step: TrainStep | None
+    watch: Watch | None
+    state: Mapping[str, Any] | None
 
 
 def shares(arguments: type[Any]) -> Callable[[Function], Function]:

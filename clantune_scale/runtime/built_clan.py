@@ -26,7 +26,7 @@ from clantune_scale.results import champion
 from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.engine_protocol import Backend
 from clantune_scale.runtime.genome_application import Expression, Setter
-from clantune_scale.runtime.line.members import OnTheLine, TrainStep
+from clantune_scale.runtime.line.members import OnTheLine, TrainStep, Watch
 from clantune_scale.runtime.loaders import make_loader, make_sampler, make_window
 from clantune_scale.runtime.measurement import Measurement
 from clantune_scale.runtime.members import InGroups, MemberParts, Members
@@ -54,6 +54,8 @@ class BuiltClan:
         setters: by target, for genes that the user registers.
         train_step: does one optimizer step, for members on the line that take turns; None if the loop does not give
             one.
+        watch: hooks a loop whose batches and losses do not pass through the model's forward pass; None for the model's.
+        state: this rank's :meth:`state_dict` from a checkpoint that the loop has loaded; None for a new run.
 
     Attributes:
         progress: what the run has come to: population, fitness, snapshots, lineage.
@@ -80,6 +82,8 @@ class BuiltClan:
         evaluate: Evaluate | None = None,
         setters: Mapping[str, Setter] | None = None,
         train_step: TrainStep | None = None,
+        watch: Watch | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.world, self.backend, self.config = world, backend, config
         self.genes, self.strategy, self.progress = genes, strategy, Progress()
@@ -110,6 +114,8 @@ class BuiltClan:
         self._loader: ClanDataLoader | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
+        self._watch, self._carried = watch, None if state is None else dict(state)
+        self._unwatch: Callable[[], object] = lambda: None
         self.recorder = Recorder(self.view, self.progress, tokens_per_sample=self.measurement.tokens_per_sample)
         self.rounds = DurableRounds(
             self.view,
@@ -118,6 +124,7 @@ class BuiltClan:
             prepare=self.members.prepare,
             stop=self.stop,
             log=self.recorder,
+            carried=self._carried,
         )
 
     @property
@@ -243,6 +250,15 @@ class BuiltClan:
         self.detach()
         return name
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the loop's own has to hold of the clan, on this rank: plain containers and tensors.
+
+        The loop saves weights, optimizer and schedule itself, at the same place: between two optimizer steps. To go on,
+        it restores them and passes this to :func:`clantune_scale.attach` as ``state``. Members on the line only.
+        """
+        self.transfers.require_consistent()
+        return self.rounds.carry() | {"phase": self.members.carried()}
+
     def save_champion(self, folder: Path | None = None) -> Path:
         """Writes the present weights of the member that was best in the last evaluation; the run goes on.
 
@@ -265,5 +281,6 @@ class BuiltClan:
 
     def detach(self) -> None:
         """Takes every hook off the engine and restores what expression changed between steps."""
+        self._unwatch()
         self.backend.detach()
         self.expression.restore()

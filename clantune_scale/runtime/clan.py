@@ -43,6 +43,8 @@ class Clan(BuiltClan):
             self._begin_phase()
         else:
             has_begun = self.rounds.restore()
+            if self._carried is not None:
+                self.members.restore_carried(self._carried["phase"], self.phases.position)
             self.recorder.resume(opening, self.rounds.sources)
             self._begin_phase(is_resumed=has_begun)
         change = self.world.membership_change
@@ -56,7 +58,10 @@ class Clan(BuiltClan):
         self.backend.around_update(self.members.updating)
         self.backend.after_step(self._after_step)
         self.backend.after_skip(self.members.drop_held)
-        self.backend.watch(self._on_batch, self._on_loss)
+        if self._watch is None:
+            self.backend.watch(self._on_batch, self._on_loss)
+        else:
+            self._unwatch = self._watch(self._on_batch, self._on_loss)
 
     def _on_batch(self, args: tuple, kwargs: dict) -> None:
         if not self.members.in_turns:

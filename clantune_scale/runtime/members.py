@@ -18,6 +18,7 @@ from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data.watch import LossMeter
+from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.diagnostics import Diagnostics, gather_diagnostics
 from clantune_scale.runtime.genome_application import Expression
@@ -134,6 +135,12 @@ class Members(Protocol):
     def abort_phase(self) -> bool:
         """Goes back to the phase's start if the phase cannot be saved half done; returns whether it did."""
 
+    def carried(self) -> dict[str, Any] | None:
+        """What a checkpoint of the loop's holds of the phase so far, beside :meth:`tensors`; None for nothing."""
+
+    def restore_carried(self, carried: dict[str, Any] | None, position: Position) -> None:
+        """Goes on in the middle of a phase with what :meth:`carried` returned, before the phase is begun."""
+
 
 class InGroups:
     """Members that are groups of ranks: gradients, losses and states cross them by collectives.
@@ -225,3 +232,18 @@ class InGroups:
 
     def abort_phase(self) -> bool:
         return False
+
+    def carried(self) -> dict[str, Any] | None:
+        """Refused: a checkpoint of one member's loop holds no other member.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "members in groups have states of their own, and a checkpoint of one loop holds one of them. Resume from "
+            'the rounds on disk (clantune.checkpoint.resume), or set "members" to "line".'
+        )
+
+    def restore_carried(self, carried: dict[str, Any] | None, position: Position) -> None:
+        """Refused, as :meth:`carried` is."""
+        self.carried()

@@ -125,7 +125,7 @@ class Recorder:
             "resume",
             position.step,
             name=self.run_dir.name,
-            resumed_from=str(opening.folder),
+            resumed_from=opening.origin,
             round=position.plan.index,
             population_size=view.config.population_size,
             sources=None if sources is None else list(sources),

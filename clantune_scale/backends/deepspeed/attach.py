@@ -249,6 +249,8 @@ def attach_engine(
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
         train_step=arguments.get("train_step"),
+        watch=arguments.get("watch"),
+        state=arguments.get("state"),
     )
     return clan
 

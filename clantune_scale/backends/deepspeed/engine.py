@@ -18,7 +18,7 @@ from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
-from clantune_scale.data.watch import to_device
+from clantune_scale.data.containers import to_device
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe

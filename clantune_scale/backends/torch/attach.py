@@ -114,6 +114,8 @@ def attach(
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
         train_step=arguments.get("train_step"),
+        watch=arguments.get("watch"),
+        state=arguments.get("state"),
     )
 
 

@@ -15,9 +15,8 @@ from clantune_scale.core.line import Line, obstacle, successor
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data.watch import LossMeter
-from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.errors import ClanError, ConfigError
-from clantune_scale.runtime.diagnostics import Diagnostics
+from clantune_scale.runtime.diagnostics import Diagnostics, of_one_model
 from clantune_scale.runtime.genome_application import group_names
 from clantune_scale.runtime.line.points import Points
 from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
@@ -26,6 +25,8 @@ from clantune_scale.runtime.line.turns import Turns, competitors_of
 from clantune_scale.runtime.members import MemberParts
 
 TrainStep = Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object]
+#: Takes what is to see each micro-batch (args, kwargs) and each loss; returns what ends that.
+Watch = Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None], Callable[[Any], None]], Callable[[], object]]
 
 
 class OnTheLine:
@@ -36,8 +37,7 @@ class OnTheLine:
 
     Args:
         parts: the clan's.
-        train_step: does one optimizer step on micro-batches, each the (args, kwargs) of a forward pass of the model;
-            None if the loop takes its steps from ``clan.steps()``.
+        train_step: does one optimizer step on micro-batches; None if the loop takes its steps from ``clan.steps()``.
 
     Attributes:
         turns: of the competitive phase, from its start to the round's end; None otherwise.
@@ -122,8 +122,17 @@ class OnTheLine:
                 self._begin_round(position.plan)
             assert self._line is not None
             self._parts.expression.express(self._line.centre)
+        elif is_resumed and self.turns is not None:
+            self._parts.expression.express(self.turns.current.values)
         else:
             self._begin_turns(position)
+
+    def carried(self) -> dict[str, Any] | None:
+        return None if self.turns is None else self.turns.to_plain()
+
+    def restore_carried(self, carried: dict[str, Any] | None, position: Position) -> None:
+        if carried is not None:
+            self.turns = Turns.from_plain(carried, competitors_of(self._parts.values(position.phase)))
 
     def on_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.turns is not None and not self._yields_turns:
@@ -207,20 +216,13 @@ class OnTheLine:
             turns = self.turns
             ended = [turns.ended[turns.competitor_of(member)] for member in range(size)]
             losses, rates = [one.training for one in ended], [one.learning_rate for one in ended]
-        unknown = np.full(size, np.nan)
-        totals = torch.tensor([[float(nonfinite_counts), *own] for own in losses], dtype=torch.float64)
-        totals = totals.to(self._backend.device)
-        sum_over_world(totals)
-        counts, sums, numbers = totals.cpu().numpy().T
-        norm = np.nan if parts.probe.norm is None else parts.probe.norm
-        return Diagnostics(
-            learning_rate=np.array(rates),
-            gradient_norm=np.full(size, norm),
-            drift=unknown,
-            alignment=unknown,
-            nonfinite_counts=counts,
-            evaluation_s=np.full(size, parts.measurement.seconds),
-            training_loss=np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan),
+        return of_one_model(
+            self._backend.device,
+            learning_rate=rates,
+            losses=losses,
+            gradient_norm=parts.probe.norm,
+            nonfinite_counts=nonfinite_counts,
+            evaluation_s=parts.measurement.seconds,
         )
 
     def close_round(self) -> None:

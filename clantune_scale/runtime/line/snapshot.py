@@ -56,3 +56,24 @@ class TrainingSnapshot:
             group.update(copy.deepcopy(before))
         engine.load_counters(self._counters)
         self._streams.restore(engine)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain containers, numbers and tensors, for a checkpoint."""
+        return {
+            "tensors": dict(self._tensors.tensors),
+            "optimizer": self._tensors.scalars,
+            "scalars": self._scalars,
+            "groups": self._groups,
+            "counters": self._counters,
+            "streams": {"tensors": self._streams.tensors, "numbers": self._streams.numbers},
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TrainingSnapshot:
+        """What :meth:`to_plain` made."""
+        snapshot = cls.__new__(cls)
+        snapshot._tensors = Snapshot.of(plain["tensors"], plain["optimizer"])
+        snapshot._scalars, snapshot._groups = plain["scalars"], plain["groups"]
+        snapshot._counters = plain["counters"]
+        snapshot._streams = RandomStreams(plain["streams"]["tensors"], plain["streams"]["numbers"])
+        return snapshot

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
+from clantune_scale.data.containers import leaves_of, map_leaves
 from clantune_scale.data.watch import LossMeter
+from clantune_scale.errors import CheckpointError
 from clantune_scale.runtime.line.snapshot import SnapshotEngine, TrainingSnapshot
 from clantune_scale.transfer import MemberState
 
@@ -56,18 +57,72 @@ class HeldBatch:
 
     def __init__(self, batch: Any) -> None:
         self._devices: list[torch.device] = []
-        self._batch = tree_map(self._hold, batch)
+        self._batch = map_leaves(self._hold, batch)
+        # Of a batch that comes from a checkpoint, until one of the same form shows what holds its leaves.
+        self._leaves: list[Any] | None = None
+        self._form = ""
 
     def get(self) -> Any:
-        """The batch, in tensors of its own."""
+        """The batch, in tensors of its own.
+
+        Raises:
+            CheckpointError: if it comes from a checkpoint, and no batch of its form has come since.
+        """
+        if self._leaves is not None:
+            raise CheckpointError(
+                f"a competitive phase goes on from a checkpoint in its middle, and its batches have the form "
+                f"{self._form} there, which no batch has had since. Feed the loop as before, or resume from another "
+                f"checkpoint."
+            )
         devices = iter(self._devices)
-        return tree_map(lambda leaf: leaf.to(next(devices), copy=True) if _is_tensor(leaf) else leaf, self._batch)
+        return map_leaves(lambda leaf: leaf.to(next(devices), copy=True) if _is_tensor(leaf) else leaf, self._batch)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Its leaves, for a checkpoint: tensors, numbers and text; of another leaf, only that it was there."""
+        leaves = [leaf if _is_plain(leaf) else _UNSAVED for leaf in leaves_of(self._batch)]
+        return {"leaves": leaves, "form": form_of(self._batch), "devices": [str(device) for device in self._devices]}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> HeldBatch:
+        """What :meth:`to_plain` made; it waits for :meth:`take_form`.
+
+        Raises:
+            CheckpointError: if a leaf was not saved.
+        """
+        if _UNSAVED in [leaf for leaf in plain["leaves"] if isinstance(leaf, str)]:
+            raise CheckpointError(
+                f"the checkpoint lies in the middle of a competitive phase, and its batches hold more than tensors, "
+                f"numbers and text: {plain['form']}. Resume from a checkpoint outside the phase."
+            )
+        held = cls(None)
+        held._leaves, held._form = list(plain["leaves"]), plain["form"]
+        held._devices = [torch.device(device) for device in plain["devices"]]
+        return held
+
+    def take_form(self, batch: Any) -> None:
+        """Puts the leaves into containers like those of ``batch``, if it is of the same form."""
+        if self._leaves is not None and form_of(batch) == self._form:
+            leaves = iter(self._leaves)
+            self._batch, self._leaves = map_leaves(lambda _: next(leaves), batch), None
 
     def _hold(self, leaf: Any) -> Any:
         if not _is_tensor(leaf):
             return leaf
         self._devices.append(leaf.device)
         return leaf.detach().to("cpu", copy=True)
+
+
+#: Stands for a leaf that a checkpoint cannot hold.
+_UNSAVED = "clantune: not saved"
+
+
+def form_of(batch: Any) -> str:
+    """What holds a batch's leaves, without them."""
+    return repr(map_leaves(lambda leaf: None, batch))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, bool | int | float | str | torch.Tensor)
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -138,6 +193,8 @@ class Turns:
     def hold(self, batch: Any) -> None:
         """Holds a micro-batch of the first turn."""
         if self.is_first:
+            for held in (held for step in self._steps for held in step):
+                held.take_form(batch)
             self._open.append(HeldBatch(batch))
 
     def drop_held(self) -> None:
@@ -177,6 +234,26 @@ class Turns:
         """The phase's steps again: each one's micro-batches."""
         for step in self._steps:
             yield [held.get() for held in step]
+
+    def to_plain(self) -> dict[str, Any]:
+        """The phase so far, between two steps of its first turn: plain containers, numbers and tensors."""
+        return {
+            "steps": [self.start_step, self.end_step],
+            "start": self.start.to_plain(),
+            "losses_before": list(self.losses_before),
+            "keeps": self.keeps,
+            "samplers": self.samplers,
+            "batches": [[held.to_plain() for held in step] for step in self._steps],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], competitors: Sequence[Competitor]) -> Turns:
+        """What :meth:`to_plain` made, of the same competitors."""
+        (first, last), (total, count) = plain["steps"], plain["losses_before"]
+        start = TrainingSnapshot.from_plain(plain["start"])
+        turns = cls(competitors, first, last, start, (total, count), plain["keeps"], plain["samplers"])
+        turns._steps = [[HeldBatch.from_plain(held) for held in step] for step in plain["batches"]]
+        return turns
 
     def competitor_of(self, member: int) -> int:
         """The turn that a member's place in the population stands for."""
