@@ -7,11 +7,13 @@ and tensors, so that ``torch.load(weights_only=True)`` reads it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from clantune_scale.checkpoint import fit
 from clantune_scale.checkpoint.all_ranks import Everyone
@@ -26,13 +28,20 @@ from clantune_scale.transfer import MemberState, Snapshot
 
 #: Of the form of what is carried.
 FORM = 1
+TURNS_START = "turns/"
 _OWN = ("average.", "line_")
 
 Carried = dict[str, Any]
 
 
 def carry(
-    view: RunView, progress: RunProgress, state: MemberState, facts: Mapping[str, Any], *, run_dir: Path, num_events: int
+    view: RunView,
+    progress: RunProgress,
+    state: MemberState,
+    facts: Mapping[str, Any],
+    *,
+    run_dir: Path,
+    num_events: int,
 ) -> Carried:
     """One rank's part, at the end of an optimizer step.
 
@@ -68,6 +77,27 @@ def carry(
     }
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     return {"shared": shared, "rank": rank, "tensors": copies}
+
+
+def with_phase(own: Carried, phase: dict[str, Any] | None) -> Carried:
+    """What is carried, with what members hold of the present phase (``Members.carried``).
+
+    The state at the phase's start is put beside the other tensors: it too is equal on ranks that hold the whole model.
+    """
+    if phase is None:
+        return {**own, "phase": None}
+    start = phase["start"]["tensors"]
+    tensors = own["tensors"] | {TURNS_START + name: tensor for name, tensor in start.items()}
+    return {**own, "tensors": tensors, "phase": {**phase, "start": {**phase["start"], "tensors": None}}}
+
+
+def phase_of(carried: Carried) -> dict[str, Any] | None:
+    """What :func:`with_phase` was given."""
+    phase = carried["phase"]
+    if phase is None:
+        return None
+    tensors = {n.removeprefix(TURNS_START): t for n, t in carried["tensors"].items() if n.startswith(TURNS_START)}
+    return {**phase, "start": {**phase["start"], "tensors": tensors}}
 
 
 def reopen(config: ClanConfig, everyone: Everyone, carried: Carried, *, take: Callable[[Path], None]) -> Opening:
@@ -146,3 +176,41 @@ def _snapshot(carried: Carried, prefix: str) -> Snapshot:
 
 def _layout(tensors: Mapping[str, torch.Tensor]) -> list[list[Any]]:
     return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()]
+
+
+def of_ranks(own: Carried) -> Carried:
+    """What one checkpoint file holds of all ranks, each of which holds the whole model (a collective of all ranks).
+
+    Args:
+        own: this rank's part.
+
+    Returns:
+        The first rank's tensors, and each rank's rest as bytes.
+    """
+    rest = io.BytesIO()
+    torch.save({key: value for key, value in own.items() if key != "tensors"}, rest)
+    mine = torch.frombuffer(bytearray(rest.getbuffer()), dtype=torch.uint8)
+    parts = _gathered(mine)
+    return {"num_ranks": len(parts), "ranks": parts, "tensors": own["tensors"]}
+
+
+def from_ranks(saved: Mapping[str, Any]) -> Carried:
+    """This rank's part of what :func:`of_ranks` returned."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    rest = torch.load(io.BytesIO(saved["ranks"][rank].numpy().tobytes()), weights_only=True)
+    return {**rest, "tensors": saved["tensors"]}
+
+
+def _gathered(mine: torch.Tensor) -> list[torch.Tensor]:
+    """Each rank's bytes, of any length, in host memory."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([mine.numel()], device=device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: mine.numel()] = mine.to(device)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[: int(size)].cpu().clone() for part, size in zip(parts, sizes, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from clantune_scale.checkpoint.carried import with_phase
 from clantune_scale.checkpoint.durable import DurableRounds
 from clantune_scale.config.batch import BatchPlan
 from clantune_scale.config.schema import ClanConfig
@@ -34,6 +35,7 @@ from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.recorder import Recorder
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.view import ClanView, Progress
+from clantune_scale.tracking import FAILED
 from clantune_scale.transfer import MemberState, Transfers
 
 
@@ -257,7 +259,7 @@ class BuiltClan:
         it restores them and passes this to :func:`clantune_scale.attach` as ``state``. Members on the line only.
         """
         self.transfers.require_consistent()
-        return self.rounds.carry() | {"phase": self.members.carried()}
+        return with_phase(self.rounds.carry(), self.members.carried())
 
     def save_champion(self, folder: Path | None = None) -> Path:
         """Writes the present weights of the member that was best in the last evaluation; the run goes on.
@@ -278,6 +280,12 @@ class BuiltClan:
     def _measured_run(self) -> champion.MeasuredRun:
         self.transfers.require_consistent()
         return champion.MeasuredRun(self.view, self.progress, self.measurement, self.recorder.run_dir)
+
+    def abandon(self) -> None:
+        """Ends the run without results, after an error in the loop; the engine goes on as a plain one."""
+        self.recorder.tracking.close(FAILED)
+        self.rounds.release()
+        self.detach()
 
     def detach(self) -> None:
         """Takes every hook off the engine and restores what expression changed between steps."""

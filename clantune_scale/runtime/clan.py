@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+from clantune_scale.checkpoint.carried import phase_of
 from clantune_scale.checkpoint.opening import Opening
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
 from clantune_scale.runtime.built_clan import BuiltClan
@@ -44,7 +45,7 @@ class Clan(BuiltClan):
         else:
             has_begun = self.rounds.restore()
             if self._carried is not None:
-                self.members.restore_carried(self._carried["phase"], self.phases.position)
+                self.members.restore_carried(phase_of(self._carried), self.phases.position)
             self.recorder.resume(opening, self.rounds.sources)
             self._begin_phase(is_resumed=has_begun)
         change = self.world.membership_change

@@ -154,6 +154,11 @@ class LoopBackend(ABC):
             self._probe.norm = float(norm)
         return norm
 
+    def measure_norm(self) -> None:
+        """Reads the gradient norm if this step is probed, for a loop that clips by itself after this call."""
+        if self._probe.is_active:
+            self.clip_gradients()
+
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Hooks each optimizer's update, after the user's clipping and before the scheduler's step."""
         for index, part in enumerate(self._optimizers.parts):

@@ -1,0 +1,1 @@
+"""Clans in other people's training frameworks, one module a framework."""

@@ -1,0 +1,119 @@
+"""The clan in the Trainer's checkpoints: in the callback's state, or in files beside sharded weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+
+from clantune_scale.backends.torch.loop_clan import LoopClan
+from clantune_scale.checkpoint.carried import from_ranks, of_ranks
+from clantune_scale.errors import CheckpointError
+from clantune_scale.gradients.hooks import replace_method
+from clantune_scale.integrations.lightning.turns import Turns
+
+
+class Carrier:
+    """Takes the clan into checkpoints, and out of the one that a run goes on from.
+
+    If each rank holds the whole model, the callback's state holds the clan. If ranks hold shards, each writes a file of
+    its own: into the checkpoint if it is a folder, else into a folder beside it, ``NAME.clan``.
+    """
+
+    def __init__(self) -> None:
+        self._clan: LoopClan | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None
+        self._is_sharded = False
+        self._turns: Turns | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def follow(self, trainer: Trainer, clan: LoopClan, turns: Turns) -> None:
+        """From here on checkpoints hold the clan."""
+        self._clan, self._turns, self._loaded = clan, turns, None
+        strategy = trainer.strategy
+        self._is_sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)
+        if not self._is_sharded:
+            return
+        save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
+
+        def save_with_clan(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            save(checkpoint, filepath, storage_options)
+            # Ranks may have made different names for one checkpoint: the first rank's counts.
+            self._write(Path(strategy.broadcast(filepath)))
+
+        def remove_with_clan(filepath: Any) -> None:
+            remove(filepath)
+            if strategy.is_global_zero:
+                shutil.rmtree(_beside(Path(filepath)), ignore_errors=True)
+
+        self._undo = [
+            replace_method(strategy, "save_checkpoint", save_with_clan),
+            replace_method(strategy, "remove_checkpoint", remove_with_clan),
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the callback's state (a collective of all ranks, between two optimizer steps); empty without a clan."""
+        if self._clan is None or self._turns is None:
+            return {}
+        own = self._clan.state_dict() | {"loop": self._turns.carried()}
+        if not self._is_sharded:
+            return of_ranks(own)
+        self._pending = own
+        return {"num_ranks": dist.get_world_size(), "is_in_files": True}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` returned."""
+        self._loaded = state
+
+    def loaded(self, trainer: Trainer) -> dict[str, Any] | None:
+        """This rank's part of the clan in the checkpoint that the run goes on from; None for a new clan.
+
+        Raises:
+            CheckpointError: if it was saved on another number of ranks, or its file is missing.
+        """
+        state = self._loaded
+        if state is None:
+            return None
+        if state["num_ranks"] != trainer.world_size:
+            raise CheckpointError(
+                f"the clan was saved on {state['num_ranks']} ranks and goes on on {trainer.world_size}. Launch as many "
+                f"ranks as before, or drop the callback to go on without its clan."
+            )
+        if not state.get("is_in_files"):
+            return from_ranks(state)
+        file = _file(Path(str(trainer.ckpt_path)))
+        if not file.exists():
+            raise CheckpointError(
+                f"{file} is missing: this rank's part of the clan in the checkpoint. Copy it with the checkpoint."
+            )
+        return dict(torch.load(file, weights_only=True))
+
+    def release(self) -> None:
+        """Ends the following: checkpoints that come later hold no clan."""
+        while self._undo:
+            self._undo.pop()()
+        self._clan = self._turns = self._pending = None
+
+    def _write(self, checkpoint: Path) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:  # else only weights are saved
+            file = _file(checkpoint)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(pending, file)
+            dist.barrier()
+
+
+def _file(checkpoint: Path) -> Path:
+    folder = checkpoint / "clan" if checkpoint.is_dir() else _beside(checkpoint)
+    return folder / f"rank-{dist.get_rank():05d}.pt"
+
+
+def _beside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.clan")

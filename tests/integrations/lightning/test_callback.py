@@ -1,0 +1,121 @@
+"""A clan in Lightning's Trainer: against the plain Trainer, against the project's own loop, against itself resumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
+
+from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.tracking import read_events
+from tests.integrations.lightning.small import (
+    ACCUMULATION,
+    NUM_STEPS,
+    ManualModule,
+    Module,
+    block,
+    fit,
+    loop,
+    saved_state,
+)
+
+# Advice on workers and logging intervals, and names of torch's that Lightning 2.6 still uses.
+pytestmark = pytest.mark.filterwarnings("ignore")
+both = pytest.mark.parametrize("kind", [Module, ManualModule], ids=["automatic", "manual"])
+
+
+def _assert_same(ours: Any, theirs: Any, where: str = "") -> None:
+    """To the last bit, through nested containers."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            _assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            _assert_same(*pair, f"{where}/{index}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+def _lineage(clan: Any) -> list[tuple[Any, ...]]:
+    records = clan.progress.lineage
+    return [(r.start_step, [p.kind for p in r.phases], list(r.losses), r.donors, r.restored) for r in records]
+
+
+@both
+def test_a_control_clan_is_the_plain_trainers_run_to_the_last_bit(kind, tmp_path):
+    plain, flat, _ = fit(tmp_path / "plain", None, module=kind(), num_steps=30, save_every=7)
+    config = block(tmp_path / "clan", strategy="control", total_steps=30)
+    tuned, trainer, _ = fit(tmp_path / "clan", config, module=kind(), num_steps=30, save_every=7)
+    _assert_same(tuned.state_dict(), plain.state_dict())
+    assert tuned.seen == plain.seen and len(plain.seen) > 50
+    assert (trainer.global_step, trainer.current_epoch) == (flat.global_step, flat.current_epoch) == (30, 3)
+    assert trainer.lr_scheduler_configs[0].scheduler.state_dict() == flat.lr_scheduler_configs[0].scheduler.state_dict()
+    names = sorted(path.name for path in (tmp_path / "plain" / "saved").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "clan" / "saved").iterdir()) and len(names) == 4
+    for name in names:
+        _assert_same(*(saved_state(tmp_path / run / "saved" / name) for run in ("clan", "plain")))
+
+
+@both
+def test_the_clans_decisions_are_those_of_the_projects_own_loop(kind, tmp_path):
+    _, own = loop(tmp_path, block(tmp_path))
+    module, trainer, callback = fit(tmp_path, block(tmp_path), module=kind(0.0))
+    clan = callback.clan
+    ours, theirs = _lineage(clan), _lineage(own)
+    assert {kind for _, kinds, *_ in theirs for kind in kinds} == set(PhaseKind) and len(theirs) >= 5
+    assert len(ours) == len(theirs)
+    for (start, kinds, losses, *decided), (start_, kinds_, losses_, *decided_) in zip(ours, theirs, strict=True):
+        assert (start, kinds, decided) == (start_, kinds_, decided_)
+        # The same sums in the same order, in float32; clipping is torch's in the Trainer and the clan's in the loop.
+        assert losses == pytest.approx(losses_, rel=1e-5)
+    rates = [c.population.genomes[0].values["lr"] for c in (clan, own)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-4) and abs(rates[1] - 1) > 0.1
+    assert trainer.global_step == clan.num_steps == NUM_STEPS
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == NUM_STEPS
+
+
+@both
+def test_a_turn_trains_on_the_whole_batch_at_the_step_that_it_repeats(kind, tmp_path):
+    plain, *_ = fit(tmp_path, None, module=kind())
+    module, _, callback = fit(tmp_path, block(tmp_path), module=kind())
+    (phase,) = [p for r in callback.clan.progress.lineage for p in r.phases if p.kind is PhaseKind.COMPETITIVE]
+    (start,) = [r.start_step for r in callback.clan.progress.lineage if phase in r.phases]
+    repeated = [seen for seen in plain.seen if start <= seen[0] < start + phase.num_steps]
+    after = plain.seen.index(repeated[-1]) + 1
+    num_turns = (len(module.seen) - len(plain.seen)) // len(repeated)
+    # The Trainer's own steps first, then three competitors more: equal batches, at the same steps of the Trainer.
+    assert num_turns == 3 and len(repeated) > ACCUMULATION * (phase.num_steps - 2)
+    assert module.seen == plain.seen[:after] + repeated * num_turns + plain.seen[after:]
+
+
+# Before the trial, at its start, in its middle across an epoch's end, after it.
+@pytest.mark.parametrize("step", [7, 10, 14, 33])
+def test_a_run_that_goes_on_from_the_trainers_checkpoint_is_the_unbroken_one(step, unbroken, tmp_path):
+    folder, whole, callback = unbroken
+    torch.manual_seed(99)
+    path = folder / "saved" / f"step={step}.ckpt"
+    module, trainer, again = fit(tmp_path, block(tmp_path), module=Module(0.0), num_steps=38, ckpt_path=path)
+    assert trainer.global_step == 38
+    _assert_same(module.state_dict(), whole.state_dict())
+    assert _lineage(again.clan) == _lineage(callback.clan)
+    assert again.clan.population == callback.clan.population
+    # The run's folder goes on; what it held of later steps is put aside.
+    assert again.clan.recorder.run_dir == callback.clan.recorder.run_dir
+    resumed = [e["step"] for e in read_events(again.clan.recorder.run_dir / "events.jsonl") if e["kind"] == "resume"]
+    assert resumed[-1] == step
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run with a checkpoint after each step; without dropout, since the Trainer's hold no random streams."""
+    folder = tmp_path_factory.mktemp("whole")
+    module, _, callback = fit(folder, block(folder), module=Module(0.0), num_steps=38, save_every=1)
+    return folder, module, callback
