@@ -8,7 +8,7 @@ in host memory, whatever the number of competitors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.data.watch import LossMeter
+from clantune_scale.errors import ClanError
 from clantune_scale.runtime.line.snapshot import SnapshotEngine, TrainingSnapshot
 from clantune_scale.transfer import MemberState
 
@@ -63,6 +65,17 @@ class HeldBatch:
         devices = iter(self._devices)
         return tree_map(lambda leaf: leaf.to(next(devices), copy=True) if _is_tensor(leaf) else leaf, self._batch)
 
+    def saved(self) -> list[Any]:
+        """[the batch in host memory, the devices of its tensors]."""
+        return [self._batch, [str(device) for device in self._devices]]
+
+    @classmethod
+    def of(cls, saved: Sequence[Any]) -> HeldBatch:
+        """The batch that :meth:`saved` told of."""
+        held = cls.__new__(cls)
+        held._batch, held._devices = saved[0], [torch.device(name) for name in saved[1]]
+        return held
+
     def _hold(self, leaf: Any) -> Any:
         if not _is_tensor(leaf):
             return leaf
@@ -105,6 +118,8 @@ class Turns:
     Attributes:
         ended: by competitor that has trained.
         best: competitor whose end is held, and that end; None while there is none.
+        streams: random streams at the first turn's end. The loop goes on with them: it may have drawn from them for its
+            data, which later turns do not.
     """
 
     competitors: Sequence[Competitor]
@@ -116,6 +131,7 @@ class Turns:
     samplers: list[dict[str, int]]
     ended: list[Ended] = field(default_factory=list)
     best: tuple[int, TrainingSnapshot] | None = None
+    streams: RandomStreams | None = None
     meter: LossMeter = field(default_factory=LossMeter)
     _steps: list[list[HeldBatch]] = field(default_factory=list)
     _open: list[HeldBatch] = field(default_factory=list)
@@ -168,10 +184,11 @@ class Turns:
             learning_rate: of the first parameter group in the turn's last step.
         """
         total, count = self.losses_before
+        self.streams = self.streams or RandomStreams.capture(engine)
         self.ended.append(Ended(losses, (total + training[0], count + training[1]), learning_rate))
         if self.keeps and (self.best is None or _mean(losses) < _mean(self.ended[self.best[0]].losses)):
             self.best = None  # released first: a third copy of the state would be held for a moment
-            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine))
+            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine, streams=self.streams))
 
     def batches(self) -> Iterator[list[Any]]:
         """The phase's steps again: each one's micro-batches."""
@@ -181,6 +198,50 @@ class Turns:
     def competitor_of(self, member: int) -> int:
         """The turn that a member's place in the population stands for."""
         return next(index for index, one in enumerate(self.competitors) if member in one.members)
+
+    def end_of(self, member: int) -> TrainingSnapshot | None:
+        """The end that a member's place stands for; None if the live state is it.
+
+        Raises:
+            ClanError: if it is not the fittest's, which is the only one that is held.
+        """
+        wanted = self.competitor_of(member)
+        assert self.best is not None
+        held, end = self.best
+        if held != wanted:
+            raise ClanError(
+                f"the decision takes the state of a competitor with loss {float(self.ended[wanted].losses.mean()):g}, "
+                f"and the fittest one's, {float(self.ended[held].losses.mean()):g}, is the one that is held. Members "
+                f'on the line go on from the fittest of a competitive phase; set members to "groups".'
+            )
+        return None if held == len(self.competitors) - 1 else end
+
+    def saved(self) -> dict[str, Any]:
+        """A phase that is stopped in its first turn, between two steps, in tensors, numbers and what batches hold."""
+        return {
+            "competitors": [[list(one.members), one.values] for one in self.competitors],
+            "steps": [self.start_step, self.end_step],
+            "start": self.start.saved(),
+            "losses_before": list(self.losses_before),
+            "keeps": self.keeps,
+            "samplers": self.samplers,
+            "held": [[batch.saved() for batch in step] for step in self._steps],
+        }
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Turns:
+        """The phase that :meth:`saved` told of."""
+        total, count = saved["losses_before"]
+        turns = cls(
+            [Competitor(tuple(members), values) for members, values in saved["competitors"]],
+            *saved["steps"],
+            TrainingSnapshot.of(saved["start"]),
+            (total, count),
+            saved["keeps"],
+            saved["samplers"],
+        )
+        turns._steps = [[HeldBatch.of(batch) for batch in step] for step in saved["held"]]
+        return turns
 
 
 def _mean(losses: np.ndarray) -> float:
