@@ -15,7 +15,6 @@ import torch.distributed as dist
 from clantune_scale.checkpoint import fit
 from clantune_scale.checkpoint.all_ranks import Everyone
 from clantune_scale.checkpoint.capture import Capture
-from clantune_scale.checkpoint.carried import Carried, carry, reopen, restore_carried
 from clantune_scale.checkpoint.lock import RunLock
 from clantune_scale.checkpoint.opening import Opening, open_run, set_aside
 from clantune_scale.checkpoint.preemption import Preemption
@@ -55,7 +54,6 @@ class DurableRounds:
         prepare: makes what the state holds inside a round, before it is loaded; told whether the round had begun.
         stop: ends the run with a commit; called after SIGTERM.
         log: the run's events.
-        carried: the clan's part of a checkpoint of the loop's own, which has been loaded; None if there is none.
 
     Attributes:
         opening: the run's folder, and the round that is continued.
@@ -72,9 +70,7 @@ class DurableRounds:
         prepare: Callable[[bool], None],
         stop: Callable[[], object],
         log: EventLog,
-        carried: Carried | None = None,
     ) -> None:
-        self._carried = carried
         self._view, self._progress, self._settings = view, progress, view.config.checkpoint
         self._state, self._prepare, self._stop, self._log = state, prepare, stop, log
         self._num_calls = 0
@@ -93,10 +89,6 @@ class DurableRounds:
         Raises:
             CheckpointError: if a run is to be continued and cannot be, or another process works on it.
         """
-        if self._carried is not None:
-            self.opening = reopen(self._view.config, self._everyone, self._carried, take=self._take)
-            fit.check_settings(self._carried["shared"]["settings"], self._facts["settings"], self._settings.allow)
-            return self.opening
         self.opening = open_run(self._view.config, self._everyone, take=self._take, fault=self._fault)
         if self.opening.content is not None:
             fit.check_settings(self.opening.content["settings"], self._facts["settings"], self._settings.allow)
@@ -125,9 +117,6 @@ class DurableRounds:
         """
         assert self.opening.content is not None
         target = Target(self._view, self._progress, self._state, self._prepare)
-        if self._carried is not None:
-            self._places = list(restore_carried(target, self._carried)["samplers"])
-            return True
         numbers = restore_clan(target, self.opening.folder, self._sources(self.opening.content))
         self._places = list(numbers["samplers"])
         # An added member keeps the random streams of this launch: with its source's streams, its
@@ -209,11 +198,6 @@ class DurableRounds:
             self._write(name, self._capture(begun=begun, rollback_is_live=False), members, wait=True)
         names = committed_rounds(self._folder)
         return self._everyone.from_leader(names[0] if self._writer.last_step == step else None)
-
-    def carry(self) -> Carried:
-        """This rank's part of a checkpoint that the loop writes now, between two optimizer steps."""
-        log = self._log.events_bytes
-        return carry(self._view, self._progress, self._state(), self._facts, run_dir=self.run_dir, num_events=log)
 
     def finish(self) -> None:
         """Waits for the round that is being written."""

@@ -98,19 +98,12 @@ class Opening:
         content: the manifest of the round to go on from; None for a new run.
         name: of that round; empty for a new run.
         refused: what was wrong with newer rounds, for the log.
-        is_carried: whether the state is in a checkpoint of the loop's, and not in a round on disk.
     """
 
     run_dir: Path
     content: dict[str, Any] | None = None
     name: str = ""
     refused: tuple[str, ...] = ()
-    is_carried: bool = False
-
-    @property
-    def origin(self) -> str:
-        """What the run goes on from, in words."""
-        return f"the loop's checkpoint of {self.name}" if self.is_carried else str(self.folder)
 
     @property
     def folder(self) -> Path:

@@ -123,21 +123,20 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
         CheckpointError: if the state's parameters, shapes or types differ from this launch's.
     """
     data = json.loads((folder / "clan.json").read_bytes())
-    restore_shared(target.view, target.progress, data, sources)
-    target.prepare(data["begun"])
+    restore_numbers(target, data, sources)
     numbers = _restore_rank(target, folder, 0 if target.view.has_one_state else sources[target.view.member])
     return {**numbers, "begun": data["begun"]}
 
 
-def restore_shared(view: RunView, progress: RunProgress, data: Mapping[str, Any], sources: Sequence[int]) -> None:
-    """Population, clock and lineage, as they were when ``data`` was made (``capture.clan_of``).
+def restore_numbers(target: Target, data: Mapping[str, Any], sources: Sequence[int]) -> None:
+    """Loads population, clock and lineage, and makes the arrays of a round that had begun.
 
     Args:
-        view: the clan on this rank.
-        progress: of the run.
-        data: the state that all ranks share.
+        target: what they are loaded into.
+        data: what :func:`clantune_scale.checkpoint.capture.numbers_of_clan` gave.
         sources: by member, the member that it continues.
     """
+    view, progress = target.view, target.progress
     lineage = Lineage.from_json(data["lineage"])
     past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
     if past:
@@ -151,6 +150,7 @@ def restore_shared(view: RunView, progress: RunProgress, data: Mapping[str, Any]
         progress.population = view.strategy.resized(population, sources, view.phases.position.plan)
         lineage.resize(sources)
     progress.lineage, progress.num_samples = lineage, data["samples"]
+    target.prepare(data["begun"])
 
 
 def _restore_rank(target: Target, folder: Path, source: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from clantune_scale.checkpoint.carried import with_phase
 from clantune_scale.checkpoint.durable import DurableRounds
 from clantune_scale.config.batch import BatchPlan
 from clantune_scale.config.schema import ClanConfig
@@ -27,12 +26,13 @@ from clantune_scale.results import champion
 from clantune_scale.results.champion import Summary
 from clantune_scale.runtime.engine_protocol import Backend
 from clantune_scale.runtime.genome_application import Expression, Setter
-from clantune_scale.runtime.line.members import OnTheLine, TrainStep, Watch
+from clantune_scale.runtime.line.members import OnTheLine, TrainStep
 from clantune_scale.runtime.loaders import make_loader, make_sampler, make_window
 from clantune_scale.runtime.measurement import Measurement
 from clantune_scale.runtime.members import InGroups, MemberParts, Members
 from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.recorder import Recorder
+from clantune_scale.runtime.steps import Watch
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.view import ClanView, Progress
 from clantune_scale.tracking import FAILED
@@ -56,8 +56,7 @@ class BuiltClan:
         setters: by target, for genes that the user registers.
         train_step: does one optimizer step, for members on the line that take turns; None if the loop does not give
             one.
-        watch: hooks a loop whose batches and losses do not pass through the model's forward pass; None for the model's.
-        state: this rank's :meth:`state_dict` from a checkpoint that the loop has loaded; None for a new run.
+        watch: shows the clan micro-batches and losses; None watches the model's forward pass.
 
     Attributes:
         progress: what the run has come to: population, fitness, snapshots, lineage.
@@ -85,7 +84,6 @@ class BuiltClan:
         setters: Mapping[str, Setter] | None = None,
         train_step: TrainStep | None = None,
         watch: Watch | None = None,
-        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.world, self.backend, self.config = world, backend, config
         self.genes, self.strategy, self.progress = genes, strategy, Progress()
@@ -114,10 +112,10 @@ class BuiltClan:
         )
         self.members: Members = OnTheLine(parts, train_step) if is_line else InGroups(parts, self.transfers)
         self._loader: ClanDataLoader | None = None
+        self._watch = watch
+        self._unwatch: Callable[[], None] | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
-        self._watch, self._carried = watch, None if state is None else dict(state)
-        self._unwatch: Callable[[], object] = lambda: None
         self.recorder = Recorder(self.view, self.progress, tokens_per_sample=self.measurement.tokens_per_sample)
         self.rounds = DurableRounds(
             self.view,
@@ -126,7 +124,6 @@ class BuiltClan:
             prepare=self.members.prepare,
             stop=self.stop,
             log=self.recorder,
-            carried=self._carried,
         )
 
     @property
@@ -252,15 +249,6 @@ class BuiltClan:
         self.detach()
         return name
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the loop's own has to hold of the clan, on this rank: plain containers and tensors.
-
-        The loop saves weights, optimizer and schedule itself, at the same place: between two optimizer steps. To go on,
-        it restores them and passes this to :func:`clantune_scale.attach` as ``state``. Members on the line only.
-        """
-        self.transfers.require_consistent()
-        return with_phase(self.rounds.carry(), self.members.carried())
-
     def save_champion(self, folder: Path | None = None) -> Path:
         """Writes the present weights of the member that was best in the last evaluation; the run goes on.
 
@@ -289,6 +277,8 @@ class BuiltClan:
 
     def detach(self) -> None:
         """Takes every hook off the engine and restores what expression changed between steps."""
-        self._unwatch()
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         self.backend.detach()
         self.expression.restore()

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
 from clantune_scale.distributed.groups import ReplicaGroup
-from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.view import ClanView
 
@@ -149,37 +148,3 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
-
-
-def of_one_model(
-    device: torch.device,
-    *,
-    learning_rate: Sequence[float],
-    losses: Sequence[tuple[float, int]],
-    gradient_norm: float | None,
-    nonfinite_counts: int,
-    evaluation_s: float,
-) -> Diagnostics:
-    """Of members that one model stands for (a collective of all ranks).
-
-    Args:
-        device: of the model.
-        learning_rate: [members] of the first parameter group.
-        losses: [members] (sum, number) of this rank's training losses.
-        gradient_norm: the model's, or None.
-        nonfinite_counts: of this rank's training losses.
-        evaluation_s: seconds of the last evaluation on this rank.
-    """
-    size = len(losses)
-    totals = torch.tensor([[float(nonfinite_counts), *own] for own in losses], dtype=torch.float64).to(device)
-    sum_over_world(totals)
-    counts, sums, numbers = totals.cpu().numpy().T
-    return Diagnostics(
-        learning_rate=np.array(learning_rate),
-        gradient_norm=np.full(size, np.nan if gradient_norm is None else gradient_norm),
-        drift=np.full(size, np.nan),
-        alignment=np.full(size, np.nan),
-        nonfinite_counts=counts,
-        evaluation_s=np.full(size, evaluation_s),
-        training_loss=np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan),
-    )

@@ -18,7 +18,6 @@ from clantune_scale.core.genome import Genome
 from clantune_scale.core.rounds import Phase, Position, RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data.watch import LossMeter
-from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.diagnostics import Diagnostics, gather_diagnostics
 from clantune_scale.runtime.genome_application import Expression
@@ -96,6 +95,12 @@ class Members(Protocol):
     def begin_phase(self, position: Position, *, is_resumed: bool) -> None:
         """Expresses what the phase lets members express."""
 
+    def saved_turns(self) -> dict[str, Any] | None:
+        """The competitive phase so far, if it has turns and is in its first."""
+
+    def load_turns(self, saved: dict[str, Any]) -> None:
+        """Goes on with a phase that :meth:`saved_turns` told of."""
+
     def on_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sees the arguments of a training forward pass."""
 
@@ -135,12 +140,6 @@ class Members(Protocol):
     def abort_phase(self) -> bool:
         """Goes back to the phase's start if the phase cannot be saved half done; returns whether it did."""
 
-    def carried(self) -> dict[str, Any] | None:
-        """What a checkpoint of the loop's holds of the phase so far, beside :meth:`tensors`; None for nothing."""
-
-    def restore_carried(self, carried: dict[str, Any] | None, position: Position) -> None:
-        """Goes on in the middle of a phase with what :meth:`carried` returned, before the phase is begun."""
-
 
 class InGroups:
     """Members that are groups of ranks: gradients, losses and states cross them by collectives.
@@ -178,6 +177,12 @@ class InGroups:
 
     def prepare(self, has_begun: bool) -> None:
         """Does nothing: the state is the engine's and the averages."""
+
+    def saved_turns(self) -> dict[str, Any] | None:
+        return None
+
+    def load_turns(self, saved: dict[str, Any]) -> None:
+        """Does nothing: all members train at once."""
 
     def begin_phase(self, position: Position, *, is_resumed: bool) -> None:
         phase = position.phase
@@ -232,18 +237,3 @@ class InGroups:
 
     def abort_phase(self) -> bool:
         return False
-
-    def carried(self) -> dict[str, Any] | None:
-        """Refused: a checkpoint of one member's loop holds no other member.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "members in groups have states of their own, and a checkpoint of one loop holds one of them. Resume from "
-            'the rounds on disk (clantune.checkpoint.resume), or set "members" to "line".'
-        )
-
-    def restore_carried(self, carried: dict[str, Any] | None, position: Position) -> None:
-        """Refused, as :meth:`carried` is."""
-        self.carried()

@@ -129,7 +129,6 @@ def attach_megatron(
         num_samples=arguments.get("num_samples"),
         train_step=arguments.get("train_step"),
         watch=arguments.get("watch"),
-        state=arguments.get("state"),
     )
 
 

@@ -149,15 +149,14 @@ class LoopBackend(ABC):
         if self._is_clipped:
             return total_norm(parameter for _, parameter in self._trained)
         norm = clip_grad_norm_([parameter for _, parameter in self._trained], self.clip)
+        self.note_clipping(norm)
+        return norm
+
+    def note_clipping(self, norm: torch.Tensor) -> None:
+        """Says that this step's gradients are clipped, and what their norm was; the clan then leaves them as they are."""
         self._is_clipped = True
         if self._probe.is_active:
             self._probe.norm = float(norm)
-        return norm
-
-    def measure_norm(self) -> None:
-        """Reads the gradient norm if this step is probed, for a loop that clips by itself after this call."""
-        if self._probe.is_active:
-            self.clip_gradients()
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Hooks each optimizer's update, after the user's clipping and before the scheduler's step."""

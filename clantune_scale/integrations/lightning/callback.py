@@ -91,18 +91,21 @@ class ClanCallback(Callback):
             scaler=settings.scaler,
             train_step=turns,
             watch=turns.watch,
-            state=carried,
         )
         settings.check_attached(clan)
         self.clan, self._turns = clan, turns
-        turns.follow(clan, None if carried is None else carried["loop"])
+        turns.follow(clan)
+        if carried is not None:
+            turns.restore(carried.pop("loop"))
+            clan.load_state_dict(carried, source=str(trainer.ckpt_path))
         self._carrier.follow(trainer, clan, turns)
         self._num_rounds = clan.phases.position.plan.index
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Reads the gradient norm before the Trainer clips."""
-        if self.clan is not None and self._settings is not None and not self._settings.has_deepspeed:
-            self.clan.backend.measure_norm()
+        """Reads the gradient norm before the Trainer clips, in the steps that the clan probes."""
+        clan, settings = self.clan, self._settings
+        if clan is not None and settings is not None and not settings.has_deepspeed and clan.phases.position.ends_phase:
+            clan.clip_grad_norm_()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

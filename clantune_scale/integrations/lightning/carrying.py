@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from clantune_scale.backends.torch.loop_clan import LoopClan
-from clantune_scale.checkpoint.carried import from_ranks, of_ranks
 from clantune_scale.errors import CheckpointError
 from clantune_scale.gradients.hooks import replace_method
 from clantune_scale.integrations.lightning.turns import Turns
@@ -117,3 +118,59 @@ def _file(checkpoint: Path) -> Path:
 
 def _beside(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.clan")
+
+
+#: Where the clan's state holds tensors that are equal on ranks that hold the whole model.
+_EQUAL = (("tensors",), ("phase", "tensors"), ("rollback", "tensors"), ("turns", "start", "tensors"))
+
+
+def of_ranks(own: dict[str, Any]) -> dict[str, Any]:
+    """What one checkpoint holds of all ranks, each of which holds the whole model (a collective of all ranks).
+
+    Args:
+        own: this rank's state.
+
+    Returns:
+        The first rank's tensors once, and each rank's rest as bytes.
+    """
+    rest, tensors = dict(own), {}
+    for *above, last in _EQUAL:
+        place = rest
+        for key in above:
+            # Copied on the way: the clan goes on with what it gave.
+            place[key] = copy.copy(place.get(key) or {})
+            place = place[key]
+        if last in place:
+            tensors["/".join([*above, last])] = place.pop(last)
+    written = io.BytesIO()
+    torch.save(rest, written)
+    parts = _gathered(torch.frombuffer(bytearray(written.getbuffer()), dtype=torch.uint8))
+    return {"num_ranks": len(parts), "ranks": parts, "tensors": tensors}
+
+
+def from_ranks(saved: dict[str, Any]) -> dict[str, Any]:
+    """This rank's state in what :func:`of_ranks` returned."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own = dict(torch.load(io.BytesIO(saved["ranks"][rank].numpy().tobytes()), weights_only=True))
+    for name, tensors in saved["tensors"].items():
+        *above, last = name.split("/")
+        place = own
+        for key in above:
+            place = place[key]
+        place[last] = tensors
+    # Of a part that there was not, an empty place is left.
+    return {key: None if value in ({}, {"start": {}}) else value for key, value in own.items()}
+
+
+def _gathered(mine: torch.Tensor) -> list[torch.Tensor]:
+    """Each rank's bytes, of any length, in host memory."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([mine.numel()], device=device))
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=device)
+    padded[: mine.numel()] = mine.to(device)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[: int(size)].cpu().clone() for part, size in zip(parts, sizes, strict=True)]

@@ -43,9 +43,13 @@ class Turns:
         self._begun: dict[int, dict[str, Any]] = {}
         self._is_repeating = False
 
-    def follow(self, clan: LoopClan, begun: dict[int, dict[str, Any]] | None) -> None:
-        """Names the clan, and what a checkpoint holds of the phase that it goes on in."""
-        self._clan, self._begun = clan, dict(begun or {})
+    def follow(self, clan: LoopClan) -> None:
+        """Names the clan."""
+        self._clan = clan
+
+    def restore(self, carried: dict[int, dict[str, Any]]) -> None:
+        """Takes over what :meth:`carried` returned."""
+        self._begun = dict(carried)
 
     def carried(self) -> dict[int, dict[str, Any]]:
         """For a checkpoint: how the steps of the present phase began."""

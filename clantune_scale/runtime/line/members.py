@@ -15,8 +15,9 @@ from clantune_scale.core.line import Line, obstacle, successor
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies import Decision
 from clantune_scale.data.watch import LossMeter
+from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.errors import ClanError, ConfigError
-from clantune_scale.runtime.diagnostics import Diagnostics, of_one_model
+from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.genome_application import group_names
 from clantune_scale.runtime.line.points import Points
 from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
@@ -25,8 +26,6 @@ from clantune_scale.runtime.line.turns import Turns, competitors_of
 from clantune_scale.runtime.members import MemberParts
 
 TrainStep = Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object]
-#: Takes what is to see each micro-batch (args, kwargs) and each loss; returns what ends that.
-Watch = Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None], Callable[[Any], None]], Callable[[], object]]
 
 
 class OnTheLine:
@@ -37,7 +36,8 @@ class OnTheLine:
 
     Args:
         parts: the clan's.
-        train_step: does one optimizer step on micro-batches; None if the loop takes its steps from ``clan.steps()``.
+        train_step: does one optimizer step on micro-batches, each the (args, kwargs) of a forward pass of the model;
+            None if the loop takes its steps from ``clan.steps()``.
 
     Attributes:
         turns: of the competitive phase, from its start to the round's end; None otherwise.
@@ -112,9 +112,17 @@ class OnTheLine:
         """Does nothing: there is one state."""
 
     def prepare(self, has_begun: bool) -> None:
+        self._line = self._points = self.turns = None
         position = self._parts.view.phases.position
         if has_begun and position.phase.kind is PhaseKind.COOPERATIVE:
             self._begin_round(position.plan)
+
+    def saved_turns(self) -> dict[str, Any] | None:
+        return None if self.turns is None else self.turns.saved()
+
+    def load_turns(self, saved: dict[str, Any]) -> None:
+        self.turns = Turns.of(saved)
+        self._parts.expression.express(self.turns.current.values)
 
     def begin_phase(self, position: Position, *, is_resumed: bool) -> None:
         if position.phase.kind is PhaseKind.COOPERATIVE:
@@ -122,17 +130,8 @@ class OnTheLine:
                 self._begin_round(position.plan)
             assert self._line is not None
             self._parts.expression.express(self._line.centre)
-        elif is_resumed and self.turns is not None:
-            self._parts.expression.express(self.turns.current.values)
         else:
             self._begin_turns(position)
-
-    def carried(self) -> dict[str, Any] | None:
-        return None if self.turns is None else self.turns.to_plain()
-
-    def restore_carried(self, carried: dict[str, Any] | None, position: Position) -> None:
-        if carried is not None:
-            self.turns = Turns.from_plain(carried, competitors_of(self._parts.values(position.phase)))
 
     def on_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.turns is not None and not self._yields_turns:
@@ -184,6 +183,8 @@ class OnTheLine:
             # A competitor whose scaled gradients overflowed has skipped steps that the first one took.
             parts.view.phases.rewind(turns.end_step)
             self._end_turn(turns.meter.round_losses, is_whole=False)
+        assert turns.streams is not None
+        turns.streams.restore(self._backend)
 
     def run_turns(self) -> bool:
         """Takes all turns by a callable; returns False if ``clan.steps()`` is to take them."""
@@ -216,13 +217,20 @@ class OnTheLine:
             turns = self.turns
             ended = [turns.ended[turns.competitor_of(member)] for member in range(size)]
             losses, rates = [one.training for one in ended], [one.learning_rate for one in ended]
-        return of_one_model(
-            self._backend.device,
-            learning_rate=rates,
-            losses=losses,
-            gradient_norm=parts.probe.norm,
-            nonfinite_counts=nonfinite_counts,
-            evaluation_s=parts.measurement.seconds,
+        unknown = np.full(size, np.nan)
+        totals = torch.tensor([[float(nonfinite_counts), *own] for own in losses], dtype=torch.float64)
+        totals = totals.to(self._backend.device)
+        sum_over_world(totals)
+        counts, sums, numbers = totals.cpu().numpy().T
+        norm = np.nan if parts.probe.norm is None else parts.probe.norm
+        return Diagnostics(
+            learning_rate=np.array(rates),
+            gradient_norm=np.full(size, norm),
+            drift=unknown,
+            alignment=unknown,
+            nonfinite_counts=counts,
+            evaluation_s=np.full(size, parts.measurement.seconds),
+            training_loss=np.where(numbers > 0, sums / np.maximum(numbers, 1), np.nan),
         )
 
     def close_round(self) -> None:
@@ -337,14 +345,6 @@ class OnTheLine:
     def _go_on_from_turn(self, turns: Turns, weights: tuple[float, ...]) -> None:
         if max(weights) != 1.0:
             raise ConfigError('one model cannot average states that parted in turns. Set members to "groups".')
-        wanted = turns.competitor_of(weights.index(1.0))
-        assert turns.best is not None
-        held, end = turns.best
-        if held != wanted:
-            raise ClanError(
-                f"the decision takes the state of a competitor with loss {float(turns.ended[wanted].losses.mean()):g}, "
-                f"and the fittest one's, {float(turns.ended[held].losses.mean()):g}, is the one that is held. Members "
-                f'on the line go on from the fittest of a competitive phase; set members to "groups".'
-            )
-        if held != len(turns.competitors) - 1:
+        end = turns.end_of(weights.index(1.0))
+        if end is not None:
             end.restore(self._parts.state(), self._backend)

@@ -8,16 +8,17 @@ in host memory, whatever the number of competitors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.data.containers import leaves_of, map_leaves
 from clantune_scale.data.watch import LossMeter
-from clantune_scale.errors import CheckpointError
+from clantune_scale.errors import CheckpointError, ClanError
 from clantune_scale.runtime.line.snapshot import SnapshotEngine, TrainingSnapshot
 from clantune_scale.transfer import MemberState
 
@@ -77,26 +78,30 @@ class HeldBatch:
         devices = iter(self._devices)
         return map_leaves(lambda leaf: leaf.to(next(devices), copy=True) if _is_tensor(leaf) else leaf, self._batch)
 
-    def to_plain(self) -> dict[str, Any]:
-        """Its leaves, for a checkpoint: tensors, numbers and text; of another leaf, only that it was there."""
+    def saved(self) -> list[Any]:
+        """[its leaves, what holds them in words, the devices of its tensors], for a checkpoint.
+
+        Leaves are tensors, numbers and text; of another leaf, only that it was there.
+        """
         leaves = [leaf if _is_plain(leaf) else _UNSAVED for leaf in leaves_of(self._batch)]
-        return {"leaves": leaves, "form": form_of(self._batch), "devices": [str(device) for device in self._devices]}
+        return [leaves, form_of(self._batch), [str(device) for device in self._devices]]
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> HeldBatch:
-        """What :meth:`to_plain` made; it waits for :meth:`take_form`.
+    def of(cls, saved: Sequence[Any]) -> HeldBatch:
+        """The batch that :meth:`saved` told of; it waits for :meth:`take_form`.
 
         Raises:
             CheckpointError: if a leaf was not saved.
         """
-        if _UNSAVED in [leaf for leaf in plain["leaves"] if isinstance(leaf, str)]:
+        leaves, form, devices = saved
+        if _UNSAVED in [leaf for leaf in leaves if isinstance(leaf, str)]:
             raise CheckpointError(
                 f"the checkpoint lies in the middle of a competitive phase, and its batches hold more than tensors, "
-                f"numbers and text: {plain['form']}. Resume from a checkpoint outside the phase."
+                f"numbers and text: {form}. Resume from a checkpoint outside the phase."
             )
         held = cls(None)
-        held._leaves, held._form = list(plain["leaves"]), plain["form"]
-        held._devices = [torch.device(device) for device in plain["devices"]]
+        held._leaves, held._form = list(leaves), form
+        held._devices = [torch.device(name) for name in devices]
         return held
 
     def take_form(self, batch: Any) -> None:
@@ -160,6 +165,8 @@ class Turns:
     Attributes:
         ended: by competitor that has trained.
         best: competitor whose end is held, and that end; None while there is none.
+        streams: random streams at the first turn's end. The loop goes on with them: it may have drawn from them for its
+            data, which later turns do not.
     """
 
     competitors: Sequence[Competitor]
@@ -171,6 +178,7 @@ class Turns:
     samplers: list[dict[str, int]]
     ended: list[Ended] = field(default_factory=list)
     best: tuple[int, TrainingSnapshot] | None = None
+    streams: RandomStreams | None = None
     meter: LossMeter = field(default_factory=LossMeter)
     _steps: list[list[HeldBatch]] = field(default_factory=list)
     _open: list[HeldBatch] = field(default_factory=list)
@@ -225,39 +233,64 @@ class Turns:
             learning_rate: of the first parameter group in the turn's last step.
         """
         total, count = self.losses_before
+        self.streams = self.streams or RandomStreams.capture(engine)
         self.ended.append(Ended(losses, (total + training[0], count + training[1]), learning_rate))
         if self.keeps and (self.best is None or _mean(losses) < _mean(self.ended[self.best[0]].losses)):
             self.best = None  # released first: a third copy of the state would be held for a moment
-            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine))
+            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine, streams=self.streams))
 
     def batches(self) -> Iterator[list[Any]]:
         """The phase's steps again: each one's micro-batches."""
         for step in self._steps:
             yield [held.get() for held in step]
 
-    def to_plain(self) -> dict[str, Any]:
-        """The phase so far, between two steps of its first turn: plain containers, numbers and tensors."""
-        return {
-            "steps": [self.start_step, self.end_step],
-            "start": self.start.to_plain(),
-            "losses_before": list(self.losses_before),
-            "keeps": self.keeps,
-            "samplers": self.samplers,
-            "batches": [[held.to_plain() for held in step] for step in self._steps],
-        }
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any], competitors: Sequence[Competitor]) -> Turns:
-        """What :meth:`to_plain` made, of the same competitors."""
-        (first, last), (total, count) = plain["steps"], plain["losses_before"]
-        start = TrainingSnapshot.from_plain(plain["start"])
-        turns = cls(competitors, first, last, start, (total, count), plain["keeps"], plain["samplers"])
-        turns._steps = [[HeldBatch.from_plain(held) for held in step] for step in plain["batches"]]
-        return turns
-
     def competitor_of(self, member: int) -> int:
         """The turn that a member's place in the population stands for."""
         return next(index for index, one in enumerate(self.competitors) if member in one.members)
+
+    def end_of(self, member: int) -> TrainingSnapshot | None:
+        """The end that a member's place stands for; None if the live state is it.
+
+        Raises:
+            ClanError: if it is not the fittest's, which is the only one that is held.
+        """
+        wanted = self.competitor_of(member)
+        assert self.best is not None
+        held, end = self.best
+        if held != wanted:
+            raise ClanError(
+                f"the decision takes the state of a competitor with loss {float(self.ended[wanted].losses.mean()):g}, "
+                f"and the fittest one's, {float(self.ended[held].losses.mean()):g}, is the one that is held. Members "
+                f'on the line go on from the fittest of a competitive phase; set members to "groups".'
+            )
+        return None if held == len(self.competitors) - 1 else end
+
+    def saved(self) -> dict[str, Any]:
+        """A phase that is stopped in its first turn, between two steps, in tensors, numbers and what batches hold."""
+        return {
+            "competitors": [[list(one.members), one.values] for one in self.competitors],
+            "steps": [self.start_step, self.end_step],
+            "start": self.start.saved(),
+            "losses_before": list(self.losses_before),
+            "keeps": self.keeps,
+            "samplers": self.samplers,
+            "held": [[batch.saved() for batch in step] for step in self._steps],
+        }
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Turns:
+        """The phase that :meth:`saved` told of."""
+        total, count = saved["losses_before"]
+        turns = cls(
+            [Competitor(tuple(members), values) for members, values in saved["competitors"]],
+            *saved["steps"],
+            TrainingSnapshot.of(saved["start"]),
+            (total, count),
+            saved["keeps"],
+            saved["samplers"],
+        )
+        turns._steps = [[HeldBatch.of(batch) for batch in step] for step in saved["held"]]
+        return turns
 
 
 def _mean(losses: np.ndarray) -> float:
