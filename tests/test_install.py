@@ -59,8 +59,13 @@ def test_the_extras_that_errors_name_are_those_of_the_project():
         ("deepspeed", "clantune_scale.initialize(model=None)", "clantune_scale.initialize() needs DeepSpeed"),
         ("deepspeed", "clantune_scale.run.main(['train.py'])", "clantune_scale.run needs DeepSpeed"),
         ("megatron", "clantune_scale.attach_megatron(None)", "clantune_scale.attach_megatron() needs Megatron-core"),
+        (
+            "lightning",
+            "import clantune_scale.integrations.lightning",
+            "clantune_scale.integrations.lightning needs Lightning",
+        ),
     ],
-    ids=["initialize", "run", "attach_megatron"],
+    ids=["initialize", "run", "attach_megatron", "lightning"],
 )
 def test_an_engine_that_is_missing_is_named_with_its_extra(hidden, use, says):
     script = f"""

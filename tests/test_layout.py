@@ -18,6 +18,9 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ALLOWED = {
     "deepspeed": ("backends/deepspeed/", "run.py", "bench/"),
     "megatron": ("backends/",),
+    "lightning": ("integrations/",),
+    "torchmetrics": ("integrations/",),
+    "torchtitan": ("integrations/",),
     "mlflow": ("tracking/", "bench/"),
     "matplotlib": ("tracking/", "bench/"),
     "pydantic": ("config/", "tracking/events.py"),

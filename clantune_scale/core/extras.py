@@ -10,6 +10,7 @@ from clantune_scale.errors import ClanError
 EXTRAS = {
     "deepspeed": ("DeepSpeed", "deepspeed"),
     "megatron.core": ("Megatron-core", "megatron"),
+    "lightning": ("Lightning", "lightning"),
     "mlflow": ("MLflow", "mlflow"),
     "matplotlib": ("matplotlib", "report"),
     "argcomplete": ("argcomplete", "completion"),

@@ -31,8 +31,7 @@ TrainStep = Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object]
 class OnTheLine:
     """One model that stands for all members.
 
-    In a cooperative phase it trains at the centre, and the round's end computes each member's weights from it. In a
-    competitive phase members take turns.
+    While members cooperate it trains at the centre, from which each one's weights are computed. Competitors take turns.
 
     Args:
         parts: the clan's.
@@ -95,12 +94,13 @@ class OnTheLine:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        position = self._parts.view.phases.position
+        position, groups = self._parts.view.phases.position, self._backend.param_groups()
+        if self.turns is not None:
+            self.turns.follow_schedule(position.step, groups)
         with self._parts.expression.during_update(self._parts.lr_factor()):
             # Once in a step, which several optimizers may make together.
             if self._points is not None and self._points.sums_decays and self._decays_of != position.step:
                 self._decays_of = position.step
-                groups = self._backend.param_groups()
                 self._points.before_update(
                     position.step - position.plan.start_step,
                     [float(group["lr"]) for group in groups],

@@ -8,6 +8,7 @@ in host memory, whatever the number of competitors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from clantune_scale.checkpoint.streams import RandomStreams
+from clantune_scale.core.genome import GROUP_KEYS
 from clantune_scale.data.containers import leaves_of, map_leaves
 from clantune_scale.data.watch import LossMeter
 from clantune_scale.errors import CheckpointError, ClanError
@@ -117,6 +119,8 @@ class HeldBatch:
         return leaf.detach().to("cpu", copy=True)
 
 
+#: What a schedule may set in a parameter group, as a gene may.
+_SCHEDULED = sorted({key for key, _ in GROUP_KEYS.values()})
 #: Stands for a leaf that a checkpoint cannot hold.
 _UNSAVED = "clantune: not saved"
 
@@ -182,6 +186,8 @@ class Turns:
     meter: LossMeter = field(default_factory=LossMeter)
     _steps: list[list[HeldBatch]] = field(default_factory=list)
     _open: list[HeldBatch] = field(default_factory=list)
+    # By step of the run and parameter group: what the loop's schedule had put there at the first turn's update.
+    _scheduled: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def current(self) -> Competitor:
@@ -204,6 +210,22 @@ class Turns:
             for held in (held for step in self._steps for held in step):
                 held.take_form(batch)
             self._open.append(HeldBatch(batch))
+
+    def follow_schedule(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Notes what the loop's schedule has put into the groups, at the first turn's updates; puts it there at others.
+
+        A loop may write its rates by hand, or step its schedulers at places that turns do not come by.
+
+        Args:
+            step: of the run.
+            groups: the optimizer's live ones, before genes are written into them.
+        """
+        if self.is_first:
+            present = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+            self._scheduled[step] = copy.deepcopy(present)  # a rate may be a tensor
+        else:
+            for group, scheduled in zip(groups, self._scheduled[step], strict=True):
+                group.update(copy.deepcopy(scheduled))
 
     def drop_held(self) -> None:
         """Forgets the micro-batches of a step that was skipped."""
@@ -274,6 +296,7 @@ class Turns:
             "losses_before": list(self.losses_before),
             "keeps": self.keeps,
             "samplers": self.samplers,
+            "scheduled": self._scheduled,
             "held": [[batch.saved() for batch in step] for step in self._steps],
         }
 
@@ -289,6 +312,7 @@ class Turns:
             saved["keeps"],
             saved["samplers"],
         )
+        turns._scheduled = dict(saved["scheduled"])
         turns._steps = [[HeldBatch.of(batch) for batch in step] for step in saved["held"]]
         return turns
 

@@ -131,9 +131,11 @@ def fit(
     ckpt_path: Any = None,
     save_every: int | None = None,
     callback: dict[str, Any] | None = None,
+    data: TensorDataset = TRAIN,
+    validation: Any = None,
     **options: Any,
 ) -> tuple[Module, Trainer, ClanCallback | None]:
-    """A run of the Trainer; without a clan if ``config`` is None."""
+    """A run of the Trainer; without a clan if ``config`` is None. ``options`` are the Trainer's."""
     module = module or Module()
     torch.manual_seed(1)
     clan = None if config is None else ClanCallback(config, **(callback or {}))
@@ -154,7 +156,8 @@ def fit(
         "devices": 1,
     }
     trainer = Trainer(**settings | options)
-    trainer.fit(module, ResumableLoader(), DataLoader(VALID, batch_size=8), ckpt_path=ckpt_path)
+    validation = DataLoader(VALID, batch_size=8) if validation is None else validation
+    trainer.fit(module, ResumableLoader(data), validation, ckpt_path=ckpt_path)
     return module, trainer, clan
 
 

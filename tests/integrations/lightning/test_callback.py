@@ -9,11 +9,18 @@ import torch
 
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
+from torchmetrics import MeanMetric
+
 from clantune_scale.core.rounds import PhaseKind
+from clantune_scale.errors import ConfigError, EvaluationError
 from clantune_scale.tracking import read_events
 from tests.integrations.lightning.small import (
     ACCUMULATION,
+    EPOCH,
     NUM_STEPS,
+    RATE,
+    TRAIN,
+    VALID,
     ManualModule,
     Module,
     block,
@@ -117,3 +124,135 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     module, _, callback = fit(folder, block(folder), module=Module(0.0), num_steps=38, save_every=1)
     return folder, module, callback
+
+
+class Noisy(Module):
+    """Logs a mean and a metric object; warms its rate up by the Trainer's step."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.metric = MeanMetric()
+        self.own: list[float] = []
+        self.rates: set[tuple[int, float]] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        loss = super().training_step(batch, batch_idx)
+        self.metric.update(loss.detach())
+        self.log("epoch_loss", loss, on_step=False, on_epoch=True, batch_size=1)
+        if "log" not in vars(self):  # beside training, logging goes nowhere
+            self.own.append(float(loss))
+        return {"loss": loss}
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (self.trainer.global_step + 1) / 20)
+        self.rates.add((self.trainer.global_step, optimizer.param_groups[0]["lr"]))
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=RATE)
+
+
+def test_turns_leave_no_trace_in_metrics_and_take_the_rates_of_their_steps(tmp_path):
+    module, trainer, callback = fit(tmp_path, block(tmp_path), module=Noisy(), num_steps=35, profiler="simple")
+    assert len(module.seen) > len(module.own) == 2 * EPOCH + 18  # 13 steps in an epoch of 25 micro-batches
+    assert module.metric._update_count == len(module.own)
+    assert float(module.metric.compute()) == pytest.approx(sum(module.own) / len(module.own))
+    last = module.own[2 * EPOCH :]
+    assert float(trainer.callback_metrics["epoch_loss"]) == pytest.approx(sum(last) / len(last))
+    assert module.rates == {(step, RATE * min(1.0, (step + 1) / 20)) for step in range(35)}
+    assert "log" not in vars(module) and type(trainer.profiler).__name__ == "SimpleProfiler"
+    assert float(trainer.callback_metrics["clan/loss"]) > 0 and callback.clan.num_steps == 35
+
+
+class Returning(Module):
+    """``validation_step`` returns what it is told to, and logs two numbers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(0.0)
+        self.kind = kind
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        loss = self.net(*batch)
+        self.log("val_loss", loss)
+        self.log("val_other", -loss)
+        return {"loss": loss, "dict": {"loss": loss}, "pair": (loss, loss), "nothing": None}[self.kind]
+
+
+def _first_loss(tmp_path: Any, kind: str, **callback: Any) -> float:
+    config = block(tmp_path, strategy="control", total_steps=3)
+    return float(fit(tmp_path, config, module=Returning(kind), num_steps=1, callback=callback)[2].clan.fitness.mean[0])
+
+
+def test_the_loss_is_what_the_user_says_it_is(tmp_path):
+    with torch.no_grad():
+        true = float(Module(0.0).net(*VALID.tensors))
+    for kind, callback in {
+        "loss": {},
+        "dict": {},
+        "nothing": {"monitor": "val_loss"},
+        "pair": {"evaluate": lambda module, batch: module.net(*batch)},
+    }.items():
+        assert _first_loss(tmp_path, kind, **callback) == pytest.approx(true, rel=1e-5), kind
+    assert _first_loss(tmp_path, "loss", eval_data=TRAIN) != pytest.approx(true, rel=1e-3)
+    for kind in ("nothing", "pair"):
+        with pytest.raises(EvaluationError, match="which number is the loss"):
+            _first_loss(tmp_path, kind)
+    with pytest.raises(EvaluationError, match="logs .'val_loss', 'val_other'., and monitor is 'loss'"):
+        _first_loss(tmp_path, "loss", monitor="loss")
+
+
+class Drawing(Module):
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:
+        batch, _, _ = next(dataloader_iter)
+        return self.net(*batch)
+
+
+class Searching(Module):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+REFUSED = {
+    "groups": ({"members": "groups"}, {}, "\"members\" is 'groups', which divides it"),
+    "rounds on disk": ({"checkpoint": {"resume": "latest"}}, {}, "checkpoint.resume is set, and it is the Trainer's"),
+    "own batches": ({}, {"module": Drawing(0.0)}, "draws its batches itself"),
+    "line search": ({}, {"module": Searching(0.0)}, "LBFGS calls its closure several times"),
+    "no validation": ({}, {"validation": []}, "the Trainer has none"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_tuned_in_the_trainer_is_refused_before_the_first_step(case, tmp_path):
+    changes, options, says = REFUSED[case]
+    with pytest.raises(ConfigError, match=says):
+        fit(tmp_path, block(tmp_path, **changes), **options)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps: 3, and the Trainer has 2"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu: 3, and the Trainer has 4"),
+        ({"gradient_clipping": 0.5}, "it is the Trainer that clips"),
+    ],
+)
+def test_a_config_that_contradicts_the_trainer_is_refused(written, says, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        fit(tmp_path, {**written, "clantune": block(tmp_path)})
+
+
+def test_an_error_in_training_ends_the_run_and_takes_the_hooks_off(tmp_path):
+    class Breaking(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if self.trainer.global_step == 3:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    module = Breaking(0.0)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, block(tmp_path), module=module)
+    (events,) = tmp_path.glob("*/events.jsonl")
+    assert read_events(events)[-1]["status"] == "FAILED"
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    assert not optimizer._optimizer_step_pre_hooks and "training_step" not in vars(module.trainer.strategy)
