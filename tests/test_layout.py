@@ -20,6 +20,8 @@ ALLOWED = {
     "megatron": ("backends/",),
     "mlflow": ("tracking/", "bench/"),
     "matplotlib": ("tracking/", "bench/"),
+    "transformers": ("integrations/",),
+    "accelerate": ("integrations/",),
     "pydantic": ("config/", "tracking/events.py"),
 }
 PURE = ("torch", "pydantic", "deepspeed", "mlflow", "matplotlib", "safetensors")

@@ -13,6 +13,8 @@ EXTRAS = {
     "mlflow": ("MLflow", "mlflow"),
     "matplotlib": ("matplotlib", "report"),
     "argcomplete": ("argcomplete", "completion"),
+    "transformers": ("transformers", "transformers"),
+    "accelerate": ("Accelerate", "accelerate"),
 }
 
 

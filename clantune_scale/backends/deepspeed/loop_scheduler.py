@@ -47,9 +47,7 @@ def call_after_step(engine: Any, scheduler: Any, callback: Callable[[], None]) -
     return undo if scheduler is None else [*undo, after_call(scheduler, "step", call_if_due)]
 
 
-def with_scheduler(
-    state: MemberState, scheduler: Any, param_groups: Callable[[], list[dict[str, Any]]]
-) -> MemberState:
+def with_scheduler(state: MemberState, scheduler: Any, param_groups: Callable[[], list[dict[str, Any]]]) -> MemberState:
     """Makes the loop's scheduler a part of a training state, in place; returns the state."""
     load = state.load_scalars
     rates = [float(group["lr"]) for group in param_groups()]
