@@ -77,6 +77,11 @@ class ClanCallback(TrainerCallback):
             resume="call trainer.train(resume_from_checkpoint=...)",
             directory=Path(args.output_dir),
         )
+        if block.total_steps not in (None, state.max_steps):
+            raise ConfigError(
+                f"clantune.total_steps is {block.total_steps}, and the Trainer takes {state.max_steps} steps. Leave it "
+                f"out: the Trainer says how long the run is."
+            )
         self._trainer, self.summary = trainer, None
         self.clan = clan = _attach(trainer, block, self._eval_data, self._setters, total_steps=state.max_steps)
         self._undo.append(show_clipping(trainer.accelerator, clan))
