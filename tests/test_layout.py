@@ -23,6 +23,8 @@ ALLOWED = {
     "torchtitan": ("integrations/",),
     "mlflow": ("tracking/", "bench/"),
     "matplotlib": ("tracking/", "bench/"),
+    "transformers": ("integrations/",),
+    "accelerate": ("integrations/",),
     "pydantic": ("config/", "tracking/events.py"),
 }
 PURE = ("torch", "pydantic", "deepspeed", "mlflow", "matplotlib", "safetensors")

@@ -140,7 +140,7 @@ def population_from(data: Mapping[str, Any]) -> Population:
 
 
 def numbers_of_clan(view: RunView, progress: RunProgress, *, begun: bool) -> dict[str, Any]:
-    """What all ranks share of a run at an optimizer step; JSON-serializable. :class:`Capture` says what ``begun`` is."""
+    """What all ranks share of a run; JSON-serializable. :class:`Capture` says what ``begun`` is."""
     return {
         "step": view.phases.position.step,
         "begun": begun,

@@ -14,6 +14,8 @@ EXTRAS = {
     "mlflow": ("MLflow", "mlflow"),
     "matplotlib": ("matplotlib", "report"),
     "argcomplete": ("argcomplete", "completion"),
+    "transformers": ("transformers", "transformers"),
+    "accelerate": ("Accelerate", "accelerate"),
 }
 
 

@@ -1,1 +1,1 @@
-"""Clans in other people's training frameworks, one module a framework."""
+"""Clans on the line in other people's loops; each framework is a module or folder of its own."""

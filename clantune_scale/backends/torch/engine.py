@@ -153,7 +153,7 @@ class LoopBackend(ABC):
         return norm
 
     def note_clipping(self, norm: torch.Tensor) -> None:
-        """Says that this step's gradients are clipped, and what their norm was; the clan then leaves them as they are."""
+        """Says that the loop has clipped this step's gradients, whose norm was ``norm``: the clan does not."""
         self._is_clipped = True
         if self._probe.is_active:
             self._probe.norm = float(norm)

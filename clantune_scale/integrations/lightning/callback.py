@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 import clantune_scale
 from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.config.deepspeed_file import ConfigSource
-from clantune_scale.core.consensus import consensus
+from clantune_scale.integrations import common
 from clantune_scale.integrations.lightning.carrying import Carrier
 from clantune_scale.integrations.lightning.evaluation import ValidationStep
 from clantune_scale.integrations.lightning.settings import RunSettings
@@ -28,8 +28,8 @@ class ClanCallback(Callback):
     training reads are those of a run without a clan.
 
     Args:
-        config: a ``clantune`` block with ``"members": "line"`` (or a DeepSpeed-style config that has one): a dict or a
-            JSON file.
+        config: a ``clantune`` block, or a DeepSpeed-style config that has one: a dict or a JSON file. Members are
+            on the line.
         evaluate: ``(module, batch) -> loss`` on a batch of the validation data; None takes what ``validation_step``
             returns, or what it logs as ``monitor``.
         monitor: name of the metric that ``validation_step`` logs and members are compared by; lower is better.
@@ -59,7 +59,6 @@ class ClanCallback(Callback):
         self._eval_data, self._collate_fn, self._setters = eval_data, collate_fn, gene_setters
         self._settings: RunSettings | None = None
         self._carrier = Carrier()
-        self._turns: Turns | None = None
         self._num_rounds = 0
         self.clan: LoopClan | None = None
         self.summary: Summary | None = None
@@ -75,7 +74,7 @@ class ClanCallback(Callback):
         """Attaches the clan: weights, optimizers and schedules are restored if the run is resumed."""
         settings = self._settings
         assert settings is not None, "Lightning calls setup() first"
-        carried = self._carrier.loaded(trainer)
+        self._carrier.check(trainer)
         turns = Turns(trainer, pl_module)
         data, collate_fn = settings.validation(self._eval_data, self._collate_fn)
         clan = clantune_scale.attach(
@@ -93,12 +92,9 @@ class ClanCallback(Callback):
             watch=turns.watch,
         )
         settings.check_attached(clan)
-        self.clan, self._turns = clan, turns
-        turns.follow(clan)
-        if carried is not None:
-            turns.restore(carried.pop("loop"))
-            clan.load_state_dict(carried, source=str(trainer.ckpt_path))
-        self._carrier.follow(trainer, clan, turns)
+        self.clan = clan
+        self._carrier.load(trainer, clan)
+        self._carrier.follow(trainer, clan)
         self._num_rounds = clan.phases.position.plan.index
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -115,11 +111,11 @@ class ClanCallback(Callback):
         if clan is None or clan.phases.position.plan.index == self._num_rounds:
             return
         self._num_rounds = clan.phases.position.plan.index
-        figures = _figures(clan)
+        figures = common.figures(clan)
         # At once, whatever log_every_n_steps says: rounds end at steps of their own.
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        # For callbacks that look at metrics, such as ModelCheckpoint(monitor="clan/loss").
+        # For callbacks that look at metrics, such as ModelCheckpoint(monitor="clan/validation_loss").
         pl_module.log_dict(figures, on_step=True, on_epoch=False, logger=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,12 +140,3 @@ class ClanCallback(Callback):
 
     def _let_go(self) -> None:
         self._carrier.release()
-        self._turns = None
-
-
-def _figures(clan: LoopClan) -> dict[str, float]:
-    """Of the last round: losses, and what the clan trains with from here on."""
-    losses = clan.fitness.mean
-    figures = {"clan/round": float(clan.phases.position.plan.index), "clan/loss": float(losses.min())}
-    figures |= {"clan/loss_mean": float(losses.mean()), "clan/lr_factor": clan.lr_factor}
-    return figures | {f"clan/{gene}": value for gene, value in consensus(clan.population.genomes, clan.genes).items()}

@@ -17,27 +17,25 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.errors import CheckpointError
 from clantune_scale.gradients.hooks import replace_method
-from clantune_scale.integrations.lightning.turns import Turns
+from clantune_scale.integrations import common
 
 
 class Carrier:
     """Takes the clan into checkpoints, and out of the one that a run goes on from.
 
     If each rank holds the whole model, the callback's state holds the clan. If ranks hold shards, each writes a file of
-    its own: into the checkpoint if it is a folder, else into a folder beside it, ``NAME.clan``.
+    its own, into a folder ``clan``: in the checkpoint if that is a folder, else in ``NAME.parts`` beside it.
     """
 
     def __init__(self) -> None:
         self._clan: LoopClan | None = None
         self._loaded: dict[str, Any] | None = None
-        self._pending: dict[str, Any] | None = None
-        self._is_sharded = False
-        self._turns: Turns | None = None
+        self._is_pending = self._is_sharded = False
         self._undo: list[Callable[[], None]] = []
 
-    def follow(self, trainer: Trainer, clan: LoopClan, turns: Turns) -> None:
+    def follow(self, trainer: Trainer, clan: LoopClan) -> None:
         """From here on checkpoints hold the clan."""
-        self._clan, self._turns, self._loaded = clan, turns, None
+        self._clan, self._loaded = clan, None
         strategy = trainer.strategy
         self._is_sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)
         if not self._is_sharded:
@@ -46,8 +44,10 @@ class Carrier:
 
         def save_with_clan(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
             save(checkpoint, filepath, storage_options)
-            # Ranks may have made different names for one checkpoint: the first rank's counts.
-            self._write(Path(strategy.broadcast(filepath)))
+            if self._is_pending:  # else only weights are saved
+                self._is_pending = False
+                # Ranks may have made different names for one checkpoint: the first rank's counts.
+                common.save(clan, _place_of(Path(strategy.broadcast(filepath))))
 
         def remove_with_clan(filepath: Any) -> None:
             remove(filepath)
@@ -61,63 +61,59 @@ class Carrier:
 
     def state_dict(self) -> dict[str, Any]:
         """For the callback's state (a collective of all ranks, between two optimizer steps); empty without a clan."""
-        if self._clan is None or self._turns is None:
+        if self._clan is None:
             return {}
-        own = self._clan.state_dict() | {"loop": self._turns.carried()}
         if not self._is_sharded:
-            return of_ranks(own)
-        self._pending = own
-        return {"num_ranks": dist.get_world_size(), "is_in_files": True}
+            return of_ranks(self._clan.state_dict())
+        self._is_pending = True
+        return {"num_ranks": dist.get_world_size()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` returned."""
         self._loaded = state
 
-    def loaded(self, trainer: Trainer) -> dict[str, Any] | None:
-        """This rank's part of the clan in the checkpoint that the run goes on from; None for a new clan.
+    def check(self, trainer: Trainer) -> None:
+        """Refuses a checkpoint that the clan cannot go on from, before it is attached.
 
         Raises:
-            CheckpointError: if it was saved on another number of ranks, or its file is missing.
+            CheckpointError: if it holds no clan, or was saved on another number of ranks.
         """
-        state = self._loaded
+        path, state = trainer.ckpt_path, self._loaded
+        if path is not None and state is None:
+            raise CheckpointError(
+                f"{path} holds no clan: it was saved without one. Resume from another checkpoint; or, to begin a clan "
+                f"with its weights, load them into the module and call fit() without ckpt_path."
+            )
+        if state is not None and state["num_ranks"] != trainer.world_size:
+            raise CheckpointError(
+                f"{path} was saved on {state['num_ranks']} ranks and this launch has {trainer.world_size}, among which "
+                f"a clan's state is not divided anew. Launch with {state['num_ranks']} ranks."
+            )
+
+    def load(self, trainer: Trainer, clan: LoopClan) -> None:
+        """Goes on from the checkpoint that the Trainer has loaded, if there is one."""
+        state, self._loaded = self._loaded, None
         if state is None:
-            return None
-        if state["num_ranks"] != trainer.world_size:
-            raise CheckpointError(
-                f"the clan was saved on {state['num_ranks']} ranks and goes on on {trainer.world_size}. Launch as many "
-                f"ranks as before, or drop the callback to go on without its clan."
-            )
-        if not state.get("is_in_files"):
-            return from_ranks(state)
-        file = _file(Path(str(trainer.ckpt_path)))
-        if not file.exists():
-            raise CheckpointError(
-                f"{file} is missing: this rank's part of the clan in the checkpoint. Copy it with the checkpoint."
-            )
-        return dict(torch.load(file, weights_only=True))
+            return
+        if "ranks" in state:
+            clan.load_state_dict(from_ranks(state), source=str(trainer.ckpt_path))
+        else:
+            common.load(clan, _place_of(Path(str(trainer.ckpt_path))))
 
     def release(self) -> None:
         """Ends the following: checkpoints that come later hold no clan."""
         while self._undo:
             self._undo.pop()()
-        self._clan = self._turns = self._pending = None
-
-    def _write(self, checkpoint: Path) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:  # else only weights are saved
-            file = _file(checkpoint)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(pending, file)
-            dist.barrier()
+        self._clan = None
 
 
-def _file(checkpoint: Path) -> Path:
-    folder = checkpoint / "clan" if checkpoint.is_dir() else _beside(checkpoint)
-    return folder / f"rank-{dist.get_rank():05d}.pt"
+def _place_of(checkpoint: Path) -> Path:
+    """The folder in which a clan's folder lies."""
+    return checkpoint if checkpoint.is_dir() else _beside(checkpoint)
 
 
 def _beside(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.name}.clan")
+    return checkpoint.with_name(f"{checkpoint.name}.parts")
 
 
 #: Where the clan's state holds tensors that are equal on ranks that hold the whole model.

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from clantune_scale.config.batch import ACCUMULATION, CLIPPING, MICRO, TRAIN, clipping_of
 from clantune_scale.config.deepspeed_file import ConfigSource, load_config, require_block
-from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import ConfigError
+from clantune_scale.integrations.common import block_in_loop
 from clantune_scale.runtime.clan import Clan
 from clantune_scale.runtime.line.refusals import may_compete
 
@@ -38,7 +38,12 @@ class RunSettings:
     def __init__(self, config: ConfigSource, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
         self._written, found = load_config(config)
-        self._block = _for_lightning(require_block(found), Path(trainer.default_root_dir))
+        self._block = block_in_loop(
+            require_block(found),
+            loop="Lightning's Trainer",
+            resume="resume with fit(ckpt_path=...)",
+            directory=Path(trainer.default_root_dir),
+        )
         self.has_deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
         _refuse_strategy(trainer)
 
@@ -138,26 +143,6 @@ class RunSettings:
             if isinstance(size, int):
                 return size
         return None
-
-
-def _for_lightning(block: ClanConfig, root: Path) -> ClanConfig:
-    """The block with the run's folder under the Trainer's, and without rounds on disk."""
-    if block.members != "line":
-        raise ConfigError(
-            f'the Trainer builds one world of all ranks, and "members" is {block.members!r}, which divides it. Set '
-            f'"members" to "line".'
-        )
-    written = block.checkpoint.model_fields_set & {"every_rounds", "resume"}
-    if written - ({"every_rounds"} if block.checkpoint.every_rounds is None else set()):
-        raise ConfigError(
-            f"clantune.checkpoint.{min(written)} is set, and it is the Trainer's checkpoints that hold the clan. Leave "
-            f"it out, save with ModelCheckpoint and go on with fit(ckpt_path=...)."
-        )
-    tracking = block.tracking
-    if "directory" not in tracking.model_fields_set:
-        tracking = tracking.model_copy(update={"directory": str(root / tracking.directory)})
-    checkpoint = block.checkpoint.model_copy(update={"every_rounds": None})
-    return block.model_copy(update={"tracking": tracking, "checkpoint": checkpoint})
 
 
 def _refuse_strategy(trainer: Trainer) -> None:

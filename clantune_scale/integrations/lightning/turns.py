@@ -15,7 +15,6 @@ from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer import call
 
-from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.core.genome import GROUP_KEYS
 from clantune_scale.gradients.hooks import replace_method
 from clantune_scale.integrations.lightning.evaluation import beside_training
@@ -38,22 +37,7 @@ class Turns:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
-        self._clan: LoopClan | None = None
-        # By step of the run, as its first micro-batch found it.
-        self._begun: dict[int, dict[str, Any]] = {}
         self._is_repeating = False
-
-    def follow(self, clan: LoopClan) -> None:
-        """Names the clan."""
-        self._clan = clan
-
-    def restore(self, carried: dict[int, dict[str, Any]]) -> None:
-        """Takes over what :meth:`carried` returned."""
-        self._begun = dict(carried)
-
-    def carried(self) -> dict[int, dict[str, Any]]:
-        """For a checkpoint: how the steps of the present phase began."""
-        return dict(self._begun) if self._clan is not None and self._in_phase else {}
 
     def watch(
         self, on_batch: Callable[[tuple[Any, ...], dict[str, Any]], None], on_loss: Callable[[Any], None]
@@ -65,8 +49,7 @@ class Turns:
 
         def watched_step(*args: Any, **kwargs: Any) -> Any:
             if not self._is_repeating:
-                self._note_beginning()
-                on_batch(args, kwargs)
+                on_batch(args, {"begun": self._present()})
             output = step(*args, **kwargs)
             loss = found_loss(output) if is_automatic else None
             if loss is not None:
@@ -81,36 +64,32 @@ class Turns:
         if not is_automatic:
             # The optimizer steps inside training_step: what that returns comes too late for the step.
             undo.append(replace_method(strategy, "backward", watched_backward))
-        return lambda: [one() for one in undo] and None
+
+        def unwatch() -> None:
+            for one in undo:
+                one()
+
+        return unwatch
 
     def __call__(self, calls: Calls) -> None:
         """One optimizer step."""
-        assert self._clan is not None
-        begun = self._begun[self._clan.phases.position.step]
         self._is_repeating = True
         try:
-            with beside_training(self._trainer, self._module), self._as_it_began(begun), self._untoggled():
+            with (
+                beside_training(self._trainer, self._module),
+                self._as_it_began(calls[0][1]["begun"]),
+                self._untoggled(),
+            ):
                 if self._module.automatic_optimization:
                     self._automatic(calls)
                 else:
-                    for args, kwargs in calls:
-                        call._call_strategy_hook(self._trainer, "training_step", *args, **kwargs)
+                    for args, _ in calls:
+                        call._call_strategy_hook(self._trainer, "training_step", *args)
         finally:
             self._is_repeating = False
 
-    @property
-    def _in_phase(self) -> bool:
-        assert self._clan is not None
-        return getattr(self._clan.members, "turns", None) is not None
-
-    def _note_beginning(self) -> None:
-        clan = self._clan
-        if clan is None or not self._in_phase:
-            self._begun = {}
-        elif clan.phases.position.step not in self._begun:
-            self._begun[clan.phases.position.step] = self._present()
-
     def _present(self) -> dict[str, Any]:
+        """What a step begins with, in numbers and text."""
         trainer = self._trainer
         return {
             "groups": [

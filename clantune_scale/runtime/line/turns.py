@@ -304,9 +304,11 @@ class Turns:
     def of(cls, saved: Mapping[str, Any]) -> Turns:
         """The phase that :meth:`saved` told of."""
         total, count = saved["losses_before"]
+        start_step, end_step = saved["steps"]
         turns = cls(
             [Competitor(tuple(members), values) for members, values in saved["competitors"]],
-            *saved["steps"],
+            start_step,
+            end_step,
             TrainingSnapshot.of(saved["start"]),
             (total, count),
             saved["keeps"],

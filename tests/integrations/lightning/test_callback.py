@@ -162,7 +162,7 @@ def test_turns_leave_no_trace_in_metrics_and_take_the_rates_of_their_steps(tmp_p
     assert float(trainer.callback_metrics["epoch_loss"]) == pytest.approx(sum(last) / len(last))
     assert module.rates == {(step, RATE * min(1.0, (step + 1) / 20)) for step in range(35)}
     assert "log" not in vars(module) and type(trainer.profiler).__name__ == "SimpleProfiler"
-    assert float(trainer.callback_metrics["clan/loss"]) > 0 and callback.clan.num_steps == 35
+    assert float(trainer.callback_metrics["clan/validation_loss"]) > 0 and callback.clan.num_steps == 35
 
 
 class Returning(Module):
@@ -214,8 +214,8 @@ class Searching(Module):
 
 
 REFUSED = {
-    "groups": ({"members": "groups"}, {}, "\"members\" is 'groups', which divides it"),
-    "rounds on disk": ({"checkpoint": {"resume": "latest"}}, {}, "checkpoint.resume is set, and it is the Trainer's"),
+    "groups": ({"members": "groups"}, {}, '"members" is "groups", whose members are worlds of their own'),
+    "rounds on disk": ({"checkpoint": {"resume": "latest"}}, {}, "a clan resumes with the loop, which it cannot move"),
     "own batches": ({}, {"module": Drawing(0.0)}, "draws its batches itself"),
     "line search": ({}, {"module": Searching(0.0)}, "LBFGS calls its closure several times"),
     "no validation": ({}, {"validation": []}, "the Trainer has none"),

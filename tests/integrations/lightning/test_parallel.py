@@ -99,5 +99,5 @@ def test_ranks_decide_alike_and_go_on_from_their_checkpoint_as_if_unbroken(kind,
     for ours, theirs in zip(first, second, strict=True):
         assert torch.equal(ours[0], theirs[0]) and ours[2][:2] == theirs[2][:2]
         assert torch.equal(ours[0], first[0][0]) and ours[2][:2] == (losses, population) and ours[1] == STEPS
-    folders = sorted(path.name for path in (tmp_path / "whole" / "saved" / "step=14.ckpt").glob("clan/*"))
-    assert folders == (["rank-00000.pt", "rank-00001.pt"] if kind == "fsdp2" else [])
+    files = sorted(path.name for path in (tmp_path / "whole" / "saved" / "step=14.ckpt").glob("clan/*"))
+    assert files == (["complete.json", "rank-00000.pt", "rank-00001.pt"] if kind == "fsdp2" else [])
