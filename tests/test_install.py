@@ -21,7 +21,8 @@ from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(clantune_scale.__file__).parent
-OPTIONAL = ("deepspeed", "megatron", "mlflow", "matplotlib", "argcomplete", "sklearn")
+INTEGRATIONS = "clantune_scale.integrations"
+OPTIONAL = ("deepspeed", "megatron", "mlflow", "matplotlib", "argcomplete", "sklearn", "transformers", "accelerate")
 
 
 def _environment(**more: str) -> dict[str, str]:
@@ -59,8 +60,19 @@ def test_the_extras_that_errors_name_are_those_of_the_project():
         ("deepspeed", "clantune_scale.initialize(model=None)", "clantune_scale.initialize() needs DeepSpeed"),
         ("deepspeed", "clantune_scale.run.main(['train.py'])", "clantune_scale.run needs DeepSpeed"),
         ("megatron", "clantune_scale.attach_megatron(None)", "clantune_scale.attach_megatron() needs Megatron-core"),
+        (
+            "lightning",
+            "import clantune_scale.integrations.lightning",
+            f"{INTEGRATIONS}.lightning needs Lightning",
+        ),
+        (
+            "transformers",
+            "import clantune_scale.integrations.transformers",
+            f"{INTEGRATIONS}.transformers needs transformers",
+        ),
+        ("accelerate", "import clantune_scale.integrations.accelerate", f"{INTEGRATIONS}.accelerate needs Accelerate"),
     ],
-    ids=["initialize", "run", "attach_megatron"],
+    ids=["initialize", "run", "attach_megatron", "lightning", "transformers", "accelerate"],
 )
 def test_an_engine_that_is_missing_is_named_with_its_extra(hidden, use, says):
     script = f"""

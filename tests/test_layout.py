@@ -18,8 +18,13 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ALLOWED = {
     "deepspeed": ("backends/deepspeed/", "run.py", "bench/"),
     "megatron": ("backends/",),
+    "lightning": ("integrations/",),
+    "torchmetrics": ("integrations/",),
+    "torchtitan": ("integrations/",),
     "mlflow": ("tracking/", "bench/"),
     "matplotlib": ("tracking/", "bench/"),
+    "transformers": ("integrations/",),
+    "accelerate": ("integrations/",),
     "pydantic": ("config/", "tracking/events.py"),
 }
 PURE = ("torch", "pydantic", "deepspeed", "mlflow", "matplotlib", "safetensors")

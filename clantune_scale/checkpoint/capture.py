@@ -79,7 +79,7 @@ class Capture:
             if snapshot is not None:
                 tensors |= {prefix + name: tensor for name, tensor in snapshot.tensors}
                 numbers[prefix] = {"scalars": snapshot.scalars, "layout": snapshot.layout()}
-        return cls(tensors, numbers, RandomStreams.capture(view.backend), _of_clan(view, progress, begun))
+        return cls(tensors, numbers, RandomStreams.capture(view.backend), numbers_of_clan(view, progress, begun=begun))
 
     @property
     def num_bytes(self) -> int:
@@ -104,9 +104,14 @@ def pieces_of(state: MemberState) -> dict[str, list[list[Any]]] | None:
     # Averaged weights, and what members on the line store of a round, are sharded as the masters are.
     for name, _ in state.tensors:
         kind, _, index = name.partition(".")
-        if kind == "average" or kind.startswith("line_"):
+        if is_clans_own(name):
             known[name] = [replace(piece, key=f"{kind}/{piece.key}") for piece in known[f"master.{index}"]]
     return {name: [list(astuple(piece)) for piece in pieces] for name, pieces in known.items()}
+
+
+def is_clans_own(name: str) -> bool:
+    """Whether a tensor of the state is the clan's and not the engine's: averages, what the line stores of a round."""
+    return name.startswith(("average.", "line_"))
 
 
 def rank_files(folder: Path, member: int, member_rank: int) -> tuple[Path, Path]:
@@ -129,12 +134,13 @@ def copy_from(numbers: Mapping[str, Any], prefix: str, tensors: Mapping[str, tor
 
 
 def population_from(data: Mapping[str, Any]) -> Population:
-    """The population that ``_of_clan`` wrote."""
+    """The population in :func:`numbers_of_clan`."""
     genomes = tuple(Genome(genome["values"], genome["step_sizes"]) for genome in data["genomes"])
     return Population(genomes, data["memory"], None if data["teams"] is None else tuple(data["teams"]))
 
 
-def _of_clan(view: RunView, progress: RunProgress, begun: bool) -> dict[str, Any]:
+def numbers_of_clan(view: RunView, progress: RunProgress, *, begun: bool) -> dict[str, Any]:
+    """What all ranks share of a run; JSON-serializable. :class:`Capture` says what ``begun`` is."""
     return {
         "step": view.phases.position.step,
         "begun": begun,

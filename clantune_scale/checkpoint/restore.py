@@ -122,8 +122,21 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
     Raises:
         CheckpointError: if the state's parameters, shapes or types differ from this launch's.
     """
-    view, progress = target.view, target.progress
     data = json.loads((folder / "clan.json").read_bytes())
+    restore_numbers(target, data, sources)
+    numbers = _restore_rank(target, folder, 0 if target.view.has_one_state else sources[target.view.member])
+    return {**numbers, "begun": data["begun"]}
+
+
+def restore_numbers(target: Target, data: Mapping[str, Any], sources: Sequence[int]) -> None:
+    """Loads population, clock and lineage, and makes the arrays of a round that had begun.
+
+    Args:
+        target: what they are loaded into.
+        data: what :func:`clantune_scale.checkpoint.capture.numbers_of_clan` gave.
+        sources: by member, the member that it continues.
+    """
+    view, progress = target.view, target.progress
     lineage = Lineage.from_json(data["lineage"])
     past = [RoundPlan(record.index, record.start_step, record.phases) for record in lineage]
     if past:
@@ -138,8 +151,6 @@ def restore_clan(target: Target, folder: Path, sources: Sequence[int]) -> dict[s
         lineage.resize(sources)
     progress.lineage, progress.num_samples = lineage, data["samples"]
     target.prepare(data["begun"])
-    numbers = _restore_rank(target, folder, 0 if view.has_one_state else sources[view.member])
-    return {**numbers, "begun": data["begun"]}
 
 
 def _restore_rank(target: Target, folder: Path, source: int) -> dict[str, Any]:

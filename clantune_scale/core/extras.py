@@ -10,9 +10,12 @@ from clantune_scale.errors import ClanError
 EXTRAS = {
     "deepspeed": ("DeepSpeed", "deepspeed"),
     "megatron.core": ("Megatron-core", "megatron"),
+    "lightning": ("Lightning", "lightning"),
     "mlflow": ("MLflow", "mlflow"),
     "matplotlib": ("matplotlib", "report"),
     "argcomplete": ("argcomplete", "completion"),
+    "transformers": ("transformers", "transformers"),
+    "accelerate": ("Accelerate", "accelerate"),
 }
 
 

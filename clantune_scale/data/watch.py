@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from clantune_scale.core.rounds import Phase, PhaseKind
+from clantune_scale.data.containers import tensors_in
 from clantune_scale.distributed.groups import ReplicaGroup
 from clantune_scale.transfer.state import bytes_digest
 
@@ -52,14 +52,14 @@ class LossMeter:
         """Starts a round, or continues a resumed one from its ``round_losses``."""
         self._round_total, self._round_count = torch.tensor(total, dtype=torch.float64) if count else None, count
 
-    def read(self, num_steps: int) -> tuple[float, float]:
-        """(mean loss, seconds per step) since the last reading. The loss is nan if none was added.
+    def read(self, num_steps: int) -> tuple[float | None, float]:
+        """(mean loss, seconds per step) since the last reading. The loss is None if none was added.
 
         Args:
             num_steps: optimizer steps since then.
         """
         now = time.perf_counter()
-        mean = float(self._total) / self._count if self._total is not None else float("nan")
+        mean = float(self._total) / self._count if self._total is not None else None
         seconds = (now - self._since) / max(1, num_steps)
         self._total, self._count, self._since = None, 0, now
         return mean, seconds
@@ -143,26 +143,5 @@ class BatchWatch:
         return fresh
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested mappings, lists and tuples, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in nested lists, tuples and mappings, moved to ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return type(value)(to_device(item, device) for item in value) if isinstance(value, list | tuple) else value

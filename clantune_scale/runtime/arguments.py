@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from clantune_scale.config.deepspeed_file import ConfigSource
 from clantune_scale.runtime.genome_application import Setter
 from clantune_scale.runtime.line.members import TrainStep
+from clantune_scale.runtime.steps import Watch
 from clantune_scale.runtime.validation_window import Evaluate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -55,6 +56,10 @@ class LoopArguments(_Required, ClanArguments, total=False):
         train_step: for members on the line whose loop does not take its steps from ``clan.steps()``: does one optimizer
             step, as the loop does, on the micro-batches that it gets, each the (args, kwargs) of a forward pass of the
             model. Competitors of a competitive phase are trained with it, on batches that the loop has drawn.
+        watch: for a loop whose micro-batches are more than the arguments of the model's forward pass (labels that go
+            to a loss function, a count of tokens): called with ``on_batch(args, kwargs)`` and ``on_loss(loss)``, hooks
+            the loop so that it calls them for each micro-batch, and returns a function that undoes that.
+            ``train_step`` then gets what ``on_batch`` got. None watches the forward pass.
     """
 
     micro_batch_size: int | None
@@ -62,6 +67,7 @@ class LoopArguments(_Required, ClanArguments, total=False):
     total_steps: int | None
     num_samples: int | None
     train_step: TrainStep | None
+    watch: Watch | None
 
 
 def shares(arguments: type[Any]) -> Callable[[Function], Function]:

@@ -28,6 +28,7 @@ from clantune_scale.runtime.genome_application import Setter, bind_genes
 from clantune_scale.runtime.line.members import TrainStep
 from clantune_scale.runtime.line.refusals import require_line
 from clantune_scale.runtime.loaders import make_window
+from clantune_scale.runtime.steps import Watch
 from clantune_scale.runtime.validation_window import Evaluate
 
 AnyClan = TypeVar("AnyClan", bound=Clan)
@@ -68,6 +69,7 @@ def attach_to(
     total_steps: int | None = None,
     num_samples: int | None = None,
     train_step: TrainStep | None = None,
+    watch: Watch | None = None,
 ) -> AnyClan:
     """Hooks a clan onto a member's engine, with a window on ``eval_data`` as the block's ``fitness`` says.
 
@@ -84,6 +86,7 @@ def attach_to(
         total_steps: optimizer steps of the whole run, if the block does not say.
         num_samples: of the training data, for the default genes; None if it is not known.
         train_step: does one optimizer step, for members on the line; None if the loop takes its steps from the clan.
+        watch: shows the clan micro-batches and losses; None watches the model's forward pass.
 
     Raises:
         ConfigError: if the genes, the data or the engine cannot be used.
@@ -110,6 +113,7 @@ def attach_to(
         evaluate=evaluate,
         setters=setters,
         train_step=train_step,
+        watch=watch,
     )
     clan.start()
     return clan

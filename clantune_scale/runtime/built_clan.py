@@ -32,8 +32,10 @@ from clantune_scale.runtime.measurement import Measurement
 from clantune_scale.runtime.members import InGroups, MemberParts, Members
 from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.recorder import Recorder
+from clantune_scale.runtime.steps import Watch
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.view import ClanView, Progress
+from clantune_scale.tracking import FAILED
 from clantune_scale.transfer import MemberState, Transfers
 
 
@@ -54,6 +56,7 @@ class BuiltClan:
         setters: by target, for genes that the user registers.
         train_step: does one optimizer step, for members on the line that take turns; None if the loop does not give
             one.
+        watch: shows the clan micro-batches and losses; None watches the model's forward pass.
 
     Attributes:
         progress: what the run has come to: population, fitness, snapshots, lineage.
@@ -80,6 +83,7 @@ class BuiltClan:
         evaluate: Evaluate | None = None,
         setters: Mapping[str, Setter] | None = None,
         train_step: TrainStep | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.world, self.backend, self.config = world, backend, config
         self.genes, self.strategy, self.progress = genes, strategy, Progress()
@@ -108,6 +112,8 @@ class BuiltClan:
         )
         self.members: Members = OnTheLine(parts, train_step) if is_line else InGroups(parts, self.transfers)
         self._loader: ClanDataLoader | None = None
+        self._watch = watch
+        self._unwatch: Callable[[], None] | None = None
         self._summary: Summary | None = None
         self._has_new_plans = False
         self.recorder = Recorder(self.view, self.progress, tokens_per_sample=self.measurement.tokens_per_sample)
@@ -263,7 +269,16 @@ class BuiltClan:
         self.transfers.require_consistent()
         return champion.MeasuredRun(self.view, self.progress, self.measurement, self.recorder.run_dir)
 
+    def abandon(self) -> None:
+        """Ends the run without results, after an error in the loop; the engine goes on as a plain one."""
+        self.recorder.tracking.close(FAILED)
+        self.rounds.release()
+        self.detach()
+
     def detach(self) -> None:
         """Takes every hook off the engine and restores what expression changed between steps."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         self.backend.detach()
         self.expression.restore()

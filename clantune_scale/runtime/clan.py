@@ -7,12 +7,15 @@ continue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from clantune_scale.checkpoint.in_loop import load_state, state_of
 from clantune_scale.checkpoint.opening import Opening
+from clantune_scale.checkpoint.restore import Target
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
+from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.built_clan import BuiltClan
 from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
 from clantune_scale.runtime.diagnostics import Diagnostics
@@ -56,7 +59,10 @@ class Clan(BuiltClan):
         self.backend.around_update(self.members.updating)
         self.backend.after_step(self._after_step)
         self.backend.after_skip(self.members.drop_held)
-        self.backend.watch(self._on_batch, self._on_loss)
+        if self._watch is None:
+            self.backend.watch(self._on_batch, self._on_loss)
+        else:
+            self._unwatch = self._watch(self._on_batch, self._on_loss)
 
     def _on_batch(self, args: tuple, kwargs: dict) -> None:
         if not self.members.in_turns:
@@ -129,6 +135,48 @@ class Clan(BuiltClan):
                 for repeated in self.members.take_turns():
                     yield from repeated_step(self.backend, repeated)
                 self._step_counted(done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank of a clan on the line adds to a checkpoint of the loop's own, between two optimizer steps.
+
+        The loop saves model, optimizer, scheduler and random streams itself. Inside a competitive phase, the batches
+        since its start are part of it. It holds tensors in host memory, numbers, texts and what batches hold, so that
+        ``torch.load(..., weights_only=True)`` reads it. Each rank saves its own.
+
+        Raises:
+            ConfigError: if members are groups, whose rounds are saved by the clan (``checkpoint.every_rounds``).
+        """
+        if self.config.members != "line":
+            raise ConfigError(
+                'members in groups have a state each, which no checkpoint of the loop holds. Set "members" to "line", '
+                "or resume from the clan's own rounds (checkpoint.resume)."
+            )
+        return {**state_of(self._target), "turns": self.members.saved_turns()}
+
+    def load_state_dict(self, saved: Mapping[str, Any], *, source: str) -> None:
+        """Goes on from the result of :meth:`state_dict`. The loop has loaded model, optimizer and scheduler before.
+
+        All ranks of the clan call it, before the first optimizer step after attaching.
+
+        Args:
+            saved: this rank's.
+            source: where it was found, for the run's events.
+
+        Raises:
+            CheckpointError: if it was saved with other settings, or of another model.
+        """
+        position = load_state(self._target, saved)
+        if saved["turns"] is None:
+            self._begin_phase(is_resumed=True)
+        else:
+            self._probe.is_active = position.ends_phase
+            self.members.load_turns(saved["turns"])
+        self._batches.begin(position.phase)
+        self.recorder.go_on(source)
+
+    @property
+    def _target(self) -> Target:
+        return Target(self.view, self.progress, self.state, self.members.prepare)
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, return to the phase snapshot if there is one, decide, transfer, record."""

@@ -95,6 +95,12 @@ class Members(Protocol):
     def begin_phase(self, position: Position, *, is_resumed: bool) -> None:
         """Expresses what the phase lets members express."""
 
+    def saved_turns(self) -> dict[str, Any] | None:
+        """The competitive phase so far, if it has turns and is in its first."""
+
+    def load_turns(self, saved: dict[str, Any]) -> None:
+        """Goes on with a phase that :meth:`saved_turns` told of."""
+
     def on_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sees the arguments of a training forward pass."""
 
@@ -171,6 +177,12 @@ class InGroups:
 
     def prepare(self, has_begun: bool) -> None:
         """Does nothing: the state is the engine's and the averages."""
+
+    def saved_turns(self) -> dict[str, Any] | None:
+        return None
+
+    def load_turns(self, saved: dict[str, Any]) -> None:
+        """Does nothing: all members train at once."""
 
     def begin_phase(self, position: Position, *, is_resumed: bool) -> None:
         phase = position.phase

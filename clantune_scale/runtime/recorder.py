@@ -117,15 +117,19 @@ class Recorder:
             opening: the round.
             sources: by member, the member that it continues; None if each continues itself.
         """
-        view, position = self._view, self._view.phases.position
         for complaint in opening.refused:
             warnings.warn(complaint, UserWarning, stacklevel=2)
             self.warn(complaint)
+        self.go_on(str(opening.folder), sources)
+
+    def go_on(self, source: str, sources: Sequence[int] | None = None) -> None:
+        """Records that the run goes on from what was saved at ``source``; see :meth:`resume` for the rest."""
+        view, position = self._view, self._view.phases.position
         self.tracking.emit(
             "resume",
             position.step,
             name=self.run_dir.name,
-            resumed_from=str(opening.folder),
+            resumed_from=source,
             round=position.plan.index,
             population_size=view.config.population_size,
             sources=None if sources is None else list(sources),

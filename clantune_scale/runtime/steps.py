@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 from clantune_scale.errors import ClanError
 
+#: Hooks a loop so that it shows the clan ``on_batch(args, kwargs)`` for each micro-batch that is trained on, and
+#: ``on_loss(loss)``; returns what takes the hooks off.
+Watch = Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None], Callable[[Any], None]], Callable[[], None]]
+
 
 class Steps(Protocol):
     """What a loop asks of an engine.

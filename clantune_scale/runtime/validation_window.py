@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, default_collate
 
-from clantune_scale.data.watch import tensors_in
+from clantune_scale.data.containers import tensors_in
 from clantune_scale.errors import ConfigError, EvaluationError
 from clantune_scale.runtime.engine_protocol import Evaluates
 
@@ -22,10 +22,12 @@ Evaluate = Callable[[Any, Any], Any]
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The scalar loss in what a module or a user's ``evaluate`` returned: itself, its ``loss``, or its first element.
+    """The scalar loss in what a module or a user's ``evaluate`` returned: itself, or its ``loss``.
+
+    Which element of a tuple is the loss is the user's to say: with one sample in a batch, logits may be one number too.
 
     Raises:
-        EvaluationError: if none of these is a one-element tensor.
+        EvaluationError: if neither is a one-element tensor.
     """
     if isinstance(output, Real):
         return torch.tensor(float(output), dtype=torch.float64)
@@ -34,15 +36,21 @@ def loss_of(output: Any) -> torch.Tensor:
         candidate = output.get("loss")
     elif hasattr(output, "loss"):
         candidate = output.loss
-    elif isinstance(output, tuple | list) and output:
-        candidate = output[0]
     if not isinstance(candidate, torch.Tensor) or candidate.numel() != 1:
-        what = f"a tensor of shape {list(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise EvaluationError(
-            f"evaluation needs one loss per batch and the model returned {what}. "
-            f"Return a scalar, or pass evaluate=lambda engine, batch: loss to initialize()."
+            f"evaluation needs one loss per batch and the model returned {_described(output)}. Return a scalar, or say "
+            f"which is the loss: pass evaluate=lambda model, batch: loss where the clan is attached."
         )
     return candidate
+
+
+def _described(output: Any) -> str:
+    """A model's output in a message; of a tuple, what its elements are."""
+    if isinstance(output, torch.Tensor):
+        return f"a tensor of shape {list(output.shape)}"
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {len(output)}: {', '.join(_described(part) for part in output)}"
+    return f"a {type(output).__name__}"
 
 
 def found_loss(output: Any) -> torch.Tensor | None:

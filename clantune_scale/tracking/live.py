@@ -162,7 +162,7 @@ class Progress:
             self._phase = (event["round"], event["phase"], step, event["num_steps"])
             return self._line(event)
         elif kind == "step":
-            return f"{self._line(event)}  loss {event['loss']:.4f}  {event['step_s']:.3f} s/step"
+            return f"{self._line(event)}  {training_loss(event)}{event['step_s']:.3f} s/step"
         return None
 
     def _line(self, event: Event) -> str:
@@ -179,3 +179,8 @@ class Progress:
         seconds = (event["time_s"] - self._began[1]) / done * (self._total - event["step"])
         hours, minutes = divmod(int(seconds / 60 + 0.5), 60)
         return f", {hours} h {minutes:02} min left" if hours else f", {minutes} min left"
+
+
+def training_loss(event: Event) -> str:
+    """The loss of a ``step`` event, for its line; empty if the run sees none (a model that returns logits)."""
+    return "" if event["loss"] is None else f"loss {event['loss']:.4f}  "

@@ -14,8 +14,8 @@ _OF_A_MEMBER = ("gradient_norm", "drift", "alignment", "strikes", "training_loss
 
 
 def of_step(event: Event) -> Metrics:
-    """Of the clan, at a ``step`` event."""
-    return {f"train/{key}": event[key] for key in ("loss", "step_s", "samples")}
+    """Of the clan, at a ``step`` event; without a loss if the run sees none."""
+    return {f"train/{key}": event[key] for key in ("loss", "step_s", "samples") if event[key] is not None}
 
 
 def of_phase(event: Event) -> Metrics:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clantune_scale.config.batch import BatchPlan
 from clantune_scale.tracking.background import Event
-from clantune_scale.tracking.live import Progress, Screen, screen
+from clantune_scale.tracking.live import Progress, Screen, screen, training_loss
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Terminal:
     def _step(self, event: Event) -> Sequence[str]:
         return (
             f"step {event['step']:>6}  round {event['round']:>3} {event['phase']:<11}  "
-            f"loss {event['loss']:.4f}  {event['step_s']:.3f} s/step",
+            f"{training_loss(event)}{event['step_s']:.3f} s/step",
         )
 
     def _round(self, event: Event) -> Sequence[str]:

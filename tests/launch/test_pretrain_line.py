@@ -21,7 +21,7 @@ UNIFORM = 5.545
 STEPS = 60
 
 
-def _text(folder: Path) -> Path:
+def text_of(folder: Path) -> Path:
     """Sentences of made-up words, the same in every checkout: text that changes would flip some of the decisions."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 6))) for _ in range(60)]
@@ -45,7 +45,7 @@ def _run(folder: Path, *, ranks: int) -> tuple[str, Path]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()]
     command = [sys.executable, *(launcher if ranks > 1 else []), ROOT / "launch" / "pretrain_gpt_line.py"]
     command += ["--config", folder / "config.json", "--steps", STEPS, "--context", 32, "--width", 32, "--lr", 5e-3]
-    command += ["--test_windows", 32, "--text", _text(folder)]
+    command += ["--test_windows", 32, "--text", text_of(folder)]
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,

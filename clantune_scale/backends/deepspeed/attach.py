@@ -215,7 +215,12 @@ class EngineClan(LoopClan):
 
 
 def attach_engine(
-    engine: Any, block: ClanConfig, arguments: Mapping[str, Any], *, function: str = "attach"
+    engine: Any,
+    block: ClanConfig,
+    arguments: Mapping[str, Any],
+    *,
+    scheduler: Any = None,
+    function: str = "attach",
 ) -> EngineClan:
     """A clan whose members lie on a line, on an engine that exists; ``engine.clan`` is it, too.
 
@@ -223,6 +228,7 @@ def attach_engine(
         engine: what ``deepspeed.initialize`` returned.
         block: the ``clantune`` block.
         arguments: of :func:`clantune_scale.attach`.
+        scheduler: that the loop steps after each step of the engine; None if there is none, or it is the engine's.
         function: that the user called, for messages.
 
     Raises:
@@ -235,7 +241,7 @@ def attach_engine(
             f"deepspeed.initialize()."
         )
     examples = require_examples(arguments.get("eval_data"), function)
-    backend = PipelineBackend(engine) if _is_pipeline(engine.module) else DeepSpeedBackend(engine)
+    backend = PipelineBackend(engine) if _is_pipeline(engine.module) else DeepSpeedBackend(engine, scheduler)
     if backend.tp_size > 1 and engine.autotp_size() <= 1:
         _refuse_unmarked(backend)
     clan = engine.clan = attach_to(
@@ -250,6 +256,7 @@ def attach_engine(
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
         train_step=arguments.get("train_step"),
+        watch=arguments.get("watch"),
     )
     return clan
 

@@ -14,11 +14,12 @@ import torch
 
 from clantune_scale.backends.deepspeed import sharing, weights
 from clantune_scale.backends.deepspeed import state as training_state
+from clantune_scale.backends.deepspeed.loop_scheduler import call_after_step, with_scheduler
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
-from clantune_scale.data.watch import to_device
+from clantune_scale.data.containers import to_device
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
@@ -40,13 +41,15 @@ class DeepSpeedBackend:
 
     Args:
         engine: what ``deepspeed.initialize`` returned.
+        scheduler: that the loop steps after each step of the engine; None if there is none, or it is the engine's own.
 
     Raises:
         ConfigError: for a DeepSpeed setting that a clan cannot run with.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, scheduler: Any = None) -> None:
         self.engine = engine
+        self._scheduler = None if scheduler is engine.lr_scheduler else scheduler
         self._undo: list[Callable[[], None]] = []
         # Whether the loop makes its loss of the model's outputs by itself.
         self._has_foreign_loss = False
@@ -146,7 +149,8 @@ class DeepSpeedBackend:
         training_state.refresh(self.engine)
 
     def state(self) -> MemberState:
-        return training_state.member_state(self.engine)
+        state = training_state.member_state(self.engine)
+        return state if self._scheduler is None else with_scheduler(state, self._scheduler, self.param_groups)
 
     def share_gradients(
         self,
@@ -213,17 +217,7 @@ class DeepSpeedBackend:
 
     def after_step(self, callback: Callable[[], None]) -> None:
         """Hooks ``engine.step`` and calls back after an optimizer step, but not after a micro-batch's step."""
-        engine = self.engine
-        step = engine.step
-
-        def step_then_call(*args: Any, **kwargs: Any) -> Any:
-            before = engine.global_steps
-            result = step(*args, **kwargs)
-            if engine.global_steps > before:
-                callback()
-            return result
-
-        self._undo.append(replace_method(engine, "step", step_then_call))
+        self._undo += call_after_step(self.engine, self._scheduler, callback)
 
     def watch(self, on_batch: Callable[[tuple, dict], None], on_loss: Callable[[torch.Tensor], None]) -> None:
         """Hooks the engine's training forward pass and ``engine.backward``."""

@@ -128,6 +128,7 @@ def attach_megatron(
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
         train_step=arguments.get("train_step"),
+        watch=arguments.get("watch"),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from clantune_scale.data.watch import tensors_in, to_device
+from clantune_scale.data.containers import tensors_in, to_device
 from clantune_scale.errors import EvaluationError
 from clantune_scale.runtime.validation_window import loss_of
 

@@ -68,7 +68,8 @@ def attach(
     Args:
         model: what the loop calls; ``torch.compile`` may be around it or in it.
         optimizer: made from the model's parameters after they were sharded; None for a DeepSpeed engine's own.
-        scheduler: goes with a clone, and ends each step; None if there is none or it moves otherwise.
+        scheduler: goes with a clone, and ends each step; None if there is none, it moves otherwise, or a DeepSpeed
+            engine steps it.
         accumulation: micro-batches per optimizer step; None takes the config's, else 1. A gene may change it.
         gradient_clipping: gradient-norm threshold, 0 for none; None takes the config's, else 0. A gene may change it.
         scaler: torch's ``GradScaler``, if the loop steps by one. Steps that it skips are not counted.
@@ -88,7 +89,7 @@ def attach(
     if _is_deepspeed_engine(model):
         from clantune_scale.backends.deepspeed.attach import attach_engine
 
-        return attach_engine(model, block, arguments)
+        return attach_engine(model, block, arguments, scheduler=scheduler)
     if optimizer is None:
         raise ConfigError("attach() needs the optimizer that updates the model. Pass it after the model.")
     joined = _world(block)
@@ -114,6 +115,7 @@ def attach(
         total_steps=arguments.get("total_steps"),
         num_samples=arguments.get("num_samples"),
         train_step=arguments.get("train_step"),
+        watch=arguments.get("watch"),
     )
 
 

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, after_call, schedulers_in
-from clantune_scale.backends.torch.refusals import require_known_parameters, require_plain_step
+from clantune_scale.backends.torch.refusals import evaluate_closure, require_known_parameters, require_one_gradient
 from clantune_scale.backends.torch.scaler import require_known_scaler, scale_of, set_scale, with_scale
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
-from clantune_scale.data.watch import to_device
+from clantune_scale.data.containers import to_device
 from clantune_scale.errors import ClanError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
 from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode
@@ -78,6 +78,7 @@ class LoopBackend(ABC):
         self.num_steps = 0
         self._optimizers, self._schedulers = Optimizers(optimizer), schedulers_in(scheduler)
         named = [(_plain_name(name), parameter) for name, parameter in module.named_parameters()]
+        require_one_gradient(self._optimizers.parts)
         require_known_parameters(self._optimizers.param_groups, named)
         updated = {id(parameter) for group in self._optimizers.param_groups for parameter in group["params"]}
         self._trained = [(n, p) for n, p in named if id(p) in updated and p.requires_grad]
@@ -148,10 +149,14 @@ class LoopBackend(ABC):
         if self._is_clipped:
             return total_norm(parameter for _, parameter in self._trained)
         norm = clip_grad_norm_([parameter for _, parameter in self._trained], self.clip)
+        self.note_clipping(norm)
+        return norm
+
+    def note_clipping(self, norm: torch.Tensor) -> None:
+        """Says that the loop has clipped this step's gradients, whose norm was ``norm``: the clan does not."""
         self._is_clipped = True
         if self._probe.is_active:
             self._probe.norm = float(norm)
-        return norm
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Hooks each optimizer's update, after the user's clipping and before the scheduler's step."""
@@ -163,17 +168,18 @@ class LoopBackend(ABC):
     ) -> None:
         entered = ExitStack()
 
-        def before(_: Any, args: tuple, kwargs: dict) -> None:
-            require_plain_step(args[1:], kwargs)
+        def before(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not self._has_looked_for_scaler:
                 self._has_looked_for_scaler = True
                 require_known_scaler(self._optimizers.parts, self._scaler)
             if self._step_end is not None:
                 self._step_end.require_turn(index, self.num_steps)
+            given = evaluate_closure(part, args, kwargs)
             # If the last update raised, torch did not call the post hook, and the context is still open.
             entered.close()
             self._before_update()
             entered.enter_context(context())
+            return given
 
         def after(*_: Any) -> None:
             entered.close()

@@ -128,7 +128,23 @@ def after_call(owner: Any, name: str, call: Callable[[], None]) -> Callable[[], 
         call()
         return result
 
-    return replace_method(owner, name, method_then_call)
+    return _replace_in_class(owner, name, method_then_call)
+
+
+def _replace_in_class(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """As :func:`replace_method`, and nothing is added to the object's own attributes.
+
+    The state of torch's schedulers is their attributes. A function among them could not be saved.
+    """
+    kind = type(owner)
+    if name in vars(owner):  # an attribute comes before what a class has
+        return replace_method(owner, name, method)
+    owner.__class__ = type(kind.__name__, (kind,), {name: staticmethod(method), "__module__": kind.__module__})
+
+    def restore() -> None:
+        owner.__class__ = kind
+
+    return restore
 
 
 class StepEnd:

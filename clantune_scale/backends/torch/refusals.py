@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ClanError, ConfigError
 
 
 def require_known_parameters(
@@ -47,18 +47,50 @@ def require_known_parameters(
         )
 
 
-def require_plain_step(args: tuple, kwargs: dict[str, Any]) -> None:
-    """Checks that an update has no closure. It would compute gradients while the genes are applied.
+def require_one_gradient(parts: Sequence[torch.optim.Optimizer]) -> None:
+    """Checks that no optimizer computes gradients of its own at several places of a step.
 
     Args:
-        args, kwargs: of ``optimizer.step``.
+        parts: the loop's optimizers.
 
     Raises:
-        ConfigError: if there is a closure.
+        ConfigError: for LBFGS, whose line search moves the weights and calls the closure again and again.
     """
-    closure = args[0] if args else kwargs.get("closure")
-    if closure is not None:
+    if any(isinstance(part, torch.optim.LBFGS) for part in parts):
         raise ConfigError(
-            "optimizer.step(closure) computes gradients inside the update, and the clan averages them before. "
-            "Call loss.backward() before optimizer.step(), and use an optimizer that needs no closure."
+            "LBFGS calls its closure several times in a step, at weights of its own choice, and the clan measures and "
+            "tunes steps with one gradient each. Use an optimizer that takes one gradient a step."
         )
+
+
+def evaluate_closure(
+    part: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Calls the closure of an ``optimizer.step(closure)`` ahead of the update, so that gradients exist before it.
+
+    Args:
+        part: the optimizer.
+        args, kwargs: of its ``step``, with the optimizer first.
+
+    Returns:
+        Arguments with a closure that hands on the loss; None if there was no closure.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    weights = [parameter for group in part.param_groups for parameter in group["params"]]
+    versions = [weight._version for weight in weights]
+
+    def known_loss() -> Any:
+        if versions != [weight._version for weight in weights]:
+            raise ClanError(
+                f"{type(part).__name__} calls its closure again after it has moved the weights, and the clan measures "
+                f"and tunes steps with one gradient each. Use an optimizer that takes one gradient a step."
+            )
+        return loss
+
+    if len(args) > 1:
+        return (args[0], known_loss, *args[2:]), kwargs
+    return args, {**kwargs, "closure": known_loss}

@@ -31,8 +31,7 @@ TrainStep = Callable[[list[tuple[tuple[Any, ...], dict[str, Any]]]], object]
 class OnTheLine:
     """One model that stands for all members.
 
-    In a cooperative phase it trains at the centre, and the round's end computes each member's weights from it. In a
-    competitive phase members take turns.
+    While members cooperate it trains at the centre, from which each one's weights are computed. Competitors take turns.
 
     Args:
         parts: the clan's.
@@ -95,12 +94,13 @@ class OnTheLine:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        position = self._parts.view.phases.position
+        position, groups = self._parts.view.phases.position, self._backend.param_groups()
+        if self.turns is not None:
+            self.turns.follow_schedule(position.step, groups)
         with self._parts.expression.during_update(self._parts.lr_factor()):
             # Once in a step, which several optimizers may make together.
             if self._points is not None and self._points.sums_decays and self._decays_of != position.step:
                 self._decays_of = position.step
-                groups = self._backend.param_groups()
                 self._points.before_update(
                     position.step - position.plan.start_step,
                     [float(group["lr"]) for group in groups],
@@ -112,9 +112,17 @@ class OnTheLine:
         """Does nothing: there is one state."""
 
     def prepare(self, has_begun: bool) -> None:
+        self._line = self._points = self.turns = None
         position = self._parts.view.phases.position
         if has_begun and position.phase.kind is PhaseKind.COOPERATIVE:
             self._begin_round(position.plan)
+
+    def saved_turns(self) -> dict[str, Any] | None:
+        return None if self.turns is None else self.turns.saved()
+
+    def load_turns(self, saved: dict[str, Any]) -> None:
+        self.turns = Turns.of(saved)
+        self._parts.expression.express(self.turns.current.values)
 
     def begin_phase(self, position: Position, *, is_resumed: bool) -> None:
         if position.phase.kind is PhaseKind.COOPERATIVE:
@@ -175,6 +183,8 @@ class OnTheLine:
             # A competitor whose scaled gradients overflowed has skipped steps that the first one took.
             parts.view.phases.rewind(turns.end_step)
             self._end_turn(turns.meter.round_losses, is_whole=False)
+        assert turns.streams is not None
+        turns.streams.restore(self._backend)
 
     def run_turns(self) -> bool:
         """Takes all turns by a callable; returns False if ``clan.steps()`` is to take them."""
@@ -335,14 +345,6 @@ class OnTheLine:
     def _go_on_from_turn(self, turns: Turns, weights: tuple[float, ...]) -> None:
         if max(weights) != 1.0:
             raise ConfigError('one model cannot average states that parted in turns. Set members to "groups".')
-        wanted = turns.competitor_of(weights.index(1.0))
-        assert turns.best is not None
-        held, end = turns.best
-        if held != wanted:
-            raise ClanError(
-                f"the decision takes the state of a competitor with loss {float(turns.ended[wanted].losses.mean()):g}, "
-                f"and the fittest one's, {float(turns.ended[held].losses.mean()):g}, is the one that is held. Members "
-                f'on the line go on from the fittest of a competitive phase; set members to "groups".'
-            )
-        if held != len(turns.competitors) - 1:
+        end = turns.end_of(weights.index(1.0))
+        if end is not None:
             end.restore(self._parts.state(), self._backend)

@@ -33,16 +33,23 @@ class TrainingSnapshot:
         state: this rank's live training state.
         engine: that trains.
         tensors: a snapshot of this state, if there is one already.
+        streams: random streams to go on with in place of the present ones.
     """
 
-    def __init__(self, state: MemberState, engine: SnapshotEngine, tensors: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        state: MemberState,
+        engine: SnapshotEngine,
+        tensors: Snapshot | None = None,
+        streams: RandomStreams | None = None,
+    ) -> None:
         self._tensors = tensors or Snapshot(state)
         self._scalars = copy.deepcopy(dict(state.scalars))
         self._groups = [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
             for group in engine.param_groups()
         ]
-        self._counters, self._streams = engine.counters(), RandomStreams.capture(engine)
+        self._counters, self._streams = engine.counters(), streams or RandomStreams.capture(engine)
 
     def restore(self, state: MemberState, engine: SnapshotEngine) -> None:
         """Puts everything back, in place (a collective of the engine's ranks).
@@ -56,3 +63,23 @@ class TrainingSnapshot:
             group.update(copy.deepcopy(before))
         engine.load_counters(self._counters)
         self._streams.restore(engine)
+
+    def saved(self) -> dict[str, Any]:
+        """All of it, in tensors, numbers and texts."""
+        return {
+            "tensors": dict(self._tensors.tensors),
+            "snapshot_scalars": self._tensors.scalars,
+            "scalars": self._scalars,
+            "groups": self._groups,
+            "counters": self._counters,
+            "streams": [self._streams.tensors, self._streams.numbers],
+        }
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> TrainingSnapshot:
+        """The snapshot that :meth:`saved` told of."""
+        snapshot = cls.__new__(cls)
+        snapshot._tensors = Snapshot.of(saved["tensors"], saved["snapshot_scalars"])
+        snapshot._scalars, snapshot._groups = saved["scalars"], saved["groups"]
+        snapshot._counters, snapshot._streams = saved["counters"], RandomStreams(*saved["streams"])
+        return snapshot

@@ -8,15 +8,19 @@ in host memory, whatever the number of competitors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
+from clantune_scale.checkpoint.streams import RandomStreams
+from clantune_scale.core.genome import GROUP_KEYS
+from clantune_scale.data.containers import leaves_of, map_leaves
 from clantune_scale.data.watch import LossMeter
+from clantune_scale.errors import CheckpointError, ClanError
 from clantune_scale.runtime.line.snapshot import SnapshotEngine, TrainingSnapshot
 from clantune_scale.transfer import MemberState
 
@@ -56,18 +60,78 @@ class HeldBatch:
 
     def __init__(self, batch: Any) -> None:
         self._devices: list[torch.device] = []
-        self._batch = tree_map(self._hold, batch)
+        self._batch = map_leaves(self._hold, batch)
+        # Of a batch that comes from a checkpoint, until one of the same form shows what holds its leaves.
+        self._leaves: list[Any] | None = None
+        self._form = ""
 
     def get(self) -> Any:
-        """The batch, in tensors of its own."""
+        """The batch, in tensors of its own.
+
+        Raises:
+            CheckpointError: if it comes from a checkpoint, and no batch of its form has come since.
+        """
+        if self._leaves is not None:
+            raise CheckpointError(
+                f"a competitive phase goes on from a checkpoint in its middle, and its batches have the form "
+                f"{self._form} there, which no batch has had since. Feed the loop as before, or resume from another "
+                f"checkpoint."
+            )
         devices = iter(self._devices)
-        return tree_map(lambda leaf: leaf.to(next(devices), copy=True) if _is_tensor(leaf) else leaf, self._batch)
+        return map_leaves(lambda leaf: leaf.to(next(devices), copy=True) if _is_tensor(leaf) else leaf, self._batch)
+
+    def saved(self) -> list[Any]:
+        """[its leaves, what holds them in words, the devices of its tensors], for a checkpoint.
+
+        Leaves are tensors, numbers and text; of another leaf, only that it was there.
+        """
+        leaves = [leaf if _is_plain(leaf) else _UNSAVED for leaf in leaves_of(self._batch)]
+        return [leaves, form_of(self._batch), [str(device) for device in self._devices]]
+
+    @classmethod
+    def of(cls, saved: Sequence[Any]) -> HeldBatch:
+        """The batch that :meth:`saved` told of; it waits for :meth:`take_form`.
+
+        Raises:
+            CheckpointError: if a leaf was not saved.
+        """
+        leaves, form, devices = saved
+        if _UNSAVED in [leaf for leaf in leaves if isinstance(leaf, str)]:
+            raise CheckpointError(
+                f"the checkpoint lies in the middle of a competitive phase, and its batches hold more than tensors, "
+                f"numbers and text: {form}. Resume from a checkpoint outside the phase."
+            )
+        held = cls(None)
+        held._leaves, held._form = list(leaves), form
+        held._devices = [torch.device(name) for name in devices]
+        return held
+
+    def take_form(self, batch: Any) -> None:
+        """Puts the leaves into containers like those of ``batch``, if it is of the same form."""
+        if self._leaves is not None and form_of(batch) == self._form:
+            leaves = iter(self._leaves)
+            self._batch, self._leaves = map_leaves(lambda _: next(leaves), batch), None
 
     def _hold(self, leaf: Any) -> Any:
         if not _is_tensor(leaf):
             return leaf
         self._devices.append(leaf.device)
         return leaf.detach().to("cpu", copy=True)
+
+
+#: What a schedule may set in a parameter group, as a gene may.
+_SCHEDULED = sorted({key for key, _ in GROUP_KEYS.values()})
+#: Stands for a leaf that a checkpoint cannot hold.
+_UNSAVED = "clantune: not saved"
+
+
+def form_of(batch: Any) -> str:
+    """What holds a batch's leaves, without them."""
+    return repr(map_leaves(lambda leaf: None, batch))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, bool | int | float | str | torch.Tensor)
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -105,6 +169,8 @@ class Turns:
     Attributes:
         ended: by competitor that has trained.
         best: competitor whose end is held, and that end; None while there is none.
+        streams: random streams at the first turn's end. The loop goes on with them: it may have drawn from them for its
+            data, which later turns do not.
     """
 
     competitors: Sequence[Competitor]
@@ -116,9 +182,12 @@ class Turns:
     samplers: list[dict[str, int]]
     ended: list[Ended] = field(default_factory=list)
     best: tuple[int, TrainingSnapshot] | None = None
+    streams: RandomStreams | None = None
     meter: LossMeter = field(default_factory=LossMeter)
     _steps: list[list[HeldBatch]] = field(default_factory=list)
     _open: list[HeldBatch] = field(default_factory=list)
+    # By step of the run and parameter group: what the loop's schedule had put there at the first turn's update.
+    _scheduled: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def current(self) -> Competitor:
@@ -138,7 +207,25 @@ class Turns:
     def hold(self, batch: Any) -> None:
         """Holds a micro-batch of the first turn."""
         if self.is_first:
+            for held in (held for step in self._steps for held in step):
+                held.take_form(batch)
             self._open.append(HeldBatch(batch))
+
+    def follow_schedule(self, step: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Notes what the loop's schedule has put into the groups, at the first turn's updates; puts it there at others.
+
+        A loop may write its rates by hand, or step its schedulers at places that turns do not come by.
+
+        Args:
+            step: of the run.
+            groups: the optimizer's live ones, before genes are written into them.
+        """
+        if self.is_first:
+            present = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+            self._scheduled[step] = copy.deepcopy(present)  # a rate may be a tensor
+        else:
+            for group, scheduled in zip(groups, self._scheduled[step], strict=True):
+                group.update(copy.deepcopy(scheduled))
 
     def drop_held(self) -> None:
         """Forgets the micro-batches of a step that was skipped."""
@@ -168,10 +255,11 @@ class Turns:
             learning_rate: of the first parameter group in the turn's last step.
         """
         total, count = self.losses_before
+        self.streams = self.streams or RandomStreams.capture(engine)
         self.ended.append(Ended(losses, (total + training[0], count + training[1]), learning_rate))
         if self.keeps and (self.best is None or _mean(losses) < _mean(self.ended[self.best[0]].losses)):
             self.best = None  # released first: a third copy of the state would be held for a moment
-            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine))
+            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine, streams=self.streams))
 
     def batches(self) -> Iterator[list[Any]]:
         """The phase's steps again: each one's micro-batches."""
@@ -181,6 +269,54 @@ class Turns:
     def competitor_of(self, member: int) -> int:
         """The turn that a member's place in the population stands for."""
         return next(index for index, one in enumerate(self.competitors) if member in one.members)
+
+    def end_of(self, member: int) -> TrainingSnapshot | None:
+        """The end that a member's place stands for; None if the live state is it.
+
+        Raises:
+            ClanError: if it is not the fittest's, which is the only one that is held.
+        """
+        wanted = self.competitor_of(member)
+        assert self.best is not None
+        held, end = self.best
+        if held != wanted:
+            raise ClanError(
+                f"the decision takes the state of a competitor with loss {float(self.ended[wanted].losses.mean()):g}, "
+                f"and the fittest one's, {float(self.ended[held].losses.mean()):g}, is the one that is held. Members "
+                f'on the line go on from the fittest of a competitive phase; set members to "groups".'
+            )
+        return None if held == len(self.competitors) - 1 else end
+
+    def saved(self) -> dict[str, Any]:
+        """A phase that is stopped in its first turn, between two steps, in tensors, numbers and what batches hold."""
+        return {
+            "competitors": [[list(one.members), one.values] for one in self.competitors],
+            "steps": [self.start_step, self.end_step],
+            "start": self.start.saved(),
+            "losses_before": list(self.losses_before),
+            "keeps": self.keeps,
+            "samplers": self.samplers,
+            "scheduled": self._scheduled,
+            "held": [[batch.saved() for batch in step] for step in self._steps],
+        }
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Turns:
+        """The phase that :meth:`saved` told of."""
+        total, count = saved["losses_before"]
+        start_step, end_step = saved["steps"]
+        turns = cls(
+            [Competitor(tuple(members), values) for members, values in saved["competitors"]],
+            start_step,
+            end_step,
+            TrainingSnapshot.of(saved["start"]),
+            (total, count),
+            saved["keeps"],
+            saved["samplers"],
+        )
+        turns._scheduled = dict(saved["scheduled"])
+        turns._steps = [[HeldBatch.of(batch) for batch in step] for step in saved["held"]]
+        return turns
 
 
 def _mean(losses: np.ndarray) -> float:

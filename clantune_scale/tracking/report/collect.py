@@ -75,7 +75,8 @@ class _Collected:
             self.start = event
             self.genes = tuple(gene_from_plain(gene) for gene in event["genes"])
         elif kind == "step":
-            self.training.append((event["step"], event["loss"], event["step_s"]))
+            loss = math.nan if event["loss"] is None else event["loss"]
+            self.training.append((event["step"], loss, event["step_s"]))
         elif kind == "warning":
             self.warnings.append((event["step"], event["message"]))
         elif kind == "round_end":

@@ -90,7 +90,6 @@ def _refusals(rank: int, directory: str) -> dict[str, str]:
     written = {"train_batch_size": 4 * MICRO, "train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.5}
     clan = _attach(closing, optimizer, written | {"clantune": block}, micro_batch_size=None)
     said["read"] = f"{clan.backend.micro_batch_size}, {clan.backend.accumulation}, {clan.backend.clip}"
-    said["closure"] = _said(lambda: optimizer.step(lambda: 0.0))
     clan.detach()
     optimizer = sgd(deep)
     clan = _attach(deep, optimizer, block)
@@ -115,7 +114,6 @@ def test_what_a_clan_cannot_run_under_is_refused(tmp_path):
         "no size": "attach() got no micro_batch_size, and the config has neither train_micro_batch_size_per_gpu nor",
         "read": f"{MICRO}, 2, 0.5",
         "no block": 'ConfigError: the config has no "clantune" block',
-        "closure": "ConfigError: optimizer.step(closure) computes gradients inside the update",
         "deep": "ConfigError: SGD keeps 'factors', a list, for each parameter",
     }
     for said in run_ranks(2, in_member_worlds, _refusals, str(tmp_path)):
