@@ -137,6 +137,7 @@ def population_from(data: Mapping[str, Any]) -> Population:
 def _of_clan(view: RunView, progress: RunProgress, begun: bool) -> dict[str, Any]:
     return {
         "step": view.phases.position.step,
+        "first_step": view.phases.first_step,
         "begun": begun,
         "population": asdict(progress.population),
         "losses": progress.fitness.losses.tolist(),
