@@ -12,7 +12,7 @@ import importlib
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset
 
 from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.core.extras import require
+from clantune_scale.data.sampler import is_map_style
 from clantune_scale.errors import ConfigError
 
 HOLDOUT = 0.05
@@ -123,13 +124,13 @@ def hold_out(dataset: Dataset[Any], share: float = HOLDOUT) -> tuple[Subset[Any]
     Raises:
         ConfigError: if it has no length.
     """
-    if not isinstance(dataset, Sized):
+    if not is_map_style(dataset):
         raise ConfigError(
             f"the training data is a {type(dataset).__name__} without a length, of which nothing can be held out. Name "
             f"a validation set: --eval_data module:callable."
         )
     stride = round(1 / share)
-    indices = np.arange(len(dataset))
+    indices = np.arange(len(dataset))  # type: ignore[arg-type]  # torch's Dataset declares no length
     held = indices % stride == stride - 1
     return Subset(dataset, indices[~held].tolist()), Subset(dataset, indices[held].tolist())
 

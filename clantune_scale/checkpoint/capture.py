@@ -143,6 +143,7 @@ def numbers_of_clan(view: RunView, progress: RunProgress, *, begun: bool) -> dic
     """What all ranks share of a run; JSON-serializable. :class:`Capture` says what ``begun`` is."""
     return {
         "step": view.phases.position.step,
+        "first_step": view.phases.first_step,
         "begun": begun,
         "population": asdict(progress.population),
         "losses": progress.fitness.losses.tolist(),

@@ -104,7 +104,10 @@ def _copy(tensor: torch.Tensor, source: Piece, live: torch.Tensor, target: Piece
     if both is None:
         return 0
     low, high = both
-    values = tensor.view(-1)[source.offset + low - source.start : source.offset + high - source.start]
-    into = live.view(-1)[target.offset + low - target.start : target.offset + high - target.start]
-    into.copy_(values)
+    values = tensor.reshape(-1)[source.offset + low - source.start : source.offset + high - source.start]
+    # A copy if the memory is in another order, channels last for example.
+    flat = live.reshape(-1)
+    flat[target.offset + low - target.start : target.offset + high - target.start] = values
+    if not live.is_contiguous():
+        live.copy_(flat.view_as(live))
     return high - low

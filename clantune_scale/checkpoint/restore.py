@@ -30,7 +30,7 @@ from clantune_scale.distributed.self_check import parameter_layout
 from clantune_scale.distributed.topology import Coordinates, Topology
 from clantune_scale.errors import CheckpointError
 from clantune_scale.transfer import MemberState, Snapshot
-from clantune_scale.transfer.state import merged
+from clantune_scale.transfer.state import merged, optimizer_entries
 
 
 def _is_laid_out(content: Mapping[str, Any], topology: Topology) -> bool:
@@ -143,10 +143,10 @@ def restore_numbers(target: Target, data: Mapping[str, Any], sources: Sequence[i
         past[-1] = replace(past[-1], uses_ema=data["averaged_before"])
     population = population_from(data["population"])
     progress.fitness = Fitness.from_losses([data["losses"][source] for source in sources])
-    view.phases.resume(data["step"], past, population.teams)
+    view.phases.resume(data["step"], past, population.teams, first_step=data["first_step"])
     progress.population = population
     if list(sources) != list(range(len(population.genomes))):
-        view.phases.resume(data["step"], past, None)
+        view.phases.resume(data["step"], past, None, first_step=data["first_step"])
         progress.population = view.strategy.resized(population, sources, view.phases.position.plan)
         lineage.resize(sources)
     progress.lineage, progress.num_samples = lineage, data["samples"]
@@ -190,7 +190,7 @@ def _restore_resharded(target: Target, folder: Path, content: Mapping[str, Any],
     own_place = saved[at.dp % len(saved)][0]
     numbers, streams = read_rank(folder, source, own_place.member_rank)
     state = target.state()
-    if state.grow is not None and any(name.startswith("optimizer.") for name, *_ in numbers["layout"]):
+    if state.grow is not None and optimizer_entries([name for name, *_ in numbers["layout"]], numbers["scalars"]):
         state.grow([f"optimizer.{index}." for index in range(len(backend.masters()))])
         state = target.state()
     live, known = pieces_of(state), [theirs["pieces"] for _, theirs in saved]
@@ -289,11 +289,8 @@ def check_parameters(view: RunView, folder: Path, sources: Sequence[int]) -> Non
 
 def _grown(target: Target, numbers: Mapping[str, Any]) -> MemberState:
     """The live state, with the optimizer state that the saved one has."""
-    state = target.state()
     names = [name for name, *_ in numbers["layout"]]
-    if state.grow is not None:
-        state.grow(names)
-        state = target.state()
+    state = target.state().with_optimizer_state(optimizer_entries(names, numbers["scalars"]))
     difference = layout_difference(numbers["layout"], state.manifest())
     if difference is not None:
         raise CheckpointError(

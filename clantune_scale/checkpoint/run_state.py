@@ -60,6 +60,7 @@ class Clock(Protocol):
     Attributes:
         position: of the next step.
         averaged_before: whether the round before measured averaged weights.
+        first_step: at which the first round started.
     """
 
     @property
@@ -68,7 +69,10 @@ class Clock(Protocol):
     @property
     def averaged_before(self) -> bool: ...
 
-    def resume(self, step: int, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
+    @property
+    def first_step(self) -> int: ...
+
+    def resume(self, step: int, past: Sequence[RoundPlan], teams: tuple[int, ...] | None, *, first_step: int) -> None:
         """Moves to ``step`` completed optimizer steps, after finished rounds."""
 
 

@@ -109,9 +109,10 @@ class Lineage:
         """Adds the next round.
 
         Raises:
-            ValueError: if its index is not the next one, or the last round did not end at its start step.
+            ValueError: if its index is not the next one, or the last round did not end at its start step. The first
+                round may start anywhere: a run may go on from a checkpoint.
         """
-        step = self._records[-1].end_step if self._records else 0
+        step = self._records[-1].end_step if self._records else record.start_step
         if (record.index, record.start_step) != (len(self), step):
             raise ValueError(
                 f"round {record.index} from step {record.start_step} cannot follow: "

@@ -130,10 +130,12 @@ class RoundClock:
     Args:
         plan_round: (round index, start step) to that round's plan; must be a pure function, because
             the clock calls it again after a resume and expects the same answer.
+        first_step: optimizer steps that were done before the first round.
     """
 
-    def __init__(self, plan_round: Callable[[int, int], RoundPlan]) -> None:
+    def __init__(self, plan_round: Callable[[int, int], RoundPlan], first_step: int = 0) -> None:
         self._plan_round = plan_round
+        self.first_step = first_step
         self._plans: list[RoundPlan] = []
         self._teams: tuple[int, ...] | None = None
 
@@ -152,19 +154,20 @@ class RoundClock:
         del self._plans[index:]
         self._teams = teams
 
-    def resume(self, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
+    def resume(self, past: Sequence[RoundPlan], teams: tuple[int, ...] | None, *, first_step: int = 0) -> None:
         """Goes on after finished rounds, whose plans are taken as given: their teams and lengths may differ.
 
         Args:
             past: all of them, from the first round on.
             teams: of the round that follows.
+            first_step: at which the first round started.
         """
-        self._plans, self._teams = list(past), teams
+        self._plans, self._teams, self.first_step = list(past), teams, first_step
 
     def round(self, index: int) -> RoundPlan:
         """The plan of round ``index``."""
         while len(self._plans) <= index:
-            start_step = self._plans[-1].end_step if self._plans else 0
+            start_step = self._plans[-1].end_step if self._plans else self.first_step
             plan = self._plan_round(len(self._plans), start_step)
             if not plan.phases or any(phase.num_steps < 1 for phase in plan.phases):
                 raise ValueError(f"round {plan.index} at step {start_step} was planned with an empty phase: {plan}")
@@ -173,8 +176,8 @@ class RoundClock:
 
     def at(self, step: int) -> Position:
         """The position of the step that follows ``step`` completed ones."""
-        if step < 0:
-            raise ValueError(f"steps count from 0, not from {step}")
+        if step < self.first_step:
+            raise ValueError(f"steps count from {self.first_step}, not from {step}")
         index = len(self._plans)
         while index > 0 and self.round(index - 1).end_step > step:
             index -= 1

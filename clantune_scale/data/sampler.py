@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from clantune_scale.core.rounds import Phase, PhaseKind
 from clantune_scale.errors import ConfigError
+
+
+def is_map_style(dataset: Any) -> bool:
+    """Whether examples have numbers, by which they can be read again. Some streams have a length, and no index."""
+    # torch's base class has a __getitem__ that only raises.
+    index = getattr(type(dataset), "__getitem__", None)
+    is_stream = isinstance(dataset, IterableDataset) or index is Dataset.__getitem__
+    return not is_stream and index is not None and hasattr(dataset, "__len__")
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,7 @@ class ClanDataLoader:
         sampler: this rank's.
         num_workers: prefetching processes, as in ``DataLoader``.
         on_first: is called once, before the first micro-batch is drawn.
+        on_next: is called before each micro-batch is drawn. A step that ends late ends here, with what it consumed.
         **options: passed to ``DataLoader`` (``collate_fn``, ``pin_memory`` and so on).
     """
 
@@ -244,10 +253,11 @@ class ClanDataLoader:
         *,
         num_workers: int = 0,
         on_first: Callable[[], None] | None = None,
+        on_next: Callable[[], None] | None = None,
         **options: Any,
     ) -> None:
         self.dataset, self.batch_sampler = dataset, sampler
-        self._on_first = on_first
+        self._on_first, self._on_next = on_first, on_next
         # Persistent workers make replan() cheap: they drop what they fetched and start over. A separate generator keeps
         # the loader from drawing its workers' seeds from the stream that dropout uses. It also gives competing members,
         # who read the same samples, the same augmentations.
@@ -265,6 +275,8 @@ class ClanDataLoader:
             if self._on_first is not None:
                 call, self._on_first = self._on_first, None
                 call()
+            if self._on_next is not None:
+                self._on_next()
             if self._stream is None:
                 self._stream = iter(self._loader)
             batch = next(self._stream)

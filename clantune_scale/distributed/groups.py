@@ -9,13 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroup, Store
+from torch.distributed import PrefixStore, ProcessGroup, Store, c10d_logger
+
+
+def _keep_errors_visible() -> None:
+    """Lets errors of collectives on stand-alone groups through torch's logger of errors.
+
+    The logger asks for the group's backend, which torch knows for groups of its world only. It raises an error of its
+    own then, which would be the last word of every rank whose peer has failed.
+    """
+    describe = c10d_logger._get_msg_dict
+
+    @wraps(describe)
+    def describe_any(func_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return describe(func_name, *args, **kwargs)
+        except ValueError as error:
+            return {"func_name": func_name, "group": str(error)}
+
+    c10d_logger._get_msg_dict = describe_any  # type: ignore[assignment]  # Python's own wrapper of the same signature
+
+
+_keep_errors_visible()
 
 
 def stand_alone_group(store: Store, name: str, rank: int, size: int, *, device_type: str, timeout_s: float) -> Any:
@@ -89,24 +112,28 @@ class ReplicaGroup:
             dist.all_gather(parts, padded, group=self.group)
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def first_difference(self, items: list[Any], *, noun: str) -> tuple[int, Any, Any] | None:
+    def first_difference(
+        self, items: list[Any], *, noun: str, others: Sequence[int] | None = None
+    ) -> tuple[int, Any, Any] | None:
         """Compares lists over the replica group. All ranks of the clan call it with their own list.
 
         Args:
             items: this rank's list, of values that JSON represents.
             noun: what the items are, as in "8 parameters".
+            others: by member, the member whose list it is to equal; None for member 0.
 
         Returns:
-            None if all lists are equal. Otherwise the first member whose list differs from member 0's, the first item
-            of it that differs, and member 0's item at the same index. If one list is a prefix of the other, their
-            lengths take the place of the items.
+            None if all lists are as they are to be. Otherwise the first member whose list differs from the other
+            member's, the first item of it that differs, and the other's item at the same index. If one list is a prefix
+            of the other, their lengths take the place of the items.
         """
         # Digests first: lists can be long, and they are equal in every run but a broken one.
         digests = self.gather_json(hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest())
-        other = next((member for member, digest in enumerate(digests) if digest != digests[0]), None)
-        if other is None:
+        others = others if others is not None else [0] * self.size
+        differing = next((member for member, digest in enumerate(digests) if digest != digests[others[member]]), None)
+        if differing is None:
             return None
         lists = self.gather_json(items)
-        pairs = zip(lists[other], lists[0], strict=False)
-        lengths = (f"{len(lists[other])} {noun}", f"{len(lists[0])} {noun}")
-        return other, *next(((a, b) for a, b in pairs if a != b), lengths)
+        own, other = lists[differing], lists[others[differing]]
+        lengths = (f"{len(own)} {noun}", f"{len(other)} {noun}")
+        return differing, *next(((a, b) for a, b in zip(own, other, strict=False) if a != b), lengths)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from clantune_scale.gradients.elements import stored_values
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor as it is. Both without autograd."""
@@ -34,6 +36,8 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     squares: dict[tuple[Any, ...], torch.Tensor] = {}
     for parameter in parameters:
         gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            gradient = gradient.coalesce().values()
         if gradient is not None:
             groups = _sharded_over(gradient)
             # Half precision is summed in float32; doubles and complex numbers have a precise norm of their own.
@@ -62,7 +66,7 @@ def clip_grad_norm_(parameters: Iterable[torch.nn.Parameter], max_norm: float) -
     """
     parameters = list(parameters)
     norm = total_norm(parameters)
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [stored_values(local(parameter.grad)) for parameter in parameters if parameter.grad is not None]
     if max_norm > 0 and gradients:
         # torch's own formula. The clamp keeps the comparison on the device.
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
 
 
@@ -56,11 +57,13 @@ class GradientSharing:
         team: returns the members that share gradients in the current step. This member is one of them.
         groups: the stand-alone groups that cross members.
         probe: compares the member's own gradient with the clan's, in the steps in which it is active.
+        order: records the collectives that are posted.
     """
 
     team: Callable[[], tuple[int, ...]]
     groups: GradientGroups
     probe: GradientProbe
+    order: PostingOrder = field(default_factory=PostingOrder)
 
     def across_members(self, team: tuple[int, ...], group: Any) -> Any:
         """One group of the ranks of ``group`` in all members of the team.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clantune_scale.gradients.elements import stored_values
+
 
 class NonfiniteMask:
     """One rank's mask, made anew for each backward pass.
@@ -59,7 +61,7 @@ class NonfiniteMask:
             return
         if self._scale is None:
             self._scale = self._make_mask(tensors, team)
-        for tensor in tensors:
+        for tensor in map(stored_values, tensors):
             # Asked again for every tensor: a gradient can become non-finite after the mask was made.
             is_bad = ~_is_finite(tensor)
             # masked_fill_, because zero times NaN is NaN.
@@ -103,4 +105,7 @@ class NonfiniteMask:
 
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     """[] bool, in one pass over the tensor and without a temporary of its size."""
-    return torch.linalg.vector_norm(tensor, float("inf")).isfinite()
+    values = stored_values(tensor)
+    if not values.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.linalg.vector_norm(values, float("inf")).isfinite()

@@ -12,6 +12,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from clantune_scale.gradients.elements import real_elements
+
 
 class GradientProbe:
     """Sums inner products of gradients while it is active. The gradient hooks feed it.
@@ -35,7 +37,7 @@ class GradientProbe:
             mean: the clan's mean, of the same shape.
         """
         # The sums stay on the device: reading them here would block the backward pass.
-        own, mean = own.detach().flatten().float(), mean.detach().flatten().float()
+        own, mean = real_elements(own), real_elements(mean)
         sums = torch.stack([own @ mean, own @ own, mean @ mean])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -88,7 +88,7 @@ class BuiltClan:
         self.world, self.backend, self.config = world, backend, config
         self.genes, self.strategy, self.progress = genes, strategy, Progress()
         is_line = config.members == "line"
-        self.phases = PhaseManager(RoundClock(strategy.plan), backend.num_steps)
+        self.phases = PhaseManager(RoundClock(strategy.plan, backend.num_steps), backend.num_steps)
         self.groups = ClanGroups(world, backend.device.type)
         # A loss scaler expects non-finite gradients now and then, and handles them itself.
         if config.faults.nonfinite_mask and backend.loss_scale() is None and not is_line:
@@ -102,7 +102,8 @@ class BuiltClan:
             backend=backend,
             phases=self.phases,
             replica_group=world.replica_group,
-            uses_ema=strategy.uses_ema,
+            # An optimizer with an evaluation mode has averages of its own, which are measured and saved instead.
+            uses_ema=strategy.uses_ema and (is_line or not backend.has_inference_weights),
             average_every=config.line.average_every if is_line else 1,
             average_device=torch.device("cpu") if is_line and config.line.store == "host" else None,
         )
@@ -115,7 +116,7 @@ class BuiltClan:
         self._watch = watch
         self._unwatch: Callable[[], None] | None = None
         self._summary: Summary | None = None
-        self._has_new_plans = False
+        self._has_new_plans = self._has_begun = self._is_past_end = False
         self.recorder = Recorder(self.view, self.progress, tokens_per_sample=self.measurement.tokens_per_sample)
         self.rounds = DurableRounds(
             self.view,
@@ -167,6 +168,7 @@ class BuiltClan:
         if self.measurement.ema is not None:
             state.tensors += [(f"average.{index}", tensor) for index, tensor in enumerate(self.measurement.ema.tensors)]
         state.tensors += self.members.tensors()
+        state.reread = self.state
         return state
 
     def values(self, kind: PhaseKind) -> list[dict[str, float]]:
@@ -188,7 +190,9 @@ class BuiltClan:
         Raises:
             ConfigError: if the dataset is not map-style: without an index there is no common window.
         """
-        self._loader = make_loader(dataset, self.sampler, on_first=self.rounds.ready_data, **options)
+        self._loader = make_loader(
+            dataset, self.sampler, on_first=self.rounds.ready_data, on_next=self.backend.settle, **options
+        )
         return self._loader
 
     def accumulation(self, kind: PhaseKind) -> list[int]:
@@ -203,6 +207,7 @@ class BuiltClan:
         Selection never sees it: give it a test split. After :meth:`finish` it measures the averaged weights if the
         champion was saved with its averaged weights.
         """
+        self.backend.settle()
         asked = num_samples or len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
         window = make_window(self.backend, self.config.fitness, dataset, num_samples=asked, collate_fn=collate_fn)
         is_averaged = self._summary is not None and self._summary.averaged
@@ -222,6 +227,7 @@ class BuiltClan:
         a plain engine inside the member.
         """
         if self._summary is None:
+            self.backend.settle()
             self.rounds.finish()
             run = self._measured_run()
             summary = champion.write(run, champion.choose(run))
@@ -242,6 +248,7 @@ class BuiltClan:
         Returns:
             The name of the committed round, or None if it could not be written; the previous round stays then.
         """
+        self.backend.settle()
         was_aborted = self.members.abort_phase()
         name = self.rounds.commit(begun=not was_aborted)
         self.recorder.stop(name)
@@ -263,6 +270,7 @@ class BuiltClan:
         Raises:
             ClanError: if no member had a finite loss, or the weights could not be written.
         """
+        self.backend.settle()
         return champion.save(self._measured_run(), folder)
 
     def _measured_run(self) -> champion.MeasuredRun:

@@ -15,7 +15,7 @@ from clantune_scale.checkpoint.in_loop import load_state, state_of
 from clantune_scale.checkpoint.opening import Opening
 from clantune_scale.checkpoint.restore import Target
 from clantune_scale.core.rounds import PhaseKind, Position, RoundPlan
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.built_clan import BuiltClan
 from clantune_scale.runtime.decisions import agree_on_loss_scale, decide
 from clantune_scale.runtime.diagnostics import Diagnostics
@@ -46,6 +46,7 @@ class Clan(BuiltClan):
             self._begin_phase()
         else:
             has_begun = self.rounds.restore()
+            self._has_begun = True
             self.recorder.resume(opening, self.rounds.sources)
             self._begin_phase(is_resumed=has_begun)
         change = self.world.membership_change
@@ -63,6 +64,32 @@ class Clan(BuiltClan):
             self.backend.watch(self._on_batch, self._on_loss)
         else:
             self._unwatch = self._watch(self._on_batch, self._on_loss)
+        self.backend.after_resize(1 if self.view.has_one_state else self.config.population_size, self._resized)
+        self.backend.after_load(self._loaded)
+
+    def _resized(self, accumulation: int) -> None:
+        """The script has changed the batch size."""
+        self.expression.follow(accumulation)
+        if self._loader is not None:
+            self._loader.replan()
+
+    def _loaded(self) -> None:
+        """The script has loaded a checkpoint of a run without a clan. The clan begins anew with what it holds.
+
+        Raises:
+            ClanError: if the clan has trained, or goes on from a round of its own.
+        """
+        if self._has_begun:
+            raise ClanError(
+                f"a checkpoint was loaded at step {self.num_steps} of a clan that has trained: the population, the "
+                f"averages and the rollback snapshot are of other weights. Load it right after initialize() or "
+                f"attach(), before the first step; to go on from a round of the clan, set checkpoint.resume and load "
+                f"nothing."
+            )
+        self.phases.begin(self.backend.num_steps)
+        self.progress.phase_snapshot = None
+        self._measure_start()
+        self._begin_phase()
 
     def _on_batch(self, args: tuple, kwargs: dict) -> None:
         if not self.members.in_turns:
@@ -76,6 +103,10 @@ class Clan(BuiltClan):
 
     def _start_anew(self) -> None:
         """All members take one state, are measured once, and get their first genomes."""
+        self._measure_start()
+        self.recorder.start()
+
+    def _measure_start(self) -> None:
         self.members.equalize()
         if self.measurement.ema is not None:
             self.measurement.ema.restart()
@@ -84,10 +115,10 @@ class Clan(BuiltClan):
         self._regroup(0, None)
         if self.strategy.guards:
             self.progress.rollback_snapshot = Snapshot(self.state())
-        self.recorder.start()
 
     def _after_step(self) -> None:
         done = self.phases.advance()
+        self._has_begun = True
         if self.groups.mask is not None:
             self.groups.mask.end_step()
         if self.measurement.ema is not None and done.plan.uses_ema:
@@ -109,6 +140,13 @@ class Clan(BuiltClan):
             if done.ends_round:
                 self._end_round(done.plan)
             self._begin_phase()
+        if not self._is_past_end and self.strategy.lr_factor(done.step) == 0:
+            self._is_past_end = True
+            self.recorder.warn(
+                f"training goes on past total_steps ({self.strategy.facts.total_steps}), where the final decay has "
+                f"brought all learning rates to 0: these steps change nothing. Set total_steps to the length of the "
+                f"whole run before it starts."
+            )
         # The probe costs an all-reduce, so it looks only at the last step of each phase.
         self._probe.is_active = self.phases.position.ends_phase
         self.rounds.step_done()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._utils import _flatten_dense_tensors
 
 from clantune_scale.distributed.groups import ReplicaGroup
+from clantune_scale.gradients.elements import real_elements
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.view import ClanView
 
@@ -123,7 +123,7 @@ def drift_of(masters: Sequence[torch.Tensor], replica_group: ReplicaGroup, group
     """
     sums = torch.zeros(2, dtype=torch.float64, device=masters[0].device)
     for bucket in _buckets(masters):
-        own = _flatten_dense_tensors(bucket).float()
+        own = torch.cat([real_elements(tensor) for tensor in bucket])
         mean = own / replica_group.size
         if replica_group.size > 1:
             dist.all_reduce(mean, group=group)

@@ -115,6 +115,20 @@ class UpdateHooks(Protocol):
     def after_skip(self, callback: Callable[[], None]) -> None:
         """Calls ``callback`` after a step of the loop that updated nothing and is not counted."""
 
+    def after_resize(self, num_members: int, callback: Callable[[int], None]) -> None:
+        """Calls ``callback`` with each member's micro-batches per step when the script changes the batch size.
+
+        Args:
+            num_members: that divide the batch which the script asks for.
+            callback: sets the number.
+        """
+
+    def settle(self) -> None:
+        """Ends a step that the loop has left, and follows a checkpoint that it has loaded, if that is due."""
+
+    def after_load(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` when the script has loaded a checkpoint into the engine, before training goes on."""
+
     @property
     def may_skip_steps(self) -> bool:
         """Whether a step of the loop may update nothing and not be counted, because scaled gradients overflowed."""
@@ -193,6 +207,10 @@ class EngineState(Protocol):
     @property
     def moves_with_weights(self) -> bool:
         """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
+
+    @property
+    def has_inference_weights(self) -> bool:
+        """Whether the optimizer has an evaluation mode, so that the weights that train are not to be measured."""
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights that the optimizer wants to be evaluated and saved.

@@ -21,7 +21,7 @@ from clantune_scale.config.gene_catalogue import build_gene, target_of
 from clantune_scale.config.schema import GeneConfig
 from clantune_scale.core import decay
 from clantune_scale.core.genome import GROUP_KEYS, Gene, chosen_groups, replaces_schedule
-from clantune_scale.errors import ClanError, NoEffectWarning
+from clantune_scale.errors import ClanError, ConfigError, NoEffectWarning
 from clantune_scale.runtime.engine_protocol import TunedEngine
 
 #: Where a parameter group keeps its scheduled learning rate of the last step before the final decay. Torch's
@@ -124,6 +124,21 @@ class Expression:
         self._clip, self._accumulation = backend.clip, backend.accumulation
         self._dropouts = [(module, name, getattr(module, name)) for module, name in _dropouts(backend.module)]
         self._values: Mapping[str, float] = {}
+        self._batch_factor = 1
+
+    def follow(self, accumulation: int) -> None:
+        """Takes over a number of micro-batches per step that the user's script sets, in place of the engine's first.
+
+        Raises:
+            ConfigError: if a gene sets it.
+        """
+        if any(gene.target == "accumulation" for gene in self._between_steps):
+            raise ConfigError(
+                f"the script asks for {accumulation} micro-batches per step and member, and the gene 'accumulation' "
+                f"sets them. Take the gene out of clantune.genes, or leave the batch size to it."
+            )
+        self._accumulation = accumulation
+        self._backend.accumulation = accumulation * self._batch_factor
 
     def express(self, values: Mapping[str, float], *, batch_factor: int = 1) -> None:
         """Puts ``values`` (by gene name) into effect from the next step on.
@@ -135,6 +150,7 @@ class Expression:
         self._values = dict(values)
         for gene in self._between_steps:
             self._set(gene, values[gene.name])
+        self._batch_factor = batch_factor
         wanted = self.accumulation(values) * batch_factor
         if self._backend.accumulation != wanted:
             self._backend.accumulation = wanted

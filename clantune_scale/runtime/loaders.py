@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from clantune_scale.config.schema import FitnessConfig
 from clantune_scale.core.rounds import PhaseKind
-from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan
+from clantune_scale.data.sampler import ClanBatchSampler, ClanDataLoader, StepPlan, is_map_style
 from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.engine_protocol import EnginePlace
 from clantune_scale.runtime.validation_window import ValidationWindow
@@ -50,7 +50,12 @@ def make_sampler(
 
 
 def make_loader(
-    dataset: Dataset, sampler: Callable[[int], ClanBatchSampler], *, on_first: Callable[[], None], **options: Any
+    dataset: Dataset,
+    sampler: Callable[[int], ClanBatchSampler],
+    *,
+    on_first: Callable[[], None],
+    on_next: Callable[[], None],
+    **options: Any,
 ) -> ClanDataLoader:
     """This rank's loader over a map-style dataset.
 
@@ -58,17 +63,18 @@ def make_loader(
         dataset: map-style.
         sampler: makes the batch sampler from the dataset's length.
         on_first: called before the first batch is read.
+        on_next: called before each batch is read.
         options: for torch's ``DataLoader``.
 
     Raises:
         ConfigError: if the dataset has no length or no index, so that samples cannot be read again.
     """
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not is_map_style(dataset):
         raise ConfigError(
             f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
             f"must read the same samples again. Pass a map-style dataset, or make your own loader."
         )
-    return ClanDataLoader(dataset, sampler(len(dataset)), on_first=on_first, **options)
+    return ClanDataLoader(dataset, sampler(len(dataset)), on_first=on_first, on_next=on_next, **options)
 
 
 def make_window(

@@ -153,6 +153,7 @@ class InGroups:
 
     def __init__(self, parts: MemberParts, transfers: Transfers) -> None:
         self._parts, self._transfers = parts, transfers
+        self._has_looked = False
 
     @property
     def meter(self) -> LossMeter:
@@ -199,7 +200,10 @@ class InGroups:
         """Does nothing: no batch is used twice."""
 
     def step_done(self) -> None:
-        """Does nothing: all members step at once."""
+        """After the first step, looks for optimizer state that no clone would move: most of it exists only now."""
+        if not self._has_looked:
+            self._has_looked = True
+            self._parts.state()
 
     def run_turns(self) -> bool:
         return True

@@ -30,6 +30,11 @@ class PhaseManager:
         return self.position.phase.kind is PhaseKind.COOPERATIVE and not self._is_suspended
 
     @property
+    def first_step(self) -> int:
+        """At which the first round started."""
+        return self.clock.first_step
+
+    @property
     def averaged_before(self) -> bool:
         """Whether the round before measured averaged weights; true for the first round, which restarts none."""
         index = self.position.plan.index
@@ -49,9 +54,16 @@ class PhaseManager:
         self.clock.regroup(index, teams)
         self.position = self.clock.at(self.position.step)
 
-    def resume(self, step: int, past: Sequence[RoundPlan], teams: tuple[int, ...] | None) -> None:
+    def resume(
+        self, step: int, past: Sequence[RoundPlan], teams: tuple[int, ...] | None, *, first_step: int = 0
+    ) -> None:
         """Moves to ``step`` completed optimizer steps, after finished rounds (``RoundClock.resume``)."""
-        self.clock.resume(past, teams)
+        self.clock.resume(past, teams, first_step=first_step)
+        self.position = self.clock.at(step)
+
+    def begin(self, step: int) -> None:
+        """Begins a run at ``step`` completed optimizer steps, whatever was planned before."""
+        self.clock.resume((), None, first_step=step)
         self.position = self.clock.at(step)
 
     def rewind(self, step: int) -> None:

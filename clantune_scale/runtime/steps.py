@@ -31,6 +31,9 @@ class Steps(Protocol):
     def may_skip_steps(self) -> bool:
         """Whether a step may update nothing, because scaled gradients overflowed."""
 
+    def settle(self) -> None:
+        """Ends a step that the loop has left, and follows a checkpoint that it has loaded, if that is due."""
+
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """The context of one micro-batch's forward and backward. Gradients cross ranks in the step's last one only."""
 
@@ -69,6 +72,7 @@ def new_step(engine: Steps, batches: Iterator[Any], on_batch: Callable[[Any], No
     Raises:
         ClanError: if the loop's body took no optimizer step.
     """
+    engine.settle()
     yield from _checked(engine, Step(engine, batches, size=engine.accumulation, on_batch=on_batch))
 
 
@@ -80,6 +84,7 @@ def repeated_step(engine: Steps, batches: list[Any]) -> Iterator[Step]:
 def _checked(engine: Steps, step: Step) -> Iterator[Step]:
     before = engine.num_steps
     yield step
+    engine.settle()
     if engine.num_steps == before and not engine.may_skip_steps:
         raise ClanError(
             f"no optimizer step was taken after {before}. Inside `for step in clan.steps(loader)`, call "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, default_collate
 
 from clantune_scale.data.containers import tensors_in
+from clantune_scale.data.sampler import is_map_style
 from clantune_scale.errors import ConfigError, EvaluationError
 from clantune_scale.runtime.engine_protocol import Evaluates
 
@@ -89,10 +90,10 @@ class ValidationWindow:
         dp_size: int,
         collate_fn: Callable[[list], Any] | None = None,
     ) -> None:
-        if not hasattr(dataset, "__len__"):
+        if not is_map_style(dataset):
             raise ConfigError(
-                f"eval_data is a {type(dataset).__name__} without a length, and every member must see the same "
-                f"examples of it. Pass a map-style dataset, with __len__ and __getitem__."
+                f"eval_data is a {type(dataset).__name__} without a length or an index, and every member must see the "
+                f"same examples of it. Pass a map-style dataset, with __len__ and __getitem__."
             )
         available = min(num_samples, len(dataset))
         if available < dp_size:

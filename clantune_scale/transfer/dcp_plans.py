@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from clantune_scale.transfer.memory import memory_of
 from clantune_scale.transfer.state import MemberState
 from clantune_scale.transfer.transport import OnReceived
 
@@ -51,8 +52,9 @@ class WatchedLoadPlanner(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         if self._on_received is not None and tensor.numel():
-            self._on_received(self._count, tensor.view(-1).view(torch.uint8))
-            self._count += 1
+            for memory in memory_of(tensor):
+                self._on_received(self._count, memory.view(torch.uint8))
+                self._count += 1
         super().commit_tensor(read_item, tensor)
 
 

@@ -76,13 +76,16 @@ class Route:
         return chain[index + 1] if index + 1 < len(chain) else None
 
 
-def agree(state: MemberState, donors: Sequence[int], replica_group: ReplicaGroup) -> None:
-    """Checks, before a byte moves, that all peers have the same plan and the same layout.
+def agree(state: MemberState, donors: Sequence[int], replica_group: ReplicaGroup) -> MemberState:
+    """Checks, before a byte moves, that all peers have the same plan, and lays recipients out as their donors are.
 
     Args:
         state: this rank's live state.
         donors: by member.
         replica_group: this rank and its peers.
+
+    Returns:
+        The state. A recipient's has just the optimizer state that its donor's has.
 
     Raises:
         DivergenceError: if members ask for different transfers, or their states are laid out differently.
@@ -92,10 +95,18 @@ def agree(state: MemberState, donors: Sequence[int], replica_group: ReplicaGroup
         raise DivergenceError(
             f"members ask for different transfers: {plans}, by member. This is a bug. Please report it."
         )
-    difference = replica_group.first_difference(state.manifest(), noun="tensors")
+    member = replica_group.member
+    if replica_group.first_difference(state.optimizer_entries(), noun="entries") is not None:
+        # A member whose parameters have had no gradient yet has no optimizer state for them, or its donor has none.
+        entries = replica_group.gather_json(state.optimizer_entries())
+        if donors[member] != member:
+            state = state.with_optimizer_state(entries[donors[member]])
+    difference = replica_group.first_difference(state.layout(), noun="tensors", others=donors)
     if difference is not None:
         other, theirs, ours = difference
         raise DivergenceError(
-            f"member {other}'s state is laid out differently from member 0's: {theirs} against {ours}. "
-            f"Give all members the same model, optimizer and ZeRO settings, and freeze the same parameters."
+            f"member {other}'s state is laid out differently from member {donors[other]}'s: {theirs} against {ours}. "
+            f"Give all members the same model, optimizer and ZeRO settings, and freeze the same parameters. If a "
+            f"buffer grows with the batches that a member sees, register it with persistent=False."
         )
+    return state

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from clantune_scale.transfer.memory import memory_of, order_of
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -46,6 +48,7 @@ class MemberState:
             None if the backend has all of its state from the start.
         logical: returns, by tensor name, the slices of logical vectors that the tensor holds, for a resume on another
             number of data-parallel ranks. None if the backend does not know them.
+        reread: makes this state anew, after ``grow`` has changed which tensors there are.
     """
 
     tensors: list[tuple[str, torch.Tensor]]
@@ -54,6 +57,7 @@ class MemberState:
     refresh: Callable[[], None] = field(repr=False)
     grow: Callable[[Collection[str]], None] | None = field(default=None, repr=False)
     logical: Callable[[], dict[str, list[Piece]] | None] | None = field(default=None, repr=False)
+    reread: Callable[[], MemberState] | None = field(default=None, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -64,23 +68,42 @@ class MemberState:
         """[name, shape, dtype] of every tensor, in order. Donor and recipient must have the same manifest."""
         return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.tensors]
 
+    def layout(self) -> list[list[Any]]:
+        """The manifest, and strides where memory is in another order than axes; equal layouts give equal pieces."""
+        strides = [order_of(tensor) for _, tensor in self.tensors]
+        return [[*entry, *([own] if own else [])] for entry, own in zip(self.manifest(), strides, strict=True)]
+
+    def optimizer_entries(self) -> list[str]:
+        """The names of all optimizer state, in the form of tensor names: tensors and numbers alike."""
+        return optimizer_entries([name for name, _ in self.tensors], self.scalars)
+
+    def with_optimizer_state(self, entries: Collection[str]) -> MemberState:
+        """This state with just the optimizer state that ``entries`` name; the values of what is made are to be loaded.
+
+        Most optimizers make state for a parameter when it first has a gradient. So states differ in what they have
+        before the first step, or if some parameters got no gradient yet.
+
+        Args:
+            entries: from :meth:`optimizer_entries` of another state.
+        """
+        own, wanted = set(self.optimizer_entries()), set(entries)
+        if own == wanted or self.grow is None or self.reread is None:
+            return self
+        # State that has entries too many is made anew.
+        kept = {_parameter_of(name) for name in own} - {_parameter_of(name) for name in own ^ wanted}
+        self.grow([name for name in own if _parameter_of(name) in kept])
+        self.grow(sorted(wanted))
+        return self.reread()
+
     def pieces(self, max_bytes: int) -> Iterator[list[torch.Tensor]]:
         """The tensors' bytes in buckets: lists of uint8 views of live memory, at most ``max_bytes`` each.
 
         Args:
             max_bytes: of a bucket.
-
-        Raises:
-            ValueError: if a tensor is not contiguous. Its bytes cannot be viewed in place.
         """
         bucket: list[torch.Tensor] = []
         room = max_bytes
-        for name, tensor in self.tensors:
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} of shape {list(tensor.shape)} has strides {tensor.stride()}: not contiguous")
-            flat = (
-                tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
-            )
+        for flat in (memory.view(torch.uint8) for _, tensor in self.tensors for memory in memory_of(tensor)):
             while flat.numel():
                 head, flat = flat[:room], flat[room:]
                 if bucket and bucket[0].device != head.device:
@@ -93,6 +116,17 @@ class MemberState:
                     bucket, room = [], max_bytes
         if bucket:
             yield bucket
+
+
+def optimizer_entries(names: Collection[str], scalars: Mapping[str, Any]) -> list[str]:
+    """The names of the optimizer state among tensor names and scalars; see :meth:`MemberState.optimizer_entries`."""
+    counts = scalars.get("optimizer", {}).get("counts", [])
+    numbers = [f"optimizer.{index}.{name}" for index, own in enumerate(counts) for name in own]
+    return [name for name in names if name.startswith("optimizer.")] + numbers
+
+
+def _parameter_of(entry: str) -> str:
+    return entry.split(".")[1]
 
 
 _DIGEST_WORDS = 1 << 17
@@ -135,7 +169,7 @@ class Snapshot:
 
     Restoring it leaves the engine's step counts, the schedule and the data order as they are: the steps were taken, and
     only their effect on the weights is undone. Optimizer state that did not exist when the snapshot was taken (most
-    optimizers make theirs in the first step) is set to zero, its initial value.
+    optimizers make theirs in the first step) is dropped, so that the optimizer makes it anew.
     """
 
     def __init__(self, state: MemberState) -> None:
@@ -166,16 +200,14 @@ class Snapshot:
             ValueError: if the state does not have the tensors that it had when the snapshot was taken.
         """
         saved = dict(self.tensors)
+        state = state.with_optimizer_state(optimizer_entries(saved, self.scalars))
         live = dict(state.tensors)
-        unknown = [name for name in live if name not in saved and not name.startswith("optimizer.")]
+        unknown = [name for name in live if name not in saved]
         lost = [name for name in saved if name not in live]
         if unknown or lost:
             raise ValueError(f"the snapshot does not fit the state: it lacks {unknown[:3]} and has {lost[:3]} too many")
         for name, tensor in live.items():
-            if name in saved:
-                tensor.copy_(saved[name])
-            else:
-                tensor.zero_()
+            tensor.copy_(saved[name])
         state.load_scalars(self.scalars)
         state.refresh()
 
@@ -206,7 +238,7 @@ def grow_optimizer(
     for key in keys:
         key.grad = None
     for key in lacking:
-        key.grad = torch.zeros_like(key)
+        key.grad = _zero_gradient(optimizer, key)
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
@@ -217,6 +249,14 @@ def grow_optimizer(
         key.grad = gradient
     for group, learning_rate in zip([g for g in optimizer.param_groups if "lr" in g], learning_rates, strict=True):
         group["lr"] = learning_rate
+
+
+def _zero_gradient(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
+    if not isinstance(optimizer, torch.optim.SparseAdam):
+        return torch.zeros_like(parameter)
+    # It takes sparse gradients only. One row of zeros moves nothing.
+    indices = torch.zeros((parameter.dim(), 1), dtype=torch.long, device=parameter.device)
+    return torch.sparse_coo_tensor(indices, parameter.new_zeros(1), parameter.shape)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class Transfers:
         """
         start = time.perf_counter()
         self.require_consistent()
-        agree(state, donors, self._replica_group)
+        state = agree(state, donors, self._replica_group)
         if all(member == donor for member, donor in enumerate(donors)):
             return TransferReport(0, time.perf_counter() - start)
         member, donor = self._replica_group.member, donors[self._replica_group.member]

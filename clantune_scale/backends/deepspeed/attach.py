@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -21,7 +21,7 @@ from clantune_scale.config.deepspeed_file import extract, load_ds_config
 from clantune_scale.config.deepspeed_limits import EngineFacts, refusals, zero_stage
 from clantune_scale.config.deepspeed_values import block_of, steps_of
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.data.sampler import ClanDataLoader, require_samples
+from clantune_scale.data.sampler import ClanDataLoader, is_map_style, require_samples
 from clantune_scale.distributed import world
 from clantune_scale.distributed.one_world import one_world
 from clantune_scale.distributed.topology import Topology
@@ -269,12 +269,13 @@ def _num_samples(training_data: Dataset[Any] | None) -> int | None:
     """The examples of the training data; None if the user feeds the engine."""
     if training_data is None:
         return None
-    if not isinstance(training_data, Sized):
+    if not is_map_style(training_data):
         raise ConfigError(
-            f"training_data is a {type(training_data).__name__} without a length, and the clan deals its examples out "
-            f"by number. Pass a map-style dataset, or leave training_data out and feed the engine yourself."
+            f"training_data is a {type(training_data).__name__} without a length or an index, and the clan deals "
+            f"its examples out by number. Pass a map-style dataset, or leave training_data out and feed the engine "
+            f"yourself."
         )
-    return len(training_data)
+    return len(training_data)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
 
 def _refuse_before_joining(passed: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:

@@ -14,13 +14,14 @@ import torch
 
 from clantune_scale.backends.deepspeed import sharing, weights
 from clantune_scale.backends.deepspeed import state as training_state
+from clantune_scale.backends.deepspeed.batch_size import hook_batch_size
 from clantune_scale.backends.deepspeed.loop_scheduler import call_after_step, with_scheduler
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
-from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
+from clantune_scale.backends.deepspeed.refusals import refuse_unsupported
+from clantune_scale.backends.torch.optimizers import has_modes
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.containers import to_device
-from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.line.decays import decay_rule
@@ -53,7 +54,7 @@ class DeepSpeedBackend:
         self._undo: list[Callable[[], None]] = []
         # Whether the loop makes its loss of the model's outputs by itself.
         self._has_foreign_loss = False
-        _refuse_unsupported(engine)
+        refuse_unsupported(engine)
 
     @cached_property
     def place(self) -> MemberCoordinates:
@@ -121,7 +122,8 @@ class DeepSpeedBackend:
 
     @accumulation.setter
     def accumulation(self, value: int) -> None:
-        self.engine.set_train_batch_size(value * self.micro_batch_size * self.dp_size)
+        # The class's method: the instance's is the script's way to change the batch size.
+        type(self.engine).set_train_batch_size(self.engine, value * self.micro_batch_size * self.dp_size)
         # DeepSpeed's step boundary is micro_steps modulo the accumulation. Without the reset it would shift.
         self.engine.micro_steps = 0
         if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
@@ -133,10 +135,16 @@ class DeepSpeedBackend:
     def masters(self) -> list[torch.Tensor]:
         return training_state.masters(self.engine)
 
-    moves_with_weights = True
+    @property
+    def moves_with_weights(self) -> bool:
+        return not has_modes(self.engine.basic_optimizer)
+
+    @property
+    def has_inference_weights(self) -> bool:
+        return has_modes(self.engine.basic_optimizer)
 
     def inference_weights(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return training_state.inference_weights(self.engine)
 
     def groups_of_masters(self) -> list[int]:
         return training_state.groups_of_masters(self.engine)
@@ -176,6 +184,26 @@ class DeepSpeedBackend:
         for args, kwargs in calls:
             self.engine.backward(loss_of(self.engine(*args, **kwargs)))
             self.engine.step()
+
+    def after_resize(self, num_members: int, callback: Callable[[int], None]) -> None:
+        """Hooks ``engine.set_train_batch_size``, which is given the batch of all members."""
+        self._undo += hook_batch_size(self.engine, num_members, callback)
+
+    def settle(self) -> None:
+        """Does nothing: a step ends in the engine's own call."""
+
+    def after_load(self, callback: Callable[[], None]) -> None:
+        """Hooks ``engine.load_checkpoint``."""
+        load = self.engine.load_checkpoint
+
+        @wraps(load)
+        def load_then_call(*args: Any, **kwargs: Any) -> Any:
+            found = load(*args, **kwargs)
+            if found[0] is not None:
+                callback()
+            return found
+
+        self._undo.append(replace_method(self.engine, "load_checkpoint", load_then_call))
 
     # Skipped steps are counted.
     may_skip_steps = False
@@ -304,28 +332,3 @@ class DeepSpeedBackend:
     def detach(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-def _refuse_unsupported(engine: Any) -> None:
-    """Refuses settings whose state or gradients this backend does not find."""
-    training_state.optimizer_kind(engine)
-    facts = EngineFacts(
-        zero_stage=engine.zero_optimization_stage(),
-        fp16=engine.fp16_enabled(),
-        half_autocast=engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
-        nvme_parts=tuple(part for part in ("offload_param", "offload_optimizer") if _offloads_to_nvme(engine, part)),
-        managed_accumulation=engine.managed_gradient_accumulation(),
-        multi_rank_buckets=getattr(engine.optimizer, "use_multi_rank_bucket_allreduce", True),
-        has_moe=engine.has_moe_layers,
-        has_stages=engine.pipeline_parallelism,
-        autotp_size=engine.autotp_size(),
-        sequence_size=engine.sequence_parallel_size,
-    )
-    for refusal in refusals(facts):
-        raise ConfigError(refusal)
-
-
-def _offloads_to_nvme(engine: Any, part: str) -> bool:
-    settings = engine.zero_offload_param() if part == "offload_param" else engine.zero_offload_optimizer()
-    device = getattr(settings, "device", None)
-    return str(getattr(device, "value", device)) == "nvme"

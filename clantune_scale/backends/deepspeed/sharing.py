@@ -8,9 +8,11 @@ reduction stream. The pipeline engine sums tied gradients over its stages first,
 
 If DeepSpeed reduces during backward (ZeRO 1 and 2 with ``overlap_comm``, ZeRO 3), so does the clan. NCCL requires all
 ranks to post collectives in the same order. This holds because each clan collective replaces one of DeepSpeed's or
-directly follows it, on the same thread and stream, and DeepSpeed posts its own in the same order on all ranks. Ranks
-that share gradients must run the same graph: the same layers, frozen parameters and number of backward passes.
-``tests/backends/test_deepspeed_overlap.py`` compares the order over ranks.
+directly follows it, on the same thread and stream, and DeepSpeed posts its own in the same order on all ranks.
+
+ZeRO 0 and 1 average layer by layer: a layer that only some ranks used has zero gradients on the others. ZeRO 2, ZeRO 3
+and ``overlap_comm`` reduce layers as backward comes to them. There, ranks that share gradients must run the same graph:
+the same layers, frozen parameters and number of backward passes. Ranks compare what they posted once per phase.
 
 The replaced methods are private ones of DeepSpeed 0.19, which has no public interface for this.
 ``tests/backends/test_deepspeed_contract.py`` checks that the installed version has them.
@@ -34,12 +36,59 @@ def share(engine: Any, sharing: GradientSharing) -> list[Callable[[], None]]:
     Returns:
         Functions that remove the hooks.
     """
-    stage = engine.zero_optimization_stage()
+    stage, check = engine.zero_optimization_stage(), _check_order(engine, sharing)
     if stage == 3:
-        return [_share_partitions(engine.optimizer, sharing)]
+        return [check, _share_partitions(engine.optimizer, sharing)]
     if type(engine.optimizer).__name__ == "DeepSpeedZeroOptimizer":
-        return [_share_zero_buckets(engine.optimizer, sharing), _share_contiguous(engine.optimizer, sharing)]
-    return [_share_engine_buckets(engine, sharing)]
+        return [
+            check,
+            _share_zero_buckets(engine.optimizer, sharing),
+            _share_contiguous(engine.optimizer, sharing),
+            _fill_unused(engine.optimizer, sharing),
+        ]
+    return [check, _share_engine_buckets(engine, sharing)]
+
+
+def _check_order(engine: Any, sharing: GradientSharing) -> Callable[[], None]:
+    """Before an update, compares what ranks posted: in the first step that is shared, then once per phase."""
+    take_step, order = engine._take_model_step, sharing.order
+    has_gradients = any(parameter.requires_grad for parameter in engine.module.parameters())
+    has_checked = False
+
+    def take_checked_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal has_checked
+        team = sharing.team()
+        if len(team) > 1 and has_gradients:
+            order.require_posted(engine.global_steps)
+            if sharing.probe.is_active or not has_checked:
+                has_checked = True
+                order.check(sharing.groups.replica_group(team), engine.device)
+        order.end_step()
+        return take_step(*args, **kwargs)
+
+    return replace_method(engine, "_take_model_step", take_checked_step)
+
+
+def _fill_unused(optimizer: Any, sharing: GradientSharing) -> Callable[[], None]:
+    """ZeRO 1 packs the gradients that there are: a layer that this rank did not use gets zeros, and keeps its place."""
+    reduce = optimizer.reduce_gradients
+
+    def reduce_gradients(*args: Any, **kwargs: Any) -> Any:
+        if len(sharing.team()) > 1 and not optimizer.overlap_comm:
+            for parameter in (p for group in optimizer.bit16_groups for p in group if p.requires_grad):
+                if optimizer.get_gradient_for_reduction(parameter) is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                    if optimizer.use_grad_accum_attribute:
+                        optimizer._fill_param_grad_accum_attribute(parameter)
+        return reduce(*args, **kwargs)
+
+    return replace_method(optimizer, "reduce_gradients", reduce_gradients)
+
+
+def _parameters_in(optimizer: Any, dtype: torch.dtype) -> list[int]:
+    """ZeRO 1 and 2: the numbers of the parameters whose gradients are reduced now."""
+    bucket = optimizer.ipg_buckets.get(dtype)
+    return [] if bucket is None else [number for _, _, number in bucket.params]
 
 
 def _share_engine_buckets(engine: Any, sharing: GradientSharing) -> Callable[[], None]:
@@ -57,6 +106,8 @@ def _share_engine_buckets(engine: Any, sharing: GradientSharing) -> Callable[[],
         if sharing.probe.is_active:
             # The reduction works in place, and the clan's mean still needs the bucket.
             own = reduce([gradient.clone() for gradient in bucket], dp_group, dp_world_size)
+        for gradient in bucket:
+            sharing.order.note("bucket", gradient)
         sharing.groups.weigh(bucket, team)
         mean = reduce(bucket, clan, divisor)
         if own is None:
@@ -87,6 +138,8 @@ def _share_zero_buckets(optimizer: Any, sharing: GradientSharing) -> Callable[[]
         if sharing.probe.is_active:
             copies = [gradient.clone() for gradient in bucket]
             own = reduce(copies, communication_data_type, process_group=process_group, **options)
+        for gradient in bucket:
+            sharing.order.note(f"bucket {_parameters_in(optimizer, communication_data_type)}", gradient)
         sharing.groups.weigh(bucket, team)
         if not divide:
             # The caller has divided by the member's degree. Dividing by the rest before the sum keeps a 16-bit sum over
@@ -109,6 +162,7 @@ def _share_contiguous(optimizer: Any, sharing: GradientSharing) -> Callable[[], 
         team = sharing.team()
         if len(team) == 1:
             return reduce(tensor, communication_data_type)
+        sharing.order.note(f"bucket {_parameters_in(optimizer, communication_data_type)}", tensor)
         own = reduce(tensor.clone(), communication_data_type) if sharing.probe.is_active else None
         sharing.groups.weigh([tensor], team)
         in_member = optimizer.dp_process_group
@@ -133,6 +187,7 @@ def _share_partitions(optimizer: Any, sharing: GradientSharing) -> Callable[[], 
         team = sharing.team()
         if len(team) > 1 and grad_partitions:
             own = _flatten_dense_tensors(grad_partitions)
+            sharing.order.note(f"partitions {[parameter.ds_id for parameter in params_to_release]}", own)
             # In place if the probe does not need the member's own: DeepSpeed does not use the buffer again.
             mean = own.clone() if sharing.probe.is_active else own
             sharing.groups.weigh([mean], team)

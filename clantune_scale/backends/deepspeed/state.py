@@ -14,7 +14,14 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from clantune_scale.backends.deepspeed import pieces
-from clantune_scale.backends.torch.state import group_numbers, load_group_numbers
+from clantune_scale.backends.torch.hidden_state import require_known_keys, require_plain, require_plain_groups
+from clantune_scale.backends.torch.optimizers import has_modes
+from clantune_scale.backends.torch.state import (
+    group_numbers,
+    is_number,
+    load_group_numbers,
+    persistent_buffers,
+)
 from clantune_scale.errors import ConfigError
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.state import Piece, grow_optimizer, merged, plain
@@ -139,6 +146,10 @@ def without_trace(engine: Any) -> Iterator[None]:
 
 def member_state(engine: Any) -> MemberState:
     """This rank's training state: masters, moments, frozen parameters, buffers; step counts, loss scale, schedule."""
+    inner = engine.basic_optimizer
+    require_plain_groups(type(inner).__name__, inner.param_groups)
+    updated = [parameter for group in inner.param_groups for parameter in group["params"]]
+    require_known_keys(type(inner).__name__, inner.state, [*masters(engine), *updated])
     return MemberState(
         tensors=list(_tensors(engine)),
         scalars={"optimizer": _optimizer_scalars(engine), "schedule": _schedule_scalars(engine)},
@@ -146,6 +157,7 @@ def member_state(engine: Any) -> MemberState:
         refresh=lambda: refresh(engine),
         grow=lambda names: _grow(engine, names),
         logical=lambda: _logical(engine),
+        reread=lambda: member_state(engine),
     )
 
 
@@ -173,18 +185,44 @@ def _grow(engine: Any, names: Collection[str]) -> None:
     """Makes optimizer state for exactly the masters whose state is among ``names`` (see ``MemberState.grow``)."""
     wanted = {int(name.split(".")[1]) for name in names if name.startswith("optimizer.")}
     keys, inner = masters(engine), engine.basic_optimizer
-    if optimizer_kind(engine) != "DeepSpeedZeroOptimizer_Stage3":
+    with _all_masters(engine):
         grow_optimizer(inner, keys, wanted)
+
+
+@contextmanager
+def _all_masters(engine: Any) -> Iterator[None]:
+    """Inside, the inner optimizer's groups hold all of its masters."""
+    if optimizer_kind(engine) != "DeepSpeedZeroOptimizer_Stage3":
+        yield
         return
     # ZeRO 3 gives the optimizer one master at a time, and none between steps.
-    hidden = [group["params"] for group in inner.param_groups]
-    for index, group in enumerate(inner.param_groups):
-        group["params"] = [
-            key for place, key in enumerate(keys) if engine.optimizer.sub_group_to_group_id[place] == index
-        ]
-    grow_optimizer(inner, keys, wanted)
-    for group, params in zip(inner.param_groups, hidden, strict=True):
-        group["params"] = params
+    groups, places = engine.basic_optimizer.param_groups, engine.optimizer.sub_group_to_group_id
+    hidden = [group["params"] for group in groups]
+    for index, group in enumerate(groups):
+        group["params"] = [key for place, key in enumerate(masters(engine)) if places[place] == index]
+    try:
+        yield
+    finally:
+        for group, params in zip(groups, hidden, strict=True):
+            group["params"] = params
+
+
+@contextmanager
+def inference_weights(engine: Any) -> Iterator[None]:
+    """Inside, the optimizer is in its evaluation mode, if it has one, and the model holds the weights of that mode."""
+    inner = engine.basic_optimizer
+    if not has_modes(inner):
+        yield
+        return
+    with _all_masters(engine):
+        inner.eval()
+    refresh(engine)
+    try:
+        yield
+    finally:
+        with _all_masters(engine):
+            inner.train()
+        refresh(engine)
 
 
 def counters(engine: Any) -> dict[str, int]:
@@ -198,23 +236,19 @@ def load_counters(engine: Any, saved: Mapping[str, int]) -> None:
         setattr(engine, name, saved[name])
 
 
-def _is_scalar(value: torch.Tensor) -> bool:
-    """Whether a tensor is a step count. torch keeps them in zero-dimensional tensors, often on the CPU."""
-    return value.numel() == 1 and value.dim() == 0
-
-
 def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     state = engine.basic_optimizer.state
     for index, master in enumerate(masters(engine)):
         yield f"master.{index}", master.data
         moments = state.get(master, {})
         for name in sorted(moments):
-            if torch.is_tensor(moments[name]) and not _is_scalar(moments[name]):
+            require_plain(type(engine.basic_optimizer).__name__, name, moments[name])
+            if torch.is_tensor(moments[name]) and not is_number(moments[name]):
                 yield f"optimizer.{index}.{name}", moments[name]
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             yield f"frozen.{name}", parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in persistent_buffers(engine.module):
         yield f"buffer.{name}", buffer.data
 
 
@@ -230,7 +264,7 @@ def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value.item() if torch.is_tensor(value) else value
         for name, value in entries.items()
-        if isinstance(value, bool | int | float) or (torch.is_tensor(value) and _is_scalar(value))
+        if isinstance(value, bool | int | float) or (torch.is_tensor(value) and is_number(value))
     }
 
 
@@ -249,12 +283,11 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
     optimizer_scalars = scalars["optimizer"]
     for master, counts in zip(masters(engine), optimizer_scalars["counts"], strict=True):
         entries = inner.state.get(master, {})
-        for name in _counts(entries):
-            # An optimizer that has not stepped has no state to send. Its counts are zero.
+        for name, count in counts.items():
             if torch.is_tensor(entries[name]):
-                entries[name].fill_(counts.get(name, 0))
+                entries[name].fill_(count)
             else:
-                entries[name] = counts.get(name, 0)
+                entries[name] = count
     load_group_numbers(inner.param_groups, optimizer_scalars["groups"])
     if optimizer_scalars["loss_scale"] is not None:
         set_loss_scale(engine, optimizer_scalars["loss_scale"])

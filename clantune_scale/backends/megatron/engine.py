@@ -108,6 +108,8 @@ class MegatronBackend:
 
     moves_with_weights = True
 
+    has_inference_weights = False
+
     def inference_weights(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -147,6 +149,24 @@ class MegatronBackend:
 
     def after_skip(self, callback: Callable[[], None]) -> None:
         """Does nothing: every step of the loop is counted."""
+
+    def after_resize(self, num_members: int, callback: Callable[[int], None]) -> None:
+        """Does nothing: Megatron's loop has no batch size but the clan's."""
+
+    def settle(self) -> None:
+        """Does nothing: a step ends in the engine's own call."""
+
+    def after_load(self, callback: Callable[[], None]) -> None:
+        """Refuses ``optimizer.load_state_dict``: Megatron loads a checkpoint in parts, and says at no point that it is
+        whole."""
+
+        def load_state_dict(*_: Any, **__: Any) -> None:
+            raise ClanError(
+                "a checkpoint is loaded into an optimizer that a clan is attached to, and the clan would go on from "
+                "where it began. Load it before attach_megatron(), or resume the clan's own rounds (checkpoint.resume)."
+            )
+
+        self._undo.append(replace_method(self._optimizer, "load_state_dict", load_state_dict))
 
     def clear_gradients(self) -> None:
         self.engine.zero_grad_buffer()

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from clantune_scale.backends.torch.optimizers import schedulers_in
 from clantune_scale.backends.torch.state import member_state as plain_state
+from clantune_scale.backends.torch.state import persistent_buffers
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.state import grow_optimizer
 
@@ -81,7 +82,7 @@ def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler:
     """
     trained = [(str(index), master) for index, master in enumerate(masters(optimizer))]
     fixed: list[tuple[str, torch.Tensor]] = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
-    fixed += list(module.named_buffers())
+    fixed += persistent_buffers(module)
     schedulers = [_Schedule(scheduler)] if hasattr(scheduler, "num_steps") else schedulers_in(scheduler)
     state = plain_state(
         _Inner(optimizer),
@@ -103,6 +104,7 @@ def member_state(model: Any, module: torch.nn.Module, optimizer: Any, scheduler:
 
     state.load_scalars = load
     state.grow = lambda names: _grow(optimizer, names)
+    state.reread = lambda: member_state(model, module, optimizer, scheduler)
     return state
 
 

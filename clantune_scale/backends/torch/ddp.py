@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from clantune_scale.backends.torch.engine import LoopBackend
+from clantune_scale.backends.torch.used import UsedInClan
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.posting_order import PostingOrder
@@ -57,20 +58,20 @@ class DDPBackend(LoopBackend):
     ) -> None:
         """Registers one communication hook for good, as DDP accepts no second one. It reads the team in each step."""
         self._probe = probe or self._probe
-        self._sharing = BucketSharing(self.dp_group, team, groups, self._probe, self._order)
+        self._sharing = BucketSharing(self._ddp, team, groups, self._probe, self._order)
         self._ddp.register_comm_hook(self._sharing, average_bucket)
         self._undo.append(self._sharing.stay_in_member)
 
     def _check_order(self) -> None:
         if self._sharing is not None:
-            self._sharing.check_order(self.device)
+            self._sharing.check_order(self.device, self.num_steps)
 
 
 class BucketSharing:
     """What the communication hook reads.
 
     Args:
-        member_group: all ranks of the member.
+        ddp: the member's, over all its ranks.
         team: returns the members that share gradients in the current step. This member is one of them.
         groups: the stand-alone groups that cross members.
         probe: compares the member's own gradient with the clan's, in the steps in which it is active.
@@ -79,13 +80,14 @@ class BucketSharing:
 
     def __init__(
         self,
-        member_group: Any,
+        ddp: DistributedDataParallel,
         team: Callable[[], tuple[int, ...]],
         groups: GradientGroups,
         probe: GradientProbe,
         order: PostingOrder,
     ) -> None:
-        self.member_group, self.probe, self.order = member_group, probe, order
+        self.member_group, self.probe, self.order = ddp.process_group, probe, order
+        self.used = UsedInClan(ddp)
         self._team, self._groups = team, groups
         self._is_in_member = False
         self._has_checked = False
@@ -108,8 +110,19 @@ class BucketSharing:
         """Stops sharing for good. DDP cannot remove a hook, so the hook then averages inside the member."""
         self._is_in_member = True
 
-    def check_order(self, device: torch.device) -> None:
-        """Compares what ranks posted: in the first step in which they share gradients, then once per phase."""
+    def check_order(self, device: torch.device, num_steps: int) -> None:
+        """Compares what ranks posted: in the first step in which they share gradients, then once per phase.
+
+        Args:
+            device: of the gradients.
+            num_steps: that are done.
+
+        Raises:
+            ClanError: if this rank has posted nothing.
+            DivergenceError: if ranks posted different collectives.
+        """
+        if self.is_sharing:
+            self.order.require_posted(num_steps)
         if self.is_sharing and (self.probe.is_active or not self._has_checked):
             self._has_checked = True
             self.order.check(self.group, device)
@@ -129,7 +142,7 @@ def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.fut
     own = None
     if sharing.is_sharing:
         # Noted at the moment of posting: buckets of equal size would be mixed without an error if orders differ.
-        sharing.order.note(str(bucket.index()), gradients)
+        sharing.order.note(f"{bucket.index()} {sharing.used.places(bucket)}", gradients)
         if sharing.probe.is_active:
             own = gradients / sharing.member_group.size()
             dist.all_reduce(own, group=sharing.member_group)
@@ -137,6 +150,8 @@ def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.fut
         sharing.weigh(gradients)
     # DDP without a hook multiplies by the reciprocal. A division by three would round differently.
     gradients.mul_(1.0 / group.size())
+    if sharing.is_sharing:
+        sharing.used.note(bucket, group)
     work = dist.all_reduce(gradients, group=group, async_op=True)
     if own is not None:
         work.wait()

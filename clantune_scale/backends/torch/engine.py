@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch import state
+from clantune_scale.backends.torch.between import Between, own_schedulers
+from clantune_scale.backends.torch.hidden_state import refuse_unknown_optimizers
 from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, after_call, schedulers_in
 from clantune_scale.backends.torch.refusals import evaluate_closure, require_known_parameters, require_one_gradient
-from clantune_scale.backends.torch.scaler import require_known_scaler, scale_of, set_scale, with_scale
+from clantune_scale.backends.torch.scaler import ScaledLoop, require_known_scaler, with_scale
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.containers import to_device
-from clantune_scale.errors import ClanError
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
 from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode
 from clantune_scale.gradients.posting_order import PostingOrder
@@ -31,7 +32,7 @@ from clantune_scale.transfer import MemberState
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-class LoopBackend(ABC):
+class LoopBackend(ScaledLoop, ABC):
     """A member whose loop calls ``optimizer.step()`` itself. Subclasses for FSDP2 and DDP share the gradients.
 
     A step ends when the optimizer's last step hook has run. With a scheduler, it ends when the following
@@ -88,9 +89,9 @@ class LoopBackend(ABC):
         self._probe, self._order = GradientProbe(), PostingOrder()
         self._is_clipped = False
         self._step_end: StepEnd | None = None
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._has_looked_for_scaler = self._has_stepped = False
-        self._on_skip: Callable[[], None] | None = None
+        super().__init__(scaler)
+        self._has_looked_for_scaler = False
+        self._between = Between()
 
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizers.param_groups
@@ -110,6 +111,10 @@ class LoopBackend(ABC):
         """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
         return not self._optimizers.has_modes
 
+    @property
+    def has_inference_weights(self) -> bool:
+        return self._optimizers.has_modes
+
     def inference_weights(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights that its optimizers want to be evaluated and saved."""
         return self._optimizers.inference_weights()
@@ -123,17 +128,20 @@ class LoopBackend(ABC):
     def show_norm(self, probe: GradientProbe) -> None:
         self._probe = probe
 
-    def refresh(self) -> None:  # noqa: B027 - the default
+    def refresh(self) -> None:
         """Does nothing: the model computes with the masters."""
 
     def state(self) -> MemberState:
-        fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
-        found = state.member_state(self._optimizers, self._trained, fixed, self._schedulers, self.refresh, self._starts)
+        self._optimizers.require_known_keys()
+        fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in state.persistent_buffers(self.module)]
+        schedulers = [*self._schedulers, *self._between.schedulers]
+        found = state.member_state(self._optimizers, self._trained, fixed, schedulers, self.refresh, self._starts)
         if self._scaler is not None:
             with_scale(found, self.loss_scale, self.set_loss_scale)
         found.grow = lambda names: self._optimizers.grow(
             [parameter for _, parameter in self._trained], state.grown_indices(names)
         )
+        found.reread = self.state
         return found
 
     def _starts(self) -> Mapping[str, int] | None:
@@ -160,6 +168,7 @@ class LoopBackend(ABC):
 
     def around_update(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Hooks each optimizer's update, after the user's clipping and before the scheduler's step."""
+        self._undo.append(refuse_unknown_optimizers(self._optimizers.parts, self.module))
         for index, part in enumerate(self._optimizers.parts):
             self._around_part(index, part, context)
 
@@ -196,7 +205,7 @@ class LoopBackend(ABC):
             self.clip_gradients()
         self._check_order()
 
-    def _check_order(self) -> None:  # noqa: B027 - the default
+    def _check_order(self) -> None:
         """Compares the posting order of the clan's collectives over the ranks, in the first step and once per phase."""
 
     def after_step(self, callback: Callable[[], None]) -> None:
@@ -205,10 +214,15 @@ class LoopBackend(ABC):
         def call_back() -> None:
             self.num_steps += 1
             self._is_clipped = False
-            self._order.restart()
-            callback()
+            self._order.end_step()
+            if not self._between.has_stepped:
+                self._between.has_stepped = True
+                # Some loops make their schedulers after attach().
+                self._between.schedulers = own_schedulers(parts, schedulers)
+            self._between.end_step(callback)
 
         parts, schedulers = self._optimizers.parts, self._schedulers
+        self._between.schedulers = own_schedulers(parts, schedulers)
         num_closing = len(schedulers) + (self._scaler is not None)
         self._step_end = end = StepEnd(len(parts), num_closing, call_back)
         for index, part in enumerate(parts):
@@ -222,15 +236,15 @@ class LoopBackend(ABC):
             self._undo.append(after_call(self._scaler, "update", self._note_scaling))
             self._undo.append(after_call(self._scaler, "update", partial(end.stepped, "scheduler", len(schedulers))))
 
-    def after_skip(self, callback: Callable[[], None]) -> None:
-        """Calls back when the loop's scaler has skipped a step: its ``update`` comes, and no optimizer has stepped."""
-        self._on_skip = callback
+    def after_resize(self, num_members: int, callback: Callable[[int], None]) -> None:
+        """Does nothing: a loop has no batch size but the clan's."""
 
-    def _note_scaling(self) -> None:
-        """A step ends only after the scaler's ``update``, which is the last to change its state."""
-        if not self._has_stepped and self._on_skip is not None:
-            self._on_skip()
-        self._has_stepped = False
+    def after_load(self, callback: Callable[[], None]) -> None:
+        """Calls back at the first training forward pass after the module or an optimizer loaded a state."""
+        self._undo += self._between.watch(self.engine, self.module, self._optimizers.parts, callback)
+
+    def settle(self) -> None:
+        self._between.settle()
 
     def _require_schedule(self) -> None:
         if self._step_end is not None and self._step_end.awaits_schedulers:
@@ -281,22 +295,6 @@ class LoopBackend(ABC):
             dist.broadcast(loss, group_src=0, group=self.tp_group)
         return loss
 
-    @property
-    def may_skip_steps(self) -> bool:
-        """Whether a step of the loop may update nothing, because scaled gradients overflowed."""
-        return self._scaler is not None
-
-    def loss_scale(self) -> Mapping[str, Any] | None:
-        return None if self._scaler is None else scale_of(self._scaler)
-
-    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
-        if self._scaler is None:
-            raise ClanError(
-                f"this loop does not scale the loss, so it cannot load the loss scale {dict(state)}. Train in bf16 or "
-                f"fp32, or pass scaler=... to attach()."
-            )
-        set_scale(self._scaler, state)
-
     def optimizer_name(self) -> str:
         return self._optimizers.name
 
@@ -313,7 +311,7 @@ class LoopBackend(ABC):
     def random_streams(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:  # noqa: B027 - the default
+    def load_random_streams(self, streams: Mapping[str, torch.Tensor]) -> None:
         """Does nothing: PyTorch's parallelism draws from torch's own streams only."""
 
     @abstractmethod

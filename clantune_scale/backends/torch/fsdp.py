@@ -110,7 +110,7 @@ class FSDPBackend(LoopBackend):
 
     def _check_order(self) -> None:
         if self._sharing is not None:
-            self._sharing.check_order(self.device)
+            self._sharing.check_order(self.device, self.num_steps)
 
 
 def data_parallel_size(module: torch.nn.Module, *, is_line: bool = False) -> int:

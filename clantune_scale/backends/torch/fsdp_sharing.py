@@ -77,9 +77,20 @@ class ShardSharing:
         if own is not None:
             self._probe.compare(own, shard)
 
-    def check_order(self, device: torch.device) -> None:
-        """Compares what members posted: in the first step in which they share gradients, then once per phase."""
+    def check_order(self, device: torch.device, num_steps: int) -> None:
+        """Compares what members posted: in the first step in which they share gradients, then once per phase.
+
+        Args:
+            device: of the gradients.
+            num_steps: that are done.
+
+        Raises:
+            ClanError: if this rank has posted nothing.
+            DivergenceError: if members posted different collectives.
+        """
         team = self._team()
+        if len(team) > 1:
+            self._order.require_posted(num_steps)
         if len(team) > 1 and (self._probe.is_active or not self._has_checked):
             self._has_checked = True
             self._order.check(self._groups.replica_group(team), device)

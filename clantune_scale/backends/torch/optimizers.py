@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from clantune_scale.backends.torch.hidden_state import require_known_keys, require_own_state
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.gradients.hooks import replace_method
 from clantune_scale.transfer.state import grow_optimizer
@@ -66,6 +67,7 @@ class Optimizers:
         self.parts: Sequence[torch.optim.Optimizer] = optimizers_in(given)
         if not self.parts:
             raise ConfigError("there is no optimizer in the list. Pass the ones that the loop steps.")
+        require_own_state(self.parts)
         self.state = self
 
     @property
@@ -81,7 +83,7 @@ class Optimizers:
     @property
     def has_modes(self) -> bool:
         """Whether a part has a training and an evaluation mode, as schedule-free optimizers have."""
-        return any(_has_modes(part) for part in self.parts)
+        return any(has_modes(part) for part in self.parts)
 
     def get(self, parameter: torch.Tensor, default: Any) -> Any:
         """The state that a parameter's optimizer keeps for it."""
@@ -95,6 +97,16 @@ class Optimizers:
             own = [parameters[index] for index in places]
             grow_optimizer(part, own, {place for place, index in enumerate(places) if index in wanted})
 
+    def require_known_keys(self) -> None:
+        """Checks that no part keeps state for anything but its parameters.
+
+        Raises:
+            ConfigError: if one does.
+        """
+        for part in self.parts:
+            mine = [parameter for group in part.param_groups for parameter in group["params"]]
+            require_known_keys(type(part).__name__, part.state, mine)
+
     def zero_grad(self) -> None:
         """Drops all gradients."""
         for part in self.parts:
@@ -103,7 +115,7 @@ class Optimizers:
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
         """Inside, parts that have an evaluation mode are in it."""
-        switched = [part for part in self.parts if _has_modes(part)]
+        switched = [part for part in self.parts if has_modes(part)]
         for part in switched:
             part.eval()  # type: ignore[attr-defined]
         try:
@@ -113,7 +125,8 @@ class Optimizers:
                 part.train()  # type: ignore[attr-defined]
 
 
-def _has_modes(part: Any) -> bool:
+def has_modes(part: Any) -> bool:
+    """Whether an optimizer has a training and an evaluation mode, in which it puts other weights into the model."""
     return callable(getattr(part, "train", None)) and callable(getattr(part, "eval", None))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clantune_scale.errors import ConfigError
+from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.transfer import MemberState
 
 
@@ -59,3 +59,42 @@ def with_scale(
         write(scalars["optimizer"]["loss_scale"])
 
     state.load_scalars = load_with_scale
+
+
+class ScaledLoop:
+    """The part of a loop's backend that knows by which scaler the loop takes its steps.
+
+    Args:
+        scaler: the loop's; None if it has none.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._has_stepped = False
+        self._on_skip: Callable[[], None] | None = None
+
+    def after_skip(self, callback: Callable[[], None]) -> None:
+        """Calls back when the loop's scaler has skipped a step: its ``update`` comes, and no optimizer has stepped."""
+        self._on_skip = callback
+
+    def _note_scaling(self) -> None:
+        """A step ends only after the scaler's ``update``, which is the last to change its state."""
+        if not self._has_stepped and self._on_skip is not None:
+            self._on_skip()
+        self._has_stepped = False
+
+    @property
+    def may_skip_steps(self) -> bool:
+        """Whether a step of the loop may update nothing, because scaled gradients overflowed."""
+        return self._scaler is not None
+
+    def loss_scale(self) -> Mapping[str, Any] | None:
+        return None if self._scaler is None else scale_of(self._scaler)
+
+    def set_loss_scale(self, state: Mapping[str, Any]) -> None:
+        if self._scaler is None:
+            raise ClanError(
+                f"this loop does not scale the loss, so it cannot load the loss scale {dict(state)}. Train in bf16 or "
+                f"fp32, or pass scaler=... to attach()."
+            )
+        set_scale(self._scaler, state)

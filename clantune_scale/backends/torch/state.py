@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from clantune_scale.backends.torch.hidden_state import require_plain, require_plain_groups
 from clantune_scale.core.genome import GROUP_KEYS
-from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.clip import local
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.state import Piece, merged, plain
@@ -48,6 +48,7 @@ def member_state(
         starts: returns, by parameter, the index of the first element that this rank's shard holds (left out for 0), or
             None if a shard is not a contiguous slice.
     """
+    require_plain_groups(_name_of(optimizer), optimizer.param_groups)
     return MemberState(
         tensors=list(_tensors(optimizer, trained, fixed)),
         scalars={"optimizer": _optimizer_scalars(optimizer, trained), "schedule": _schedule(optimizer, schedulers)},
@@ -57,28 +58,35 @@ def member_state(
     )
 
 
+def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that are state, by name.
+
+    A buffer that is not persistent is made again from what the model is given (a cache of rotary angles or of a mask).
+    It may have another shape on every member.
+    """
+    caches = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+    return [(name, buffer) for name, buffer in module.named_buffers() if name not in caches]
+
+
+def _name_of(optimizer: InnerOptimizer) -> str:
+    # Several optimizers that act as one say by name which they are.
+    return str(getattr(optimizer, "name", type(optimizer).__name__))
+
+
 def _tensors(optimizer: InnerOptimizer, trained: Named, fixed: Named) -> Iterator[tuple[str, torch.Tensor]]:
     for index, (_, parameter) in enumerate(trained):
         yield f"master.{index}", local(parameter)
         moments = optimizer.state.get(parameter, {})
         for key in sorted(moments):
-            _require_plain(optimizer, key, moments[key])
-            if torch.is_tensor(moments[key]) and moments[key].dim() > 0:
+            require_plain(_name_of(optimizer), key, moments[key])
+            if torch.is_tensor(moments[key]) and not is_number(moments[key]):
                 yield f"optimizer.{index}.{key}", local(moments[key])
     for name, tensor in fixed:
         yield f"fixed.{name}", local(tensor)
-
-
-def _require_plain(optimizer: InnerOptimizer, key: str, value: Any) -> None:
-    """Refuses optimizer state that is no tensor and no number. A clone would not copy it."""
-    if value is None or torch.is_tensor(value) or isinstance(value, bool | int | float):
-        return
-    # Several optimizers that act as one say by name which they are.
-    name = getattr(optimizer, "name", type(optimizer).__name__)
-    raise ConfigError(
-        f"{name} keeps {key!r}, a {type(value).__name__}, for each parameter, "
-        f"and a clone would not copy it: only tensors and numbers are moved. Use another optimizer."
-    )
 
 
 def _optimizer_scalars(optimizer: InnerOptimizer, trained: Named) -> dict[str, Any]:
@@ -103,13 +111,19 @@ def load_group_numbers(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping
         group.update({key: merged(group.get(key), value) for key, value in numbers.items()})
 
 
+def is_number(value: torch.Tensor) -> bool:
+    """Whether a tensor of an optimizer's state travels as a number: a step count, or a moment of a scalar weight."""
+    # JSON represents no complex number.
+    return value.dim() == 0 and not value.is_complex()
+
+
 def _counts(entries: Mapping[str, Any]) -> dict[str, float]:
     """The numbers in one parameter's optimizer state. torch keeps step counts in zero-dimensional tensors."""
     numbers = {}
     for name, value in entries.items():
         if isinstance(value, bool | int | float):
             numbers[name] = value
-        elif torch.is_tensor(value) and value.dim() == 0:
+        elif torch.is_tensor(value) and is_number(value):
             numbers[name] = local(value).item()
     return numbers
 
@@ -125,12 +139,11 @@ def _schedule(optimizer: InnerOptimizer, schedulers: Sequence[Any]) -> dict[str,
 def _load(optimizer: InnerOptimizer, trained: Named, schedulers: Sequence[Any], scalars: Mapping[str, Any]) -> None:
     for (_, parameter), counts in zip(trained, scalars["optimizer"]["counts"], strict=True):
         entries = optimizer.state.get(parameter, {})
-        for name in _counts(entries):
-            # An optimizer that has not stepped has no state to send. Its counts are zero.
+        for name, count in counts.items():
             if torch.is_tensor(entries[name]):
-                local(entries[name]).fill_(counts.get(name, 0))
+                local(entries[name]).fill_(count)
             else:
-                entries[name] = counts.get(name, 0)
+                entries[name] = count
     load_group_numbers(optimizer.param_groups, scalars["optimizer"]["groups"])
     schedule = scalars.get("schedule")
     if schedule is None:

@@ -28,10 +28,7 @@ def peer_failure(error: BaseException) -> BaseException | None:
         return error
     if type(error) is RuntimeError:
         return error if _GLOO.search(str(error)) else None
-    # Torch's logger of failed collectives asks for the group's backend. It knows the groups of the world only, so it
-    # fails itself, and the real error is the context of its own.
-    is_loggers = type(error) is ValueError and "is not initialized in the world group map" in str(error)
-    return peer_failure(error.__context__) if is_loggers and error.__context__ is not None else None
+    return None
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -21,6 +21,7 @@ from clantune_scale.distributed.bootstrap import Address
 from clantune_scale.distributed.elastic.failures import one_line, peer_failure
 from clantune_scale.distributed.elastic.generation import Generation
 from clantune_scale.distributed.elastic.heartbeat import Heartbeat
+from clantune_scale.distributed.elastic.last_words import LastWords
 from clantune_scale.distributed.elastic.quorum import resume_remedy, within
 from clantune_scale.distributed.elastic.restart import restart_process
 from clantune_scale.distributed.store import own_connection
@@ -74,6 +75,7 @@ class Supervisor:
         self._heartbeat: Heartbeat | None = None
         self._store: Store | None = None
         self._size = 1
+        self._last_words: LastWords | None = None
         self._previous, self._second = sys.excepthook, sys.excepthook
         sys.excepthook = self._on_exception
 
@@ -85,6 +87,8 @@ class Supervisor:
             rank, size: this rank and the number of ranks.
             name: maps a rank's number to its name in messages.
         """
+        if size > 1:
+            self._last_words = LastWords(store, rank=rank, size=size, name=name)
         if self._is_armed and size > 1:
             # By default torch's watchdog ends the process when an NCCL collective times out. With 2 it ends only the
             # collective, and the error reaches the exception hook.
@@ -151,14 +155,17 @@ class Supervisor:
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = peer_failure(error)
-        if failure is not None:
-            if self._is_armed:
-                self._restart(one_line(failure))
-            if self.settings.min_members is None:
-                logger.error("clan: a member is lost. %s", resume_remedy(self._resumable()))
+        if failure is not None and self._is_armed:
+            self._restart(one_line(failure))
         # This process ends by its own error. The others see that it is gone.
         self._is_armed, self._has_failed = False, True
+        if failure is None and self._last_words is not None:
+            self._last_words.say(one_line(error))
         self._previous(kind, error, trace)
+        if failure is not None and self.settings.min_members is None:
+            # After the traceback: of a peer's failure it says no more than that a connection was closed.
+            cause = self._last_words.of_others() if self._last_words is not None else ""
+            logger.error("clan: a member is lost%s. %s", cause, resume_remedy(self._resumable()))
 
     def _on_failure(self, reason: str) -> None:
         """Restarts this process from a background thread, where nothing else would handle an error."""

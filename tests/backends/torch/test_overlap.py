@@ -132,4 +132,4 @@ def _in_different_orders(rank: int, directory: str) -> str:
 
 def test_members_that_average_in_different_orders_are_told(tmp_path):
     for message in run_ranks(2, in_member_worlds, _in_different_orders, str(tmp_path)):
-        assert "different orders in one step (this rank posted 2 collectives)" in message
+        assert "different orders in a step of this phase (this rank posted 2 collectives" in message

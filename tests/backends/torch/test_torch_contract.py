@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
+from torch.distributed import c10d_logger
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -53,6 +54,9 @@ def _look_at(rank: int) -> dict[str, Any]:
         "at_end": at_end,
         "is_view": is_view,
         "ddp": [hook.__name__ for hook, _ in ddp._comm_hooks],
+        "used": ddp.reducer._get_local_used_map().numel() - len(ddp.parameters_to_ignore),
+        "logger": c10d_logger._get_msg_dict("all_reduce")["func_name"],
+        "caches": [part._non_persistent_buffers_set for part in model.modules()],
         "mixed": ddp.mixed_precision,
     }
 
@@ -67,4 +71,6 @@ def test_torch_holds_what_we_look_for_also_on_one_rank():
     assert found["num_shards"] == 1, f"{version}: the all-reduce hook is not called where one rank holds all"
     assert found["at_end"] == [1], f"{version}: a callback queued in backward does not run at its end"
     assert found["is_view"], f"{version}: gradients no longer lie in the memory that the hook is given"
+    assert found["used"] == 6, f"{version}: DDP's map of used parameters has {found['used']} entries for 6"
+    assert found["logger"] == "all_reduce" and found["caches"] == [set()] * 5
     assert found["ddp"] == ["allreduce_hook"] and found["mixed"] is None

@@ -65,24 +65,6 @@ def test_a_failed_transfer_is():
     assert peer_failure(error) is error
 
 
-def _of_the_logger(cause: Exception) -> BaseException:
-    """As torch 2.13 raises it where a collective of a stand-alone group fails."""
-    try:
-        try:
-            raise cause
-        except RuntimeError:
-            raise ValueError("Process group <...> is not initialized in the world group map.")  # noqa: B904 as torch does
-    except ValueError as error:
-        return error
-
-
-def test_what_torchs_logger_hides_is_found():
-    cause = RuntimeError(GLOO[0])
-    assert peer_failure(_of_the_logger(cause)) is cause
-    assert peer_failure(_of_the_logger(RuntimeError("CUDA out of memory"))) is None
-    assert peer_failure(ValueError("Process group x is not initialized in the world group map.")) is None
-
-
 def test_one_line_is_told():
     assert one_line(RuntimeError("a\n  b")) == "RuntimeError: a b"
     assert len(one_line(RuntimeError("x" * 999))) == 300
