@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from clantune_scale.checkpoint.streams import RandomStreams
@@ -33,10 +33,18 @@ class TrainingSnapshot:
         state: this rank's live training state.
         engine: that trains.
         tensors: a snapshot of this state, if there is one already.
+        former: a snapshot that is given up; its memory is used again.
     """
 
-    def __init__(self, state: MemberState, engine: SnapshotEngine, tensors: Snapshot | None = None) -> None:
-        self._tensors = tensors or Snapshot(state)
+    def __init__(
+        self,
+        state: MemberState,
+        engine: SnapshotEngine,
+        tensors: Snapshot | None = None,
+        *,
+        former: TrainingSnapshot | None = None,
+    ) -> None:
+        self._tensors = tensors or Snapshot(state, None if former is None else former._tensors)
         self._scalars = copy.deepcopy(dict(state.scalars))
         self._groups = [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -44,14 +52,18 @@ class TrainingSnapshot:
         ]
         self._counters, self._streams = engine.counters(), RandomStreams.capture(engine)
 
-    def restore(self, state: MemberState, engine: SnapshotEngine) -> None:
+    def restore(self, state: Callable[[], MemberState], engine: SnapshotEngine) -> None:
         """Puts everything back, in place (a collective of the engine's ranks).
+
+        Args:
+            state: gives the live state.
+            engine: that trains.
 
         Raises:
             ValueError: if the state has other tensors than when the snapshot was taken.
         """
         self._tensors.restore(state)
-        state.load_scalars(copy.deepcopy(self._scalars))
+        state().load_scalars(copy.deepcopy(self._scalars))
         for group, before in zip(engine.param_groups(), self._groups, strict=True):
             group.update(copy.deepcopy(before))
         engine.load_counters(self._counters)

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from clantune_scale.data.watch import LossMeter
+from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.line.snapshot import SnapshotEngine, TrainingSnapshot
 from clantune_scale.transfer import MemberState
 
@@ -170,8 +171,8 @@ class Turns:
         total, count = self.losses_before
         self.ended.append(Ended(losses, (total + training[0], count + training[1]), learning_rate))
         if self.keeps and (self.best is None or _mean(losses) < _mean(self.ended[self.best[0]].losses)):
-            self.best = None  # released first: a third copy of the state would be held for a moment
-            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine))
+            former = None if self.best is None else self.best[1]
+            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine, former=former))
 
     def batches(self) -> Iterator[list[Any]]:
         """The phase's steps again: each one's micro-batches."""
@@ -181,6 +182,28 @@ class Turns:
     def competitor_of(self, member: int) -> int:
         """The turn that a member's place in the population stands for."""
         return next(index for index, one in enumerate(self.competitors) if member in one.members)
+
+    def end_for(self, weights: Sequence[float]) -> TrainingSnapshot | None:
+        """The state that training goes on from; None if it is the live one.
+
+        Args:
+            weights: [members] of the decision.
+
+        Raises:
+            ConfigError, ClanError: if it is not one turn's, or not the fittest one's.
+        """
+        if max(weights) != 1.0:
+            raise ConfigError('one model cannot average states that parted in turns. Set members to "groups".')
+        wanted = self.competitor_of(list(weights).index(1.0))
+        assert self.best is not None
+        held, end = self.best
+        if held != wanted:
+            raise ClanError(
+                f"the decision takes the state of a competitor with loss {float(self.ended[wanted].losses.mean()):g}, "
+                f"and the fittest one's, {float(self.ended[held].losses.mean()):g}, is the one that is held. Members "
+                f'on the line go on from the fittest of a competitive phase; set members to "groups".'
+            )
+        return None if held == len(self.competitors) - 1 else end
 
 
 def _mean(losses: np.ndarray) -> float:
