@@ -55,10 +55,12 @@ class Capture:
             begun: false at a round's end, before the next phase begins.
             rollback_is_live: whether the rollback snapshot equals the present state.
         """
+        lent: list[Snapshot] = []
         rollback = progress.rollback_snapshot
         if rollback is not None and rollback_is_live and rollback.layout() == state.manifest():
-            # A snapshot is never written to, so a second copy of the same state is not needed.
+            # A snapshot that is lent is not written to, so a second copy of the same state is not needed.
             tensors = dict(rollback.tensors)
+            lent.append(rollback)
         else:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors}
         numbers = {
@@ -77,9 +79,14 @@ class Capture:
             ROLLBACK: None if rollback_is_live else rollback,
         }.items():
             if snapshot is not None:
+                lent.append(snapshot)
                 tensors |= {prefix + name: tensor for name, tensor in snapshot.tensors}
                 numbers[prefix] = {"scalars": snapshot.scalars, "layout": snapshot.layout()}
-        return cls(tensors, numbers, RandomStreams.capture(view.backend), numbers_of_clan(view, progress, begun=begun))
+        of_clan = numbers_of_clan(view, progress, begun=begun)
+        capture = cls(tensors, numbers, RandomStreams.capture(view.backend), of_clan)
+        for snapshot in lent:
+            snapshot.lend(capture)
+        return capture
 
     @property
     def num_bytes(self) -> int:

@@ -147,7 +147,8 @@ def _traffic(collectives: Any, job: Any) -> dict[str, Any]:
 
 def _bytes(memory: RankMemory) -> dict[str, int]:
     """Each part, and the sums."""
-    return asdict(memory) | {"device": memory.device, "round_end": memory.round_end, "peak": memory.peak}
+    ends = {"round_end": memory.round_end, "round_end_in_loop": memory.round_end_in_loop}
+    return asdict(memory) | {"device": memory.device, **ends, "peak": memory.peak}
 
 
 def _forms(forms: dict[FormName, Form], hardware: Hardware | None) -> dict[str, dict[str, Any]]:

@@ -63,6 +63,9 @@ def _price(data: dict[str, Any]) -> Iterator[str]:
         state = "State is sharded over a member's ranks and not over all ranks"
     yield f"  {state}: {amount(more)} more on each device ({100 * more / plain['device']:.0f} %)."
     yield "  Activations and buffers are extra; a clan does not change them."
+    if data["form"] == "line" and clan["centre"]:
+        held = amount(clan["round_end_in_loop"])
+        yield f"  A loop of your own (DDP, FSDP2) holds its gradients at a round's end: {held} on each device then."
     limit = memory["device_limit"]
     if limit is not None and clan["peak"] > limit:
         # The centre's copy lies on the device only if the other arrays of a round do.

@@ -68,8 +68,13 @@ class RankMemory:
         return self.device - self.gradients + self.centre
 
     @property
+    def round_end_in_loop(self) -> int:
+        """Likewise in a loop of the user's own, whose gradients are alive inside ``optimizer.step()``."""
+        return self.device + self.centre
+
+    @property
     def peak(self) -> int:
-        """The larger of the two."""
+        """The larger of the first two."""
         return max(self.device, self.round_end)
 
 

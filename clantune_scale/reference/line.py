@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -168,11 +168,15 @@ class OnTheLine:
     def _take_turns(self, plan: RoundPlan, phase: Phase, steps: range, values: Sequence[Values]) -> None:
         """Each team trains the phase from the same snapshot. Members with equal genomes are one team.
 
+        Every turn is on the clan's whole batch, as a loop's steps are, also in a phase in which a member in groups
+        reads only its own part of it.
+
         The user's schedule and the random stream are set back with the snapshot, because every turn is the same
         stretch of the run. They end as after a single turn.
         """
         # Without teams all read the same batches, and equal genomes end in equal states: the first of them trains.
         teams = phase.teams or tuple(values.index(own) for own in values)
+        whole = phase if phase.teams else replace(phase, batch_factor=self._size)
         start, schedule, stream = self._model.save(), self._schedule(), torch.get_rng_state()
         ends: dict[int, Saved] = {}
         for team in dict.fromkeys(teams):
@@ -184,7 +188,7 @@ class OnTheLine:
             for step in steps:
                 self._model.optimizer.zero_grad()
                 for mate in mates:
-                    self._calls.backward(mate, step, phase, 1.0 / len(mates))
+                    self._calls.backward(mate, step, whole, 1.0 / len(mates))
                 self._calls.update(values[mates[0]], step)
                 self._average(plan, step)
             ends[team] = self._model.save()

@@ -226,15 +226,15 @@ class Clan(BuiltClan):
         progress.losses.begin_round()
         progress.fitness = replace(fitness, training_loss=diagnostics.clan_training_loss)
         if progress.phase_snapshot is not None:
-            progress.phase_snapshot.restore(self.state())
+            progress.phase_snapshot.restore(self.state)
             progress.phase_snapshot = None
         trained = self.members.trained(measured.genomes, plan)
         decision = decide(self.strategy, measured, self.fitness, plan, self.world.replica_group)
         if decision.rolls_back and progress.rollback_snapshot is not None:
-            progress.rollback_snapshot.restore(self.state())
+            progress.rollback_snapshot.restore(self.state)
         self.members.go_on(decision, plan)
         if self.strategy.guards and decision.takes_snapshot and not decision.rolls_back:
-            progress.rollback_snapshot = Snapshot(self.state())
+            progress.rollback_snapshot = Snapshot(self.state(), progress.rollback_snapshot)
         progress.population = decision.population
         self._regroup(plan.index + 1, measured.teams)
         self._clock.lap("transfer")

@@ -202,11 +202,14 @@ class EngineState(Protocol):
     """What training has changed in an engine, and what a clone or a resumed run takes over."""
 
     def masters(self) -> list[torch.Tensor]:
-        """This rank's live fp32 weights: what the optimizer updates."""
+        """This rank's live weights that the optimizer updates: in fp32, but for loops that have none in fp32."""
 
     @property
     def moves_with_weights(self) -> bool:
-        """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
+        """Whether weights may be moved while the optimizer's state stays: no copy of them is in it.
+
+        All ranks find the same after a step if each has a part of some weight.
+        """
 
     @property
     def has_inference_weights(self) -> bool:
@@ -220,6 +223,9 @@ class EngineState(Protocol):
 
     def groups_of_masters(self) -> list[int]:
         """[masters] the index of each one's parameter group."""
+
+    def in_update(self) -> list[bool]:
+        """[masters] whether the update that comes next changes each; the optimizer passes over all others."""
 
     def decay_rules(self) -> list[DecayRule | None]:
         """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""

@@ -87,6 +87,7 @@ class Recorder:
             "name": name,
             "population_size": view.config.population_size,
             "members": view.config.members,
+            "rounded_to": _rounded_to(view.backend.masters()),
             "member_ranks": [
                 topology.member_ranks(0 if view.has_one_state else member)
                 for member in range(view.config.population_size)
@@ -296,6 +297,12 @@ def _members(
         }
         for member, genome in enumerate(measured.genomes)
     ]
+
+
+def _rounded_to(weights: Sequence[torch.Tensor]) -> str | None:
+    """The coarsest type of the weights that the optimizer updates; None if all have at least 24 bits."""
+    half = {weight.dtype for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)}
+    return str(max(half, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.") if half else None
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

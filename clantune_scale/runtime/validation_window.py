@@ -62,6 +62,19 @@ def found_loss(output: Any) -> torch.Tensor | None:
         return None
 
 
+def require_fine_loss(loss: torch.Tensor) -> None:
+    """Refuses a loss in 16 bits: members differ by less than its rounding.
+
+    Raises:
+        EvaluationError: if it is one.
+    """
+    if loss.dtype in (torch.bfloat16, torch.float16):
+        raise EvaluationError(
+            f"the model returns its loss in {loss.dtype}, whose neighbours are {torch.finfo(loss.dtype).eps:.1e} of it "
+            f"apart, and members differ by less. Compute it in float32: cross_entropy(logits.float(), targets)."
+        )
+
+
 class ValidationWindow:
     """A fixed set of examples, in batches that are divided among the ranks of a member.
 

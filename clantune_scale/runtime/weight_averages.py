@@ -13,13 +13,14 @@ import torch
 
 from clantune_scale.core.line import averaging_weight, averaging_weights
 from clantune_scale.core.rounds import Position
+from clantune_scale.runtime.elementwise import in_pieces, summing_dtype
 
 
 class WeightEma:
-    """An average of the fp32 masters, sharded as they are.
+    """An average of the weights, sharded as they are; in fp32 also if they are in 16 bits.
 
     Args:
-        masters: returns this rank's live fp32 masters, with the same shapes at every call.
+        masters: returns this rank's live weights, with the same shapes at every call: fp32 masters if there are any.
         refresh: brings the weights that the model computes with up to date with the masters.
         every: steps from one update to the next, from a round's start (:func:`averaging_weights`).
         device: of the average; None for the masters' own.
@@ -35,7 +36,7 @@ class WeightEma:
     ) -> None:
         self._masters, self._every, self._device = masters, every, device
         self._refresh = refresh
-        self.tensors = [self._here(master).clone() for master in masters()]
+        self.tensors = [self._like_average(master).clone() for master in masters()]
         self._round: tuple[int, list[float]] = (-1, [])
 
     @torch.no_grad()
@@ -67,24 +68,57 @@ class WeightEma:
 
     @torch.no_grad()
     def _move(self, weight: float) -> None:
-        torch._foreach_lerp_(self.tensors, [self._here(master) for master in self._masters()], weight)
+        masters = [master.detach() for master in self._masters()]
+        if all(_are_alike(*pair) for pair in zip(self.tensors, masters, strict=True)):
+            torch._foreach_lerp_(self.tensors, masters, weight)
+            return
+        # Each is copied on its way.
+        for pair in zip(self.tensors, masters, strict=True):
+            for average, master in in_pieces(*pair):
+                average.lerp_(self._like_average(master), weight)
 
-    def _here(self, master: torch.Tensor) -> torch.Tensor:
-        return master.detach() if self._device is None else master.detach().to(self._device)
+    def _like_average(self, master: torch.Tensor) -> torch.Tensor:
+        return master.detach().to(self._device or master.device, summing_dtype(master))
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
         """Inside, the model computes with the averaged weights; on exit with its own, to the last bit."""
-        self._swap()
+        held = self._put_in()
         try:
             yield
         finally:
-            self._swap()
+            self._put_back(held)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _put_in(self) -> list[torch.Tensor | None]:
+        """[masters] what each 16-bit one was. All others change places with their averages, which needs no memory."""
+        held: list[torch.Tensor | None] = []
         for average, master in zip(self.tensors, self._masters(), strict=True):
-            held = average.clone()
-            average.copy_(master)
-            master.copy_(held)
+            if average.dtype == master.dtype:
+                _swap(average, master)
+                held.append(None)
+            else:
+                held.append(master.detach().clone())
+                master.copy_(average)
         self._refresh()
+        return held
+
+    @torch.no_grad()
+    def _put_back(self, held: Sequence[torch.Tensor | None]) -> None:
+        for average, master, own in zip(self.tensors, self._masters(), held, strict=True):
+            if own is None:
+                _swap(average, master)
+            else:
+                master.copy_(own)
+        self._refresh()
+
+
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
+
+
+def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    for first, second in in_pieces(one, other):
+        held = first.clone()
+        first.copy_(second)
+        second.copy_(held)

@@ -58,7 +58,7 @@ class Terminal:
         on = "on the line of one model on" if event.get("members") == "line" else "x"
         return (
             f"clan {event['name']}: {event['population_size']} members {on} {ranks} rank{'s' * (ranks > 1)}, "
-            f"strategy {event['strategy']}, genes {genes}",
+            f"strategy {event['strategy']}, genes {genes}{_rounding(event.get('rounded_to'))}",
             f"clan {event['name']}: {BatchPlan(**event['batch']).describe()}",
             f"clan {event['name']}: events in {self._events_path}",
         )
@@ -100,6 +100,12 @@ class Terminal:
             places["mlflow"] = self._mlflow_hint
         width = max(map(len, places))
         return (result, *(f"  {name:<{width}}  {place}" for name, place in places.items()))
+
+
+def _rounding(dtype: str | None) -> str:
+    """What is rounded if the weights have no fp32 masters; an average and a line are kept in fp32."""
+    share = {"bfloat16": "2^-8", "float16": "2^-11"}.get(dtype or "")
+    return f"; a member's weights are rounded to {dtype} (by up to {share} of each) when written" if share else ""
 
 
 def _round_table(event: Event) -> list[list[str]]:

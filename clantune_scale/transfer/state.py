@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,11 +171,20 @@ class Snapshot:
     Restoring it leaves the engine's step counts, the schedule and the data order as they are: the steps were taken, and
     only their effect on the weights is undone. Optimizer state that did not exist when the snapshot was taken (most
     optimizers make theirs in the first step) is dropped, so that the optimizer makes it anew.
+
+    Args:
+        state: the live one.
+        former: a snapshot that is given up. Its memory is used again, tensor by tensor, if shapes and types are the
+            same and no one reads from it (:meth:`lend`); there is never more than one copy of a tensor then.
     """
 
-    def __init__(self, state: MemberState) -> None:
-        self.tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in state.tensors]
+    def __init__(self, state: MemberState, former: Snapshot | None = None) -> None:
+        spare = {} if former is None else former._give_up()
+        self.tensors = [(name, _to_host(tensor, spare.pop(name, None))) for name, tensor in state.tensors]
+        for device in {tensor.device for _, tensor in state.tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         self.scalars = {"optimizer": state.scalars["optimizer"]}
+        self._reader: weakref.ref[Any] | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> Snapshot:
@@ -186,30 +196,55 @@ class Snapshot:
         """
         snapshot = cls.__new__(cls)
         snapshot.tensors, snapshot.scalars = list(tensors.items()), dict(scalars)
+        snapshot._reader = None
         return snapshot
+
+    def lend(self, reader: Any) -> None:
+        """Keeps the tensors as they are as long as ``reader`` exists: another thread reads from them."""
+        self._reader = weakref.ref(reader)
+
+    def _give_up(self) -> dict[str, torch.Tensor]:
+        """The memory, by name, to be written to. Nothing is left in this snapshot."""
+        is_read = self._reader is not None and self._reader() is not None
+        spare, self.tensors = {} if is_read else dict(self.tensors), []
+        return spare
 
     def layout(self) -> list[list[Any]]:
         """[name, shape, dtype] of every tensor, in the form of ``MemberState.manifest``."""
         return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.tensors]
 
     @torch.no_grad()
-    def restore(self, state: MemberState) -> None:
-        """Writes the snapshot into the live ``state`` (a member collective).
+    def restore(self, state: Callable[[], MemberState]) -> None:
+        """Writes the snapshot into the live state (a member collective).
+
+        Args:
+            state: gives the live state.
 
         Raises:
             ValueError: if the state does not have the tensors that it had when the snapshot was taken.
         """
         saved = dict(self.tensors)
-        state = state.with_optimizer_state(optimizer_entries(saved, self.scalars))
-        live = dict(state.tensors)
+        now = state().with_optimizer_state(optimizer_entries(saved, self.scalars))
+        live = dict(now.tensors)
         unknown = [name for name in live if name not in saved]
         lost = [name for name in saved if name not in live]
         if unknown or lost:
             raise ValueError(f"the snapshot does not fit the state: it lacks {unknown[:3]} and has {lost[:3]} too many")
         for name, tensor in live.items():
             tensor.copy_(saved[name])
-        state.load_scalars(self.scalars)
-        state.refresh()
+        now.load_scalars(self.scalars)
+        now.refresh()
+
+
+@torch.no_grad()
+def _to_host(tensor: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
+    """A copy in host memory, in ``spare`` if it fits; pinned for a CUDA tensor, and then perhaps still on its way."""
+    fits = spare is not None and spare.shape == tensor.shape and spare.dtype == tensor.dtype
+    if not tensor.is_cuda:
+        return spare.copy_(tensor) if fits and spare is not None else tensor.detach().to("cpu", copy=True)
+    if spare is None or not fits or not spare.is_pinned():
+        spare = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return spare.copy_(tensor.detach(), non_blocking=True)
 
 
 @torch.no_grad()

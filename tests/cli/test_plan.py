@@ -50,10 +50,13 @@ def test_the_four_forms_stand_side_by_side(call, line_config):
     assert groups["memory"]["device"] - hsdp["memory"]["device"] == 4e9 / 2
     assert hsdp["memory"]["device"] - plain["memory"]["device"] == 12e9 / 2 - 12e9 / 8
     assert line["memory"]["round_end"] == line["memory"]["device"] - 4e9 + 4e9 / 8
+    assert line["memory"]["round_end_in_loop"] == line["memory"]["device"] + 4e9 / 8
     assert line["memory"]["host"] == 3 * 16e9 / 8
     assert line["seconds"] == pytest.approx(sum(data["cost"]["seconds"].values()))
     assert plain["seconds"] == pytest.approx(data["cost"]["plain_seconds"])
     assert all(form["fits"] and form["obstacle"] is None for form in data["forms"].values())
+    said = call("plan", line_config, *arguments).out
+    assert "A loop of your own (DDP, FSDP2) holds its gradients at a round's end: 12" in said
     other = call("plan", QUICKSTART, *arguments, "--json").data
     assert other["form"] == "groups" and other["forms"] == data["forms"]
 

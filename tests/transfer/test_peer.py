@@ -146,11 +146,11 @@ def _roll_back(rank, config):
     trained, kept = flat_weights(engine), Snapshot(backend.state())
     _train(engine, range(2, 4), rank)
     first = flat_weights(engine)
-    kept.restore(backend.state())
+    kept.restore(backend.state)
     restored = flat_weights(engine)
     _train(engine, range(2, 4), rank)
     second = flat_weights(engine)
-    fresh.restore(backend.state())
+    fresh.restore(backend.state)
     _train(engine, range(2), rank)
     return trained, restored, first, second, flat_weights(engine)
 

@@ -55,6 +55,7 @@ class DeepSpeedBackend:
         # Whether the loop makes its loss of the model's outputs by itself.
         self._has_foreign_loss = False
         refuse_unsupported(engine)
+        training_state.note_trained(engine)
 
     @cached_property
     def place(self) -> MemberCoordinates:
@@ -149,6 +150,9 @@ class DeepSpeedBackend:
     def groups_of_masters(self) -> list[int]:
         return training_state.groups_of_masters(self.engine)
 
+    def in_update(self) -> list[bool]:
+        return training_state.in_update(self.engine)
+
     def decay_rules(self) -> list[DecayRule | None]:
         inner = self.engine.basic_optimizer
         return [decay_rule(inner, group) for group in inner.param_groups]
@@ -238,6 +242,7 @@ class DeepSpeedBackend:
         # torch's schedulers mark the step function with an attribute, and warn if it is missing. wraps() copies it.
         @wraps(step)
         def step_in_context(*args: Any, **kwargs: Any) -> Any:
+            training_state.require_trained(self.engine)
             with context():
                 return step(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from clantune_scale.backends.deepspeed import pieces
 from clantune_scale.backends.torch.hidden_state import require_known_keys, require_plain, require_plain_groups
 from clantune_scale.backends.torch.optimizers import has_modes
+from clantune_scale.backends.torch.refusals import require_only_trained
 from clantune_scale.backends.torch.state import (
     group_numbers,
     is_number,
@@ -58,19 +59,56 @@ def masters(engine: Any) -> list[torch.Tensor]:
     """This rank's live fp32 weights. They are also the keys of the inner optimizer's state."""
     kind = optimizer_kind(engine)
     if kind == "plain":
-        groups = engine.basic_optimizer.param_groups
-        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        return [parameter for group in _trained(engine) for parameter in group]
     return _MASTERS[kind](engine.optimizer)
+
+
+def note_trained(engine: Any) -> None:
+    """Notes which parameters train. If one is frozen later, it stands still and remains a master."""
+    groups = engine.basic_optimizer.param_groups
+    engine.clantune_trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    engine.clantune_frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
+
+
+def _trained(engine: Any) -> list[list[torch.Tensor]]:
+    """[groups] the parameters that trained when it was noted."""
+    if not hasattr(engine, "clantune_trained"):
+        note_trained(engine)
+    known = engine.clantune_trained
+    return [[p for p in group["params"] if id(p) in known] for group in engine.basic_optimizer.param_groups]
+
+
+def _frozen(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """Those that did not, by name."""
+    if not hasattr(engine, "clantune_frozen"):
+        note_trained(engine)
+    return [(name, p) for name, p in engine.module.named_parameters() if name in engine.clantune_frozen]
+
+
+def require_trained(engine: Any) -> None:
+    """Checks that an update by the user's own optimizer changes only parameters that trained when a clan was attached.
+
+    Raises:
+        ConfigError: if it changes another one. DeepSpeed's wrappers leave it alone.
+    """
+    if optimizer_kind(engine) == "plain":
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        require_only_trained(engine.basic_optimizer.param_groups, engine.clantune_trained, names)
+
+
+def in_update(engine: Any) -> list[bool]:
+    """[masters] whether the next update changes each. DeepSpeed's wrappers give all of their masters a gradient."""
+    is_plain = optimizer_kind(engine) == "plain"
+    return [not is_plain or master.grad is not None for master in masters(engine)]
 
 
 def groups_of_masters(engine: Any) -> list[int]:
     """[masters] the index of each one's parameter group."""
-    kind, inner = optimizer_kind(engine), engine.basic_optimizer
+    kind = optimizer_kind(engine)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         return [int(engine.optimizer.sub_group_to_group_id[place]) for place in range(len(masters(engine)))]
     if kind in ("plain", "FP16_UnfusedOptimizer"):
-        trained = [[p for p in group["params"] if p.requires_grad] for group in inner.param_groups]
-        return [index for index, group in enumerate(trained) for _ in group]
+        return [index for index, group in enumerate(_trained(engine)) for _ in group]
     return list(range(len(masters(engine))))
 
 
@@ -167,7 +205,7 @@ def _logical(engine: Any) -> dict[str, list[Piece]] | None:
     cut = pieces.master_pieces(engine, keys)
     if cut is None:
         return None
-    frozen = {f"frozen.{name}": p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    frozen = {f"frozen.{name}": parameter for name, parameter in _frozen(engine)}
     found = {}
     for name, tensor in _tensors(engine):
         kind, _, rest = name.partition(".")
@@ -245,9 +283,8 @@ def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
             require_plain(type(engine.basic_optimizer).__name__, name, moments[name])
             if torch.is_tensor(moments[name]) and not is_number(moments[name]):
                 yield f"optimizer.{index}.{name}", moments[name]
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            yield f"frozen.{name}", parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+    for name, parameter in _frozen(engine):
+        yield f"frozen.{name}", parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
     for name, buffer in persistent_buffers(engine.module):
         yield f"buffer.{name}", buffer.data
 

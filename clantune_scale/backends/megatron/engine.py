@@ -116,6 +116,9 @@ class MegatronBackend:
     def groups_of_masters(self) -> list[int]:
         return [index for index, group in enumerate(self.param_groups()) for _ in group["params"]]
 
+    def in_update(self) -> list[bool]:
+        return [True] * len(self.masters())
+
     def decay_rules(self) -> list[DecayRule | None]:
         inner = [(part.optimizer, group) for part in state.wrappers(self._optimizer) for group in part.param_groups]
         return [decay_rule(optimizer, group) for optimizer, group in inner]

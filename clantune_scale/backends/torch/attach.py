@@ -154,7 +154,7 @@ def _backend(
     population_size = 1 if is_line else block.population_size
     if isinstance(module, DistributedDataParallel):
         options = _batch_and_clip(settings, population_size, dp_size=dist.get_world_size())
-        return DDPBackend(model, module, optimizer, scheduler, scaler=scaler, **options)
+        return DDPBackend(model, module, optimizer, scheduler, is_line=is_line, scaler=scaler, **options)
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         options = _batch_and_clip(settings, population_size, dp_size=data_parallel_size(module, is_line=is_line))
         return FSDPBackend(model, module, optimizer, scheduler, is_line=is_line, scaler=scaler, **options)

@@ -16,20 +16,20 @@ from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.between import Between, own_schedulers
 from clantune_scale.backends.torch.hidden_state import refuse_unknown_optimizers
 from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, after_call, schedulers_in
-from clantune_scale.backends.torch.refusals import evaluate_closure, require_known_parameters, require_one_gradient
+from clantune_scale.backends.torch.parameters import Parameters, plain_name
+from clantune_scale.backends.torch.refusals import evaluate_closure, require_one_gradient, require_only_trained
 from clantune_scale.backends.torch.scaler import ScaledLoop, require_known_scaler, with_scale
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.containers import to_device
+from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
 from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.line.decays import decay_rule
-from clantune_scale.runtime.validation_window import found_loss, loss_of
+from clantune_scale.runtime.validation_window import found_loss, loss_of, require_fine_loss
 from clantune_scale.transfer import MemberState
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class LoopBackend(ScaledLoop, ABC):
@@ -47,9 +47,10 @@ class LoopBackend(ScaledLoop, ABC):
         accumulation: micro-batches per optimizer step.
         gradient_clipping: gradient-norm threshold, 0 for none.
         scaler: by which the loop scales the loss and takes its steps; None if it does not.
+        is_line: whether members lie on a line.
 
     Raises:
-        ConfigError: if the optimizer's parameters are not the module's, or not in float32.
+        ConfigError: if the optimizer's parameters are not the module's, or members in groups have any in 16 bits.
     """
 
     pp_rank = 0
@@ -73,18 +74,15 @@ class LoopBackend(ScaledLoop, ABC):
         accumulation: int = 1,
         gradient_clipping: float = 0.0,
         scaler: torch.amp.GradScaler | None = None,
+        is_line: bool = False,
     ) -> None:
         self.engine, self.module = model, module
         self.micro_batch_size, self.accumulation, self.clip = micro_batch_size, accumulation, gradient_clipping
         self.num_steps = 0
         self._optimizers, self._schedulers = Optimizers(optimizer), schedulers_in(scheduler)
-        named = [(_plain_name(name), parameter) for name, parameter in module.named_parameters()]
         require_one_gradient(self._optimizers.parts)
-        require_known_parameters(self._optimizers.param_groups, named)
-        updated = {id(parameter) for group in self._optimizers.param_groups for parameter in group["params"]}
-        self._trained = [(n, p) for n, p in named if id(p) in updated and p.requires_grad]
-        self._frozen = [(n, p) for n, p in named if not (id(p) in updated and p.requires_grad)]
-        self.device = state.local(named[0][1]).device
+        self._parameters = Parameters(module, self._optimizers, takes_half=is_line)
+        self.device = self._parameters.device
         self._undo: list[Callable[[], None]] = []
         self._probe, self._order = GradientProbe(), PostingOrder()
         self._is_clipped = False
@@ -97,19 +95,24 @@ class LoopBackend(ScaledLoop, ABC):
         return self._optimizers.param_groups
 
     def masters(self) -> list[torch.Tensor]:
-        return [state.local(parameter) for _, parameter in self._trained]
+        return self._parameters.local()
 
     def groups_of_masters(self) -> list[int]:
-        places = {id(p): index for index, group in enumerate(self.param_groups()) for p in group["params"]}
-        return [places[id(parameter)] for _, parameter in self._trained]
+        return self._parameters.groups()
+
+    def in_update(self) -> list[bool]:
+        return [parameter.grad is not None for _, parameter in self._parameters.trained]
 
     def decay_rules(self) -> list[DecayRule | None]:
         return [decay_rule(part, group) for part in self._optimizers.parts for group in part.param_groups]
 
     @property
     def moves_with_weights(self) -> bool:
-        """Whether weights may be moved while the optimizer's state stays: no copy of them is in it."""
-        return not self._optimizers.has_modes
+        if not self._parameters.has_half:
+            return not self._optimizers.has_modes
+        stays = torch.tensor(float(self._optimizers.has_modes or self._parameters.have_masters()), device=self.device)
+        sum_over_world(stays)  # a rank without any element would see no copy
+        return not stays.item()
 
     @property
     def has_inference_weights(self) -> bool:
@@ -133,13 +136,13 @@ class LoopBackend(ScaledLoop, ABC):
 
     def state(self) -> MemberState:
         self._optimizers.require_known_keys()
-        fixed = self._frozen + [(_plain_name(name), buffer) for name, buffer in state.persistent_buffers(self.module)]
-        schedulers = [*self._schedulers, *self._between.schedulers]
-        found = state.member_state(self._optimizers, self._trained, fixed, schedulers, self.refresh, self._starts)
+        known, schedulers = self._parameters, [*self._schedulers, *self._between.schedulers]
+        fixed = known.fixed + known.buffers()
+        found = state.member_state(self._optimizers, known.trained, fixed, schedulers, self.refresh, self._starts)
         if self._scaler is not None:
             with_scale(found, self.loss_scale, self.set_loss_scale)
         found.grow = lambda names: self._optimizers.grow(
-            [parameter for _, parameter in self._trained], state.grown_indices(names)
+            [parameter for _, parameter in known.trained], state.grown_indices(names)
         )
         found.reread = self.state
         return found
@@ -154,9 +157,10 @@ class LoopBackend(ScaledLoop, ABC):
 
     def clip_gradients(self) -> torch.Tensor:
         """[] the member's gradient norm before clipping. It clips to the present threshold, once per step."""
+        trained = [parameter for _, parameter in self._parameters.trained]
         if self._is_clipped:
-            return total_norm(parameter for _, parameter in self._trained)
-        norm = clip_grad_norm_([parameter for _, parameter in self._trained], self.clip)
+            return total_norm(trained)
+        norm = clip_grad_norm_(trained, self.clip)
         self.note_clipping(norm)
         return norm
 
@@ -178,6 +182,8 @@ class LoopBackend(ScaledLoop, ABC):
         entered = ExitStack()
 
         def before(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            known = self._parameters
+            require_only_trained(part.param_groups, known.trained_ids, known.names)
             if not self._has_looked_for_scaler:
                 self._has_looked_for_scaler = True
                 require_known_scaler(self._optimizers.parts, self._scaler)
@@ -289,6 +295,8 @@ class LoopBackend(ScaledLoop, ABC):
                 loss = loss_of(self.engine(**batch))
             else:
                 loss = loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
+        if self._parameters.has_half:
+            require_fine_loss(loss)
         loss = (loss.full_tensor() if isinstance(loss, DTensor) else loss).detach().to(self.device)
         if self.tp_group is not None:
             # All ranks decide by this number. Tensor ranks that sum in different orders could differ in the last bit.
@@ -325,11 +333,11 @@ class LoopBackend(ScaledLoop, ABC):
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """Weights and persistent buffers in host memory on the member's first rank, gathered one by one."""
-        wanted = {_plain_name(name) for name in self.module.state_dict()}
-        buffers = [(_plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
+        wanted = {plain_name(name) for name in self.module.state_dict()}
+        known = self._parameters
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         weights: dict[str, torch.Tensor] = {}
-        for name, tensor in self._trained + self._frozen + [(n, b) for n, b in buffers if n in wanted]:
+        for name, tensor in known.all + [(n, b) for n, b in known.buffers() if n in wanted]:
             with torch.no_grad():
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if is_first:
@@ -339,10 +347,3 @@ class LoopBackend(ScaledLoop, ABC):
     def detach(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of compiled and activation-checkpointed modules."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -48,7 +48,7 @@ class FSDPBackend(LoopBackend):
         # A submodule that is still gathered has parameters that the optimizer does not know.
         self._reshard()
         _refuse_unsupported(module, self._parts, is_line=is_line)
-        super().__init__(model, module, optimizer, scheduler, **options)
+        super().__init__(model, module, optimizer, scheduler, is_line=is_line, **options)
         self._sharing: ShardSharing | None = None
         group = _param_groups(self._parts)[0]
         info = group.mesh_info
@@ -57,7 +57,7 @@ class FSDPBackend(LoopBackend):
         if group._is_hsdp:  # replicas of the mesh read data of their own; _refuse_unsupported excludes tensor ranks
             self.dp_group, self.dp_rank, self.dp_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
         self.tp_size = dist.get_world_size() // self.dp_size
-        self.tp_group = _tensor_group(self._trained + self._frozen, self.tp_size)
+        self.tp_group = _tensor_group(self._parameters.all, self.tp_size)
         self.tp_rank = 0 if self.tp_group is None else dist.get_rank(self.tp_group)
 
     def _reshard(self) -> None:
@@ -70,7 +70,7 @@ class FSDPBackend(LoopBackend):
 
     def _starts(self) -> Mapping[str, int] | None:
         """FSDP2 shards a parameter (or this tensor rank's part of it) by rows, with equally many for each rank."""
-        names = {id(parameter): name for name, parameter in self._trained + self._frozen}
+        names = {id(parameter): name for name, parameter in self._parameters.all}
         starts = {}
         for shard in (shard for group in _param_groups(self._parts) for shard in group.fsdp_params):
             if shard.fsdp_placement.dim != 0:

@@ -38,7 +38,7 @@ class PlainBackend(LoopBackend):
         scheduler: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, module, optimizer, scheduler, **options)
+        super().__init__(model, module, optimizer, scheduler, is_line=True, **options)
         is_on = dist.is_initialized()
         self.dp_rank, self.dp_size = (dist.get_rank(), dist.get_world_size()) if is_on else (0, 1)
         self.dp_group = dist.group.WORLD if is_on else None
@@ -70,7 +70,7 @@ class PlainBackend(LoopBackend):
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
         if not torch.equal(low, high):
-            name = self._trained[int((low != high).nonzero()[0])][0]
+            name = self._parameters.trained[int((low != high).nonzero()[0])][0]
             raise ConfigError(
                 f"the process group has {self.dp_size} ranks, the model is a plain {type(self.module).__name__}, and "
                 f"{name} differs between ranks, so they are not replicas of one model. Apply fully_shard() or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from clantune_scale.errors import ClanError, ConfigError
 
 
 def require_known_parameters(
-    param_groups: Sequence[dict[str, Any]], named: Sequence[tuple[str, torch.nn.Parameter]]
+    param_groups: Sequence[dict[str, Any]], named: Sequence[tuple[str, torch.nn.Parameter]], *, takes_half: bool
 ) -> None:
-    """Checks that the optimizers update the module's own parameters, each once, and that they are in float32.
+    """Checks that the optimizers update the module's own parameters, each once, in a precision that a clan can use.
 
     Args:
         param_groups: of the user's optimizers.
         named: the module's parameters, by name.
+        takes_half: whether they may be in 16 bits.
 
     Raises:
-        ConfigError: if one of the two is not so.
+        ConfigError: if one of these is not so.
     """
     if not named:
         raise ConfigError("the model has no parameters. Pass the module that you train.")
@@ -39,11 +40,38 @@ def require_known_parameters(
             f"{list(strangers[0].shape)}). Create it after fully_shard() or DDP, from model.parameters() only."
         )
     half = next((p for p in updated if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)), None)
-    if half is not None:
+    if half is not None and not takes_half:
         raise ConfigError(
             f"{names[id(half)]} is kept in {half.dtype}, which is too coarse for averages of weights. Keep the "
             f"parameters in float32, and compute in 16 bits with MixedPrecisionPolicy(param_dtype=torch.bfloat16) or "
-            f"torch.autocast."
+            f'torch.autocast; or set "members" to "line", which keeps averages in float32.'
+        )
+
+
+def require_only_trained(
+    param_groups: Sequence[dict[str, Any]], trained: Collection[int], names: Mapping[int, str]
+) -> None:
+    """Checks, before an update, that it changes no parameter that stood still when the clan was attached.
+
+    Averages, points and snapshots would leave it out.
+
+    Args:
+        param_groups: of the optimizer that is about to step.
+        trained: ids of the parameters that trained then.
+        names: of the module's parameters, by id.
+
+    Raises:
+        ConfigError: if it changes another one.
+    """
+    updated = [parameter for group in param_groups for parameter in group["params"] if parameter.grad is not None]
+    new = [parameter for parameter in updated if id(parameter) not in trained]
+    if new:
+        first = names.get(id(new[0]), f"a tensor of shape {list(new[0].shape)}")
+        more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+        raise ConfigError(
+            f"{first}{more} has a gradient, and was frozen or not in the optimizer when the clan was attached: "
+            f"averages, points and snapshots would leave it out. Before attach(), give the optimizer all parameters "
+            f"that will ever train and let them require gradients. Freeze some after it, and unfreeze them at any time."
         )
 
 

@@ -48,7 +48,7 @@ class OnTheLine:
         self._size = parts.view.config.population_size
         self._line: Line | None = None
         self._points: Points | None = None
-        self._moves = parts.view.config.line.go_on_from == "fittest" and self._backend.moves_with_weights
+        self._moves = self._may_move()
         self._decays_of: int | None = None
         self._is_driven = False
         self.turns: Turns | None = None
@@ -67,6 +67,10 @@ class OnTheLine:
     @property
     def meter(self) -> LossMeter:
         return self.turns.meter if self.turns is not None and self.in_turns else self._parts.progress.losses
+
+    def _may_move(self) -> bool:
+        """Whether training may go on from a point. An optimizer that makes copies of the weights shows it by a step."""
+        return self._parts.view.config.line.go_on_from == "fittest" and self._backend.moves_with_weights
 
     def drive(self) -> None:
         self._is_driven = True
@@ -105,6 +109,7 @@ class OnTheLine:
                     position.step - position.plan.start_step,
                     [float(group["lr"]) for group in groups],
                     [float(group.get("weight_decay", 0.0)) for group in groups],
+                    self._backend.in_update(),
                 )
             yield
 
@@ -174,7 +179,7 @@ class OnTheLine:
         phase_start = turns.start_step
         self._end_turn(parts.progress.losses.round_losses, is_whole=True)
         while not turns.is_over:
-            turns.start.restore(parts.state(), self._backend)
+            turns.start.restore(parts.state, self._backend)
             parts.view.phases.rewind(phase_start)
             self._backend.clear_gradients()
             turns.meter.begin_round()
@@ -234,6 +239,7 @@ class OnTheLine:
         )
 
     def close_round(self) -> None:
+        self._moves = self._may_move()
         self._ended_points, self._points = self._points, None
         self._ended_turns, self.turns = self.turns, None
 
@@ -255,7 +261,9 @@ class OnTheLine:
             points.go_on_from(line.mixed(weights))
             self._backend.refresh()
         elif turns is not None:
-            self._go_on_from_turn(turns, weights)
+            end = turns.end_for(weights)
+            if end is not None:
+                end.restore(self._parts.state, self._backend)
 
     def trained(self, genomes: tuple[Genome, ...], plan: RoundPlan) -> tuple[Genome, ...]:
         if self._moves or self._line is None or plan.phases[-1].kind is PhaseKind.COMPETITIVE:
@@ -268,7 +276,7 @@ class OnTheLine:
         turns, parts = self.turns, self._parts
         if turns is None:
             return False
-        turns.start.restore(parts.state(), self._backend)
+        turns.start.restore(parts.state, self._backend)
         for sampler, saved in zip(parts.progress.samplers, turns.samplers, strict=False):
             sampler.load_state_dict(saved)
         parts.progress.losses.begin_round(*turns.losses_before)
@@ -341,10 +349,3 @@ class OnTheLine:
             losses = parts.measurement.losses()
         rate = parts.expression.learning_rate(parts.view.strategy.lr_factor(plan.end_step - 1))
         turns.end_turn(losses, parts.state, self._backend, training, rate)
-
-    def _go_on_from_turn(self, turns: Turns, weights: tuple[float, ...]) -> None:
-        if max(weights) != 1.0:
-            raise ConfigError('one model cannot average states that parted in turns. Set members to "groups".')
-        end = turns.end_of(weights.index(1.0))
-        if end is not None:
-            end.restore(self._parts.state(), self._backend)

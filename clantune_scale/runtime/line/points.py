@@ -15,6 +15,7 @@ import torch
 
 from clantune_scale.core.line import DecayRule, Line, Point, decay_reach, kept_share, only_the_last, reads
 from clantune_scale.core.rounds import RoundPlan
+from clantune_scale.runtime.elementwise import in_pieces, summing_dtype
 
 Tensors = Sequence[torch.Tensor]
 
@@ -25,7 +26,8 @@ class Points:
     Create it before the round's first step. Averages are right at the round's end, for which their anchor is made.
 
     Args:
-        weights: returns the live weights, always the same tensors' worth: fp32 masters if there are any.
+        weights: returns the live weights, always the same tensors' worth: fp32 masters if there are any. In 16 bits
+            they are rounded as they are written, to the nearest; all that is computed is in fp32.
         average: their running average, kept up to date by the caller; None if the round has none. In fp32 or more.
         group_of: [parameters] index of each one's parameter group.
         line: where members lie.
@@ -91,18 +93,25 @@ class Points:
         ]
 
     @torch.no_grad()
-    def before_update(self, offset: int, rates: Sequence[float], decays: Sequence[float]) -> None:
+    def before_update(
+        self, offset: int, rates: Sequence[float], decays: Sequence[float], changed: Sequence[bool] | None = None
+    ) -> None:
         """Takes in what the centre's weight decay does in the step that follows; nothing if no decay varies.
 
         Args:
             offset: of the step in its round, from 0.
             rates: [groups] the centre's learning rates in that update, schedules and all.
             decays: [groups] its weight decays.
+            changed: [parameters] whether the optimizer changes each; the others have no decay. All if None.
         """
         for sums, reach in self._sums:
             shares = [rate * decay * own[offset] for rate, decay, own in zip(rates, decays, reach, strict=True)]
-            for total, weight, group in zip(sums, self._weights(), self._group_of, strict=True):
-                total.add_(weight.detach(), alpha=shares[group])
+            weights = self._weights()
+            for total, weight, group, is_in in zip(
+                sums, weights, self._group_of, changed or [True] * len(weights), strict=True
+            ):
+                if is_in:
+                    total.add_(weight.detach(), alpha=shares[group])
 
     @contextmanager
     def held(self) -> Iterator[Callable[[int, bool], None]]:
@@ -116,9 +125,7 @@ class Points:
 
         @torch.no_grad()
         def write(member: int, averaged: bool) -> None:
-            point = self._line.points[member]
-            for weight, value in zip(self._weights(), self._values(point, centre, averaged), strict=True):
-                weight.copy_(value)
+            self._write(self._weights(), self._line.points[member], centre, averaged)
 
         try:
             yield write
@@ -132,31 +139,33 @@ class Points:
         """Weights and average go to ``point``, where training goes on."""
         if point.is_centre:
             return
-        for weight, value in zip(self._weights(), self._values(point, self._weights(), False), strict=True):
-            weight.copy_(value)
+        self._write(self._weights(), point, self._weights(), False)
         if self._average is not None:
-            for average, value in zip(self._average, self._values(point, None, True), strict=True):
-                average.copy_(value)
+            self._write(self._average, point, None, True)
 
-    def _values(self, point: Point, centre: Tensors | None, averaged: bool) -> Iterator[torch.Tensor]:
-        """One tensor at a time, in the precision of sums."""
+    def _write(self, targets: Tensors, point: Point, centre: Tensors | None, averaged: bool) -> None:
+        """Writes a point, in the precision of sums up to the result, where the weights live."""
         if averaged:
             assert self._average is not None, "this round has no averages"
             centre, anchors, decays = self._average, self._anchor, self._average_decay
         else:
             assert centre is not None and (self._moves_weights or point.is_centre), "an observer writes no weights"
             anchors, decays = self._start, self._decay
-        live = self._weights()
-        for index, (own, group) in enumerate(zip(centre, self._group_of, strict=True)):
-            rate, decay, value = point.rates[group], point.decays[group], own.detach().to(live[index].device)
-            value = value.to(_wide(value))
+        for index, (weight, group) in enumerate(zip(self._weights(), self._group_of, strict=True)):
+            rate, decay, sources = point.rates[group], point.decays[group], [targets[index], centre[index]]
             if rate != 1.0:
                 assert anchors is not None
-                value = value + (rate - 1.0) * (value - anchors[index].to(value.device))
+                sources.append(anchors[index])
             if decay:
                 assert decays is not None
-                value = value - decay * decays[index]
-            yield value
+                sources.append(decays[index])
+            for target, own, *others in in_pieces(*sources):
+                value = own.to(weight.device, summing_dtype(own))
+                if rate != 1.0:
+                    value = value + (rate - 1.0) * (value - others[0].to(weight.device))
+                if decay:
+                    value = value - decay * others[-1]
+                target.copy_(value)
 
     @torch.no_grad()
     def _keep_start(self, kept: float) -> None:
@@ -165,20 +174,14 @@ class Points:
         if self._moves_weights:
             self._start = [self._kept(weight) for weight in weights]
         if self._average is not None:
-            self._anchor = [
-                self._kept(weight.detach().to(average).lerp(average, kept))
-                for weight, average in zip(weights, self._average, strict=True)
-            ]
+            self._anchor = [torch.empty_like(average, device=self._device) for average in self._average]
+            for three in zip(self._anchor, weights, self._average, strict=True):
+                for anchor, weight, average in in_pieces(*three):
+                    anchor.copy_(weight.to(average).lerp(average, kept))
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        copied = tensor.detach().clone()
-        return copied if self._device is None else copied.to(self._device)
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """The type to add up in: float32 for half precision, the tensor's own for all others."""
-    return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
+        return tensor.detach().to(self._device or tensor.device, copy=True)
 
 
 def _zeros(tensors: Tensors) -> list[torch.Tensor]:
-    return [torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False) for tensor in tensors]
+    return [torch.zeros_like(tensor, dtype=summing_dtype(tensor), requires_grad=False) for tensor in tensors]

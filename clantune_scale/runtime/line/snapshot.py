@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from clantune_scale.checkpoint.streams import RandomStreams
@@ -34,6 +34,7 @@ class TrainingSnapshot:
         engine: that trains.
         tensors: a snapshot of this state, if there is one already.
         streams: random streams to go on with in place of the present ones.
+        former: a snapshot that is given up; its memory is used again.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class TrainingSnapshot:
         state: MemberState,
         engine: SnapshotEngine,
         tensors: Snapshot | None = None,
+        *,
+        former: TrainingSnapshot | None = None,
         streams: RandomStreams | None = None,
     ) -> None:
-        self._tensors = tensors or Snapshot(state)
+        self._tensors = tensors or Snapshot(state, None if former is None else former._tensors)
         self._scalars = copy.deepcopy(dict(state.scalars))
         self._groups = [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -51,14 +54,18 @@ class TrainingSnapshot:
         ]
         self._counters, self._streams = engine.counters(), streams or RandomStreams.capture(engine)
 
-    def restore(self, state: MemberState, engine: SnapshotEngine) -> None:
+    def restore(self, state: Callable[[], MemberState], engine: SnapshotEngine) -> None:
         """Puts everything back, in place (a collective of the engine's ranks).
+
+        Args:
+            state: gives the live state.
+            engine: that trains.
 
         Raises:
             ValueError: if the state has other tensors than when the snapshot was taken.
         """
         self._tensors.restore(state)
-        state.load_scalars(copy.deepcopy(self._scalars))
+        state().load_scalars(copy.deepcopy(self._scalars))
         for group, before in zip(engine.param_groups(), self._groups, strict=True):
             group.update(copy.deepcopy(before))
         engine.load_counters(self._counters)

@@ -20,7 +20,7 @@ from clantune_scale.checkpoint.streams import RandomStreams
 from clantune_scale.core.genome import GROUP_KEYS
 from clantune_scale.data.containers import leaves_of, map_leaves
 from clantune_scale.data.watch import LossMeter
-from clantune_scale.errors import CheckpointError, ClanError
+from clantune_scale.errors import CheckpointError, ClanError, ConfigError
 from clantune_scale.runtime.line.snapshot import SnapshotEngine, TrainingSnapshot
 from clantune_scale.transfer import MemberState
 
@@ -258,8 +258,9 @@ class Turns:
         self.streams = self.streams or RandomStreams.capture(engine)
         self.ended.append(Ended(losses, (total + training[0], count + training[1]), learning_rate))
         if self.keeps and (self.best is None or _mean(losses) < _mean(self.ended[self.best[0]].losses)):
-            self.best = None  # released first: a third copy of the state would be held for a moment
-            self.best = (len(self.ended) - 1, TrainingSnapshot(state(), engine, streams=self.streams))
+            former = None if self.best is None else self.best[1]
+            end = TrainingSnapshot(state(), engine, former=former, streams=self.streams)
+            self.best = (len(self.ended) - 1, end)
 
     def batches(self) -> Iterator[list[Any]]:
         """The phase's steps again: each one's micro-batches."""
@@ -270,13 +271,18 @@ class Turns:
         """The turn that a member's place in the population stands for."""
         return next(index for index, one in enumerate(self.competitors) if member in one.members)
 
-    def end_of(self, member: int) -> TrainingSnapshot | None:
-        """The end that a member's place stands for; None if the live state is it.
+    def end_for(self, weights: Sequence[float]) -> TrainingSnapshot | None:
+        """The state that training goes on from; None if it is the live one.
+
+        Args:
+            weights: [members] of the decision.
 
         Raises:
-            ClanError: if it is not the fittest's, which is the only one that is held.
+            ConfigError, ClanError: if it is not one turn's, or not the fittest one's.
         """
-        wanted = self.competitor_of(member)
+        if max(weights) != 1.0:
+            raise ConfigError('one model cannot average states that parted in turns. Set members to "groups".')
+        wanted = self.competitor_of(list(weights).index(1.0))
         assert self.best is not None
         held, end = self.best
         if held != wanted:

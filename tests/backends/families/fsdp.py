@@ -36,6 +36,9 @@ CASES = {
 # A clan of groups refuses these.
 LINE_CASES = {
     "hybrid": Setup(dp=2, accumulation=2, clip=0.1, is_tied=True, options={"replicas": 2}),
+    "half": Setup(
+        dp=2, dtype="bf16", optimizer="sgd", clip=0.1, is_tied=True, is_slow=True, options={"has_masters": False}
+    ),
     "offload": Setup(dp=2, clip=0.1, is_tied=True, is_slow=True, options={"offload": True}),
 }
 # Two summation orders in float32, and AdamW's division by small second moments; bf16 rounds sums of gradients.
@@ -66,7 +69,7 @@ def start(setup: Setup, block: dict | None) -> Sharded:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "dp"))
     else:
         mesh = init_device_mesh("cpu", (dist.get_world_size() // setup.tp, setup.tp), mesh_dim_names=("dp", "tp"))
-    model = sharded(setup, TiedNet(), mesh)
+    model = sharded(setup, TiedNet() if setup.options.get("has_masters", True) else TiedNet().bfloat16(), mesh)
     if "compile" in setup.options:
         model = torch.compile(model, backend=setup.options["compile"])
     return Sharded(setup, model, block, datasets())
@@ -78,7 +81,7 @@ def sharded(setup: Setup, model: TiedNet, mesh: Any) -> nn.Module:
     options: dict[str, Any] = {"mesh": mesh if "replicas" in setup.options else mesh["dp"]}
     if setup.options.get("offload"):
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    if setup.dtype == "bf16":
+    if "reduce" in setup.options:
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, setup.options["reduce"])
     fully_shard(model.mlp, **options)
     return fully_shard(model, **options)

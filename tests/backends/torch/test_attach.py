@@ -268,6 +268,7 @@ def test_a_validation_batch_is_passed_by_keyword_by_position_or_as_it_is(batch, 
         seen.update(inputs=float(inputs.sum()), scale=float(scale))
         return inputs.sum() * scale
 
-    backend = SimpleNamespace(engine=model, device=torch.device("cpu"), tp_group=None)
+    parameters = SimpleNamespace(has_half=False)
+    backend = SimpleNamespace(engine=model, device=torch.device("cpu"), tp_group=None, _parameters=parameters)
     loss = LoopBackend.batch_loss(backend, batch, None)
     assert seen == called and loss == called["inputs"] * called["scale"]

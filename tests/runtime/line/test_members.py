@@ -194,6 +194,9 @@ def test_a_specialized_gene_is_tried_in_turns_and_its_weights_are_discarded(tmp_
     assert any(phase.kind is PhaseKind.COMPETITIVE for record in run.lineage for phase in record.phases)
     assert len({tuple(record.losses) for record in run.lineage}) > 1
     assert [r.phases for r in run.lineage] == [r.phases for r in reference.lineage]
+    # Each turn is on the whole batch and with the same activations dropped, in both.
+    for ours, theirs in zip(run.lineage, reference.lineage, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
     assert len(set(run.lineage[0].losses)) == 4
     assert run.clan.num_steps == run.scheduler.last_epoch == 24
 
