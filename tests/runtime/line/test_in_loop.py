@@ -100,23 +100,25 @@ def test_a_scheduler_that_ends_the_steps_can_be_saved(tmp_path):
     assert type(loop.run.scheduler) is kind
 
 
+def _drawn(folder, strategy) -> list[float]:
+    """What a loop draws from torch's streams before each of its steps."""
+
+    def train_step(calls) -> None:
+        run.one_step([args for args, _ in calls])
+
+    torch.manual_seed(0)
+    run = Run(folder, total_steps=120, strategy=strategy, changes={"train_step": train_step})
+    numbers = []
+    for step in range(50):
+        numbers.append(float(torch.rand(())))
+        run.one_step([samples(step, 0, index) for index in range(4)])
+    return numbers
+
+
 def test_the_loop_goes_on_with_the_random_streams_of_its_own_steps(tmp_path):
     """It draws for its data; the turns of the others draw less, and must not turn the streams back."""
-    drawn = {}
-    for name, strategy in (("clan", WITH_TRIAL["strategy"]), ("control", "control")):
-        torch.manual_seed(0)
-        run = Run(
-            tmp_path / name,
-            total_steps=120,
-            strategy=strategy,
-            changes={"train_step": lambda calls: run.one_step([args for args, _ in calls])},
-        )
-        numbers = []
-        for step in range(50):
-            numbers.append(float(torch.rand(())))
-            run.one_step([samples(step, 0, index) for index in range(4)])
-        drawn[name] = numbers
-    assert drawn["clan"] == drawn["control"] and len(set(drawn["clan"])) == 50
+    clan = _drawn(tmp_path / "clan", WITH_TRIAL["strategy"])
+    assert clan == _drawn(tmp_path / "control", "control") and len(set(clan)) == 50
 
 
 def test_train_step_gets_what_the_loop_showed(tmp_path):
