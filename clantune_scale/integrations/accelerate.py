@@ -7,7 +7,6 @@ from clantune_scale.core.extras import is_installed, missing
 if not is_installed("accelerate"):
     raise missing("accelerate", needed_by="clantune_scale.integrations.accelerate")
 
-import math
 from collections.abc import Callable, Sized
 from contextlib import nullcontext
 from pathlib import Path
@@ -127,8 +126,7 @@ def show_clipping(accelerator: Accelerator, clan: LoopClan) -> Callable[[], None
     is_gene = any(gene.target == "clip" for gene in clan.genes)
 
     def clip_and_tell(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
-        threshold = clan.backend.clip if is_gene and math.isfinite(max_norm) else max_norm
-        norm = clip(parameters, threshold, *args, **kwargs)
+        norm = clip(parameters, clan.backend.clip if is_gene else max_norm, *args, **kwargs)
         if accelerator.distributed_type != DistributedType.DEEPSPEED and norm is not None:
             clan.backend.note_clipping(norm)
         return norm

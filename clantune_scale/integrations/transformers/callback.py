@@ -105,12 +105,16 @@ class ClanCallback(TrainerCallback):
         self._num_steps = clan.num_steps
         if len(clan.progress.lineage) > self._num_rounds:
             self._num_rounds = len(clan.progress.lineage)
+            # Trainer's log() clears the wish for its own figures of this step, which it has not written yet.
+            should_log = control.should_log
             trainer.log(figures(clan))
+            control.should_log = should_log
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the clan to the checkpoint that the Trainer has just written."""
+        """Adds the clan to the checkpoint that the Trainer has just written, if training can go on from it."""
         clan, trainer = self._running()
-        save(clan, Path(trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}")
+        if not args.save_only_model:
+            save(clan, Path(trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the run: writes the champion, its schedule and the record."""

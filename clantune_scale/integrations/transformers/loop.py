@@ -66,8 +66,8 @@ class TrainerLoop:
             state._set_sync_gradients(is_last)
             with nullcontext() if is_last or syncs_always else accelerator.no_sync(model):
                 trainer.training_step(model, inputs, num_items)
-        if trainer.args.max_grad_norm > 0:
-            trainer._clip_grad_norm(model)
+        norm = trainer._clip_grad_norm(model) if trainer.args.max_grad_norm > 0 else None
+        trainer._get_grad_norm(model, grad_norm=norm)
         trainer.optimizer.step()
         if self._is_stepped and not accelerator.optimizer_step_was_skipped:
             trainer.lr_scheduler.step()

@@ -287,7 +287,7 @@ def test_trainer_still_has_what_the_callback_uses():
     assert source.index("_prepare_for_training") < source.index("on_train_begin") < source.index("_run_epoch")
     step = list(inspect.signature(Trainer.training_step).parameters)
     assert step == ["self", "model", "inputs", "num_items_in_batch"]
-    names = ("_get_num_items_in_batch", "_prepare_inputs", "_clip_grad_norm", "_get_output_dir")
+    names = ("_get_num_items_in_batch", "_prepare_inputs", "_clip_grad_norm", "_get_grad_norm", "_get_output_dir")
     assert all(callable(getattr(Trainer, name)) for name in names)
     epoch = inspect.getsource(Trainer._run_epoch)
     for call in ("current_gradient_accumulation_steps", "_set_sync_gradients", "self.optimizer.step()", "zero_grad()"):
