@@ -199,6 +199,14 @@ class BuiltClan:
         """[members] micro-batches per step in a phase of that kind, by the present genomes."""
         return [self.expression.accumulation(values) for values in self.values(kind)]
 
+    def settle(self) -> None:
+        """Ends the last step, and the round that it closes. All ranks of the clan call it, between two steps.
+
+        Most loops need not call it: a step ends inside its last call. In a loop that moves schedules of its own, which
+        were not given to ``attach()``, it ends when the loop goes on.
+        """
+        self.backend.settle()
+
     def evaluate(
         self, dataset: Dataset, *, num_samples: int | None = None, collate_fn: Callable | None = None
     ) -> list[float]:

@@ -63,7 +63,7 @@ class Clan(BuiltClan):
         if self._watch is None:
             self.backend.watch(self._on_batch, self._on_loss)
         else:
-            self._unwatch = self._watch(self._on_batch, self._on_loss)
+            self._unwatch = self._watch(self._on_shown_batch, self._on_loss)
         self.backend.after_resize(1 if self.view.has_one_state else self.config.population_size, self._resized)
         self.backend.after_load(self._loaded)
 
@@ -90,6 +90,10 @@ class Clan(BuiltClan):
         self.progress.phase_snapshot = None
         self._measure_start()
         self._begin_phase()
+
+    def _on_shown_batch(self, args: tuple, kwargs: dict) -> None:
+        self.backend.settle()  # No forward pass of the model as it is attached may come to say that the loop goes on.
+        self._on_batch(args, kwargs)
 
     def _on_batch(self, args: tuple, kwargs: dict) -> None:
         if not self.members.in_turns:
@@ -189,6 +193,7 @@ class Clan(BuiltClan):
                 'members in groups have a state each, which no checkpoint of the loop holds. Set "members" to "line", '
                 "or resume from the clan's own rounds (checkpoint.resume)."
             )
+        self.backend.settle()
         return {**state_of(self._target), "turns": self.members.saved_turns()}
 
     def load_state_dict(self, saved: Mapping[str, Any], *, source: str) -> None:
@@ -203,6 +208,7 @@ class Clan(BuiltClan):
         Raises:
             CheckpointError: if it was saved with other settings, or of another model.
         """
+        self.backend.settle()  # The loop's own loads would begin the clan anew with the next forward pass.
         position = load_state(self._target, saved)
         if saved["turns"] is None:
             self._begin_phase(is_resumed=True)

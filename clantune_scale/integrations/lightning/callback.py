@@ -108,6 +108,8 @@ class ClanCallback(Callback):
     ) -> None:
         """Logs a round's figures when it has ended."""
         clan = self.clan
+        if clan is not None:
+            clan.settle()  # Lightning has moved the module's schedules.
         if clan is None or clan.phases.position.plan.index == self._num_rounds:
             return
         self._num_rounds = clan.phases.position.plan.index

@@ -97,6 +97,7 @@ class ClanCallback(TrainerCallback):
             ClanError: if the Trainer's step did not come by the clan.
         """
         clan, trainer = self._running()
+        clan.settle()
         if clan.num_steps == self._num_steps and not clan.backend.may_skip_steps:
             raise ClanError(
                 f"Trainer has taken step {state.global_step}, and the clan did not see it: the optimizer or scheduler "

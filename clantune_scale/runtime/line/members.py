@@ -206,6 +206,7 @@ class OnTheLine:
         for batches in self.take_turns():
             before = self._backend.num_steps
             step(batches)
+            self._backend.settle()
             if self._backend.num_steps == before and not self._backend.may_skip_steps:
                 raise ClanError(
                     f"train_step took no optimizer step after {before}. It has to do one step on the micro-batches "
