@@ -104,7 +104,7 @@ class Carrier:
         """Ends the following: checkpoints that come later hold no clan."""
         while self._undo:
             self._undo.pop()()
-        self._clan = None
+        self._clan = self._loaded = None
 
 
 def _place_of(checkpoint: Path) -> Path:
