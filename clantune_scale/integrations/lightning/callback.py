@@ -68,7 +68,7 @@ class ClanCallback(Callback):
         if stage == "fit":
             self._settings = RunSettings(self._config, trainer, pl_module)
             self.clan = self.summary = None
-            self._carrier = Carrier()
+            self._carrier.release()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the clan: weights, optimizers and schedules are restored if the run is resumed."""
@@ -124,13 +124,18 @@ class ClanCallback(Callback):
         """Ends the run: writes the champion and the schedule that was found."""
         if self.clan is not None:
             self.summary = self.clan.finish()
-            self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets the clan go: until here, the Trainer may write a last checkpoint."""
+        if stage == "fit":
+            self._carrier.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ends the run without a champion; the Trainer's checkpoints go on from where they were saved."""
+        """Ends the run without a champion; a checkpoint that the Trainer writes now still holds the clan."""
         if self.clan is not None and self.summary is None:
+            if self.clan.members.in_turns:
+                self._carrier.release()  # the weights are a competitor's, in the middle of its turn
             self.clan.abandon()
-            self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """The clan, for the Trainer's checkpoint (a collective of all ranks)."""
@@ -139,6 +144,3 @@ class ClanCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` returned; the clan is attached later."""
         self._carrier.load_state_dict(state_dict)
-
-    def _let_go(self) -> None:
-        self._carrier.release()

@@ -104,7 +104,7 @@ class Carrier:
         """Ends the following: checkpoints that come later hold no clan."""
         while self._undo:
             self._undo.pop()()
-        self._clan = None
+        self._clan = self._loaded = None
 
 
 def _place_of(checkpoint: Path) -> Path:
@@ -147,15 +147,17 @@ def of_ranks(own: dict[str, Any]) -> dict[str, Any]:
 def from_ranks(saved: dict[str, Any]) -> dict[str, Any]:
     """This rank's state in what :func:`of_ranks` returned."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    own = dict(torch.load(io.BytesIO(saved["ranks"][rank].numpy().tobytes()), weights_only=True))
+    own = dict(torch.load(io.BytesIO(saved["ranks"][rank].cpu().numpy().tobytes()), weights_only=True))
     for name, tensors in saved["tensors"].items():
         *above, last = name.split("/")
         place = own
         for key in above:
             place = place[key]
         place[last] = tensors
-    # Of a part that there was not, an empty place is left.
-    return {key: None if value in ({}, {"start": {}}) else value for key, value in own.items()}
+    for key in ("phase", "rollback", "turns"):
+        # Of a part that there was not, its empty place is left.
+        own[key] = None if own[key] in ({}, {"start": {}}) else own[key]
+    return own
 
 
 def _gathered(mine: torch.Tensor) -> list[torch.Tensor]:

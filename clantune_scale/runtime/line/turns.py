@@ -223,7 +223,7 @@ class Turns:
         if self.is_first:
             present = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             self._scheduled[step] = copy.deepcopy(present)  # a rate may be a tensor
-        else:
+        elif step in self._scheduled:  # else its gradients had overflowed, and nothing was updated
             for group, scheduled in zip(groups, self._scheduled[step], strict=True):
                 group.update(copy.deepcopy(scheduled))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def fit(
     save_every: int | None = None,
     callback: dict[str, Any] | None = None,
     data: TensorDataset = TRAIN,
-    validation: Any = None,
+    callbacks_after: Sequence[Any] = (),
     **options: Any,
 ) -> tuple[Module, Trainer, ClanCallback | None]:
     """A run of the Trainer; without a clan if ``config`` is None. ``options`` are the Trainer's."""
@@ -147,7 +147,7 @@ def fit(
         "accumulate_grad_batches": ACCUMULATION if is_automatic else 1,
         "gradient_clip_val": CLIP if is_automatic else None,
         "default_root_dir": directory,
-        "callbacks": [*([] if clan is None else [clan]), *checkpoint],
+        "callbacks": [*([] if clan is None else [clan]), *checkpoint, *callbacks_after],
         "enable_checkpointing": bool(checkpoint),
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -156,8 +156,7 @@ def fit(
         "devices": 1,
     }
     trainer = Trainer(**settings | options)
-    validation = DataLoader(VALID, batch_size=8) if validation is None else validation
-    trainer.fit(module, ResumableLoader(data), validation, ckpt_path=ckpt_path)
+    trainer.fit(module, ResumableLoader(data), DataLoader(VALID, batch_size=8), ckpt_path=ckpt_path)
     return module, trainer, clan
 
 

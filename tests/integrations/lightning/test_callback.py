@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
+from lightning.pytorch import Callback
 from torchmetrics import MeanMetric
 
 from clantune_scale.core.rounds import PhaseKind
-from clantune_scale.errors import ConfigError, EvaluationError
+from clantune_scale.errors import CheckpointError, ConfigError, EvaluationError
 from clantune_scale.tracking import read_events
 from tests.integrations.lightning.small import (
     ACCUMULATION,
@@ -157,9 +158,9 @@ def test_turns_leave_no_trace_in_metrics_and_take_the_rates_of_their_steps(tmp_p
     module, trainer, callback = fit(tmp_path, block(tmp_path), module=Noisy(), num_steps=35, profiler="simple")
     assert len(module.seen) > len(module.own) == 2 * EPOCH + 18  # 13 steps in an epoch of 25 micro-batches
     assert module.metric._update_count == len(module.own)
-    assert float(module.metric.compute()) == pytest.approx(sum(module.own) / len(module.own))
+    assert float(module.metric.compute()) == pytest.approx(sum(module.own) / len(module.own), rel=1e-5)
     last = module.own[2 * EPOCH :]
-    assert float(trainer.callback_metrics["epoch_loss"]) == pytest.approx(sum(last) / len(last))
+    assert float(trainer.callback_metrics["epoch_loss"]) == pytest.approx(sum(last) / len(last), rel=1e-5)
     assert module.rates == {(step, RATE * min(1.0, (step + 1) / 20)) for step in range(35)}
     assert "log" not in vars(module) and type(trainer.profiler).__name__ == "SimpleProfiler"
     assert float(trainer.callback_metrics["clan/validation_loss"]) > 0 and callback.clan.num_steps == 35
@@ -218,7 +219,7 @@ REFUSED = {
     "rounds on disk": ({"checkpoint": {"resume": "latest"}}, {}, "a clan resumes with the loop, which it cannot move"),
     "own batches": ({}, {"module": Drawing(0.0)}, "draws its batches itself"),
     "line search": ({}, {"module": Searching(0.0)}, "LBFGS calls its closure several times"),
-    "no validation": ({}, {"validation": []}, "the Trainer has none"),
+    "no validation": ({}, {"limit_val_batches": 0}, "the Trainer has none"),
 }
 
 
@@ -240,6 +241,21 @@ def test_what_cannot_be_tuned_in_the_trainer_is_refused_before_the_first_step(ca
 def test_a_config_that_contradicts_the_trainer_is_refused(written, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         fit(tmp_path, {**written, "clantune": block(tmp_path)})
+
+
+def test_a_checkpoint_after_the_end_holds_the_clan_and_one_without_a_clan_is_refused(tmp_path):
+    class Last(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    config = block(tmp_path)
+    _, _, first = fit(tmp_path, config, module=Module(0.0), num_steps=8, callbacks_after=[Last()])
+    _, trainer, callback = fit(tmp_path, config, module=Module(0.0), num_steps=12, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == callback.clan.num_steps == 12
+    assert _lineage(callback.clan)[:1] == _lineage(first.clan)[:1]
+    fit(tmp_path, None, module=Module(0.0), num_steps=8, callbacks_after=[Last()])
+    with pytest.raises(CheckpointError, match="last.ckpt holds no clan: it was saved without one"):
+        fit(tmp_path, config, module=Module(0.0), num_steps=12, ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_an_error_in_training_ends_the_run_and_takes_the_hooks_off(tmp_path):
