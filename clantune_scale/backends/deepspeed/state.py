@@ -321,7 +321,7 @@ def _load_scalars(engine: Any, scalars: Mapping[str, Any]) -> None:
     for master, counts in zip(masters(engine), optimizer_scalars["counts"], strict=True):
         entries = inner.state.get(master, {})
         for name, count in counts.items():
-            if torch.is_tensor(entries[name]):
+            if torch.is_tensor(entries.get(name)):
                 entries[name].fill_(count)
             else:
                 entries[name] = count

@@ -9,6 +9,7 @@ import torch
 
 from clantune_scale.backends.torch.hidden_state import require_plain, require_plain_groups
 from clantune_scale.core.genome import GROUP_KEYS
+from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.clip import local
 from clantune_scale.transfer import MemberState
 from clantune_scale.transfer.state import Piece, merged, plain
@@ -140,7 +141,7 @@ def _load(optimizer: InnerOptimizer, trained: Named, schedulers: Sequence[Any], 
     for (_, parameter), counts in zip(trained, scalars["optimizer"]["counts"], strict=True):
         entries = optimizer.state.get(parameter, {})
         for name, count in counts.items():
-            if torch.is_tensor(entries[name]):
+            if torch.is_tensor(entries.get(name)):
                 local(entries[name]).fill_(count)
             else:
                 entries[name] = count
@@ -148,6 +149,11 @@ def _load(optimizer: InnerOptimizer, trained: Named, schedulers: Sequence[Any], 
     schedule = scalars.get("schedule")
     if schedule is None:
         return
+    if len(schedulers) != len(schedule["schedulers"]):
+        raise ConfigError(
+            f"the saved state holds {len(schedule['schedulers'])} learning-rate schedules and the loop has "
+            f"{len(schedulers)}. Make all schedulers before attach(), as many as before."
+        )
     for scheduler, saved in zip(schedulers, schedule["schedulers"], strict=True):
         if saved is not None:
             scheduler.load_state_dict(merged(scheduler.state_dict(), saved))
