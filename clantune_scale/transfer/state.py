@@ -246,8 +246,9 @@ def grow_optimizer(
     learning_rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     for key in keys:
         key.grad = None
+    takes_dense = not isinstance(optimizer, torch.optim.SparseAdam)
     for key in lacking:
-        key.grad = torch.zeros_like(key)
+        key.grad = torch.zeros_like(key) if takes_dense else torch.sparse_coo_tensor(size=key.shape, dtype=key.dtype)
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
