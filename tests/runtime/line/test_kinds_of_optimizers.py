@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import TensorDataset
 
 from clantune_scale.core.rounds import PhaseKind
-from clantune_scale.errors import ConfigError
 from clantune_scale.runtime.line.snapshot import TrainingSnapshot
 from tests.runtime.line.test_optimizers import Net, attach
 from tests.runtime.line.test_points import Lion
@@ -99,11 +98,7 @@ KINDS = {
     "schedule-free adamw": _of("schedulefree", "AdamWScheduleFree", lr=0.02, warmup_steps=5),
     "schedule-free sgd": _of("schedulefree", "SGDScheduleFree", lr=0.3),
     "lion of a package": _of("pytorch_optimizer", "Lion", lr=0.003),
-    "adafactor of a package": _of("pytorch_optimizer", "AdaFactor", lr=0.02),
-    "lookahead-free ademamix": _of("pytorch_optimizer", "AdEMAMix", lr=0.01),
 }
-#: Keeps lists of tensors for each parameter.
-LISTS = _of("pytorch_optimizer", "SOAP", lr=0.01)
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 
@@ -185,31 +180,3 @@ def test_a_clan_searches_takes_turns_and_goes_on(kind, tmp_path):
     assert all(len(set(record.losses)) > 1 for record in rounds[:2])
     assert clan.fitness.mean.min() < rounds[0].losses[0]
     assert clan.finish().champion is not None
-
-
-def test_state_that_is_no_tensor_and_no_number_is_refused_in_the_first_step(tmp_path):
-    clan, model, optimizer = start(LISTS, tmp_path)
-    with pytest.raises(ConfigError, match="SOAP keeps 'GG', a list, for each parameter"):
-        for step in clan.steps(clan.loader(examples(model)), until=2):
-            for batch in step:
-                one_step(model, optimizer, batch)
-    assert clan.num_steps == 0
-
-
-@every_kind
-def test_a_run_that_stopped_goes_on_to_the_same_weights(kind, tmp_path):
-    ends = []
-    for stop in (None, 8):
-        tracking = {"directory": str(tmp_path), "mlflow": False, "run_name": f"stop-{stop}"}
-        settings = {"strategy": {"name": "clan", "options": {"trial_cost": 0}}, "tracking": tracking}
-        clan, model, optimizer = start(kind, tmp_path, **settings)
-        for last in filter(None, (stop, 16)):
-            if last == 16 and stop is not None:
-                clan.stop()
-                resume = {"checkpoint": {"resume": str(clan.recorder.run_dir)}}
-                clan, model, optimizer = start(kind, tmp_path, **settings | resume)
-            for step in clan.steps(clan.loader(examples(model)), until=last):
-                for batch in step:
-                    one_step(model, optimizer, batch)
-        ends.append(weights(model))
-    assert are_equal(*ends)
