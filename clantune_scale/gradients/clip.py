@@ -42,7 +42,8 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
             groups = _sharded_over(gradient)
             # Half precision is summed in float32; doubles and complex numbers have a precise norm of their own.
             is_half = gradient.dtype in (torch.float16, torch.bfloat16)
-            square = torch.linalg.vector_norm(local(gradient), dtype=torch.float32 if is_half else None).square()
+            values = _values(local(gradient))
+            square = torch.linalg.vector_norm(values, dtype=torch.float32 if is_half else None).square()
             squares[groups] = squares[groups] + square if groups in squares else square
     total = torch.zeros(())
     # One all-reduce for each set of groups and not one for each parameter.
@@ -69,8 +70,17 @@ def clip_grad_norm_(parameters: Iterable[torch.nn.Parameter], max_norm: float) -
     gradients = [stored_values(local(parameter.grad)) for parameter in parameters if parameter.grad is not None]
     if max_norm > 0 and gradients:
         # torch's own formula. The clamp keeps the comparison on the device.
-        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([gradient for gradient in gradients if not gradient.is_sparse], factor)
+        for gradient in gradients:
+            if gradient.is_sparse:
+                gradient._values().mul_(factor)
     return norm
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    """All elements that may differ from 0. A sparse gradient may have a row several times, which are to be summed."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _sharded_over(gradient: torch.Tensor) -> tuple[Any, ...]:

@@ -249,7 +249,7 @@ def test_names_and_records_of_tensor_parallelism():
 
 def engine_with(**changes) -> SimpleNamespace:
     """As much of an engine as is looked at before it is accepted; plain ZeRO 1 where nothing is changed."""
-    optimizer = SimpleNamespace()
+    optimizer = SimpleNamespace(param_groups=[])
     values = {
         "fp16_enabled": False, "zero_optimization_stage": 1, "managed_gradient_accumulation": True,
         "torch_autocast_enabled": False, "torch_autocast_dtype": None,
@@ -257,6 +257,7 @@ def engine_with(**changes) -> SimpleNamespace:
     } | changes  # fmt: skip
     plain = {
         "has_moe_layers": False, "optimizer": optimizer, "pipeline_parallelism": False, "sequence_parallel_size": 1,
+        "module": torch.nn.Linear(1, 1),
     }  # fmt: skip
     plain = {name: values.pop(name, value) for name, value in plain.items()}
     return SimpleNamespace(basic_optimizer=optimizer, **plain, **{k: (lambda v=v: v) for k, v in values.items()})

@@ -67,6 +67,7 @@ def note_trained(engine: Any) -> None:
     """Notes which parameters train. If one is frozen later, it stands still and remains a master."""
     groups = engine.basic_optimizer.param_groups
     engine.clantune_trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    engine.clantune_num_groups = len(groups)
     engine.clantune_frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
 
 
@@ -93,7 +94,8 @@ def require_trained(engine: Any) -> None:
     """
     if optimizer_kind(engine) == "plain":
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-        require_only_trained(engine.basic_optimizer.param_groups, engine.clantune_trained, names)
+        groups, count = engine.basic_optimizer.param_groups, engine.clantune_num_groups
+        require_only_trained(groups, engine.clantune_trained, names, num_groups=count)
 
 
 def in_update(engine: Any) -> list[bool]:

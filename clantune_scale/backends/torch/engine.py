@@ -179,11 +179,11 @@ class LoopBackend(ScaledLoop, ABC):
     def _around_part(
         self, index: int, part: torch.optim.Optimizer, context: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        entered = ExitStack()
+        entered, num_groups = ExitStack(), len(part.param_groups)
 
         def before(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             known = self._parameters
-            require_only_trained(part.param_groups, known.trained_ids, known.names)
+            require_only_trained(part.param_groups, known.trained_ids, known.names, num_groups=num_groups)
             if not self._has_looked_for_scaler:
                 self._has_looked_for_scaler = True
                 require_known_scaler(self._optimizers.parts, self._scaler)
@@ -218,6 +218,8 @@ class LoopBackend(ScaledLoop, ABC):
         """Calls back after the update; after the ``step`` of schedulers and the ``update`` of a scaler if there are."""
 
         def call_back() -> None:
+            if not self.num_steps:
+                self.state()  # the optimizer has made its state: what could not be copied is refused now
             self.num_steps += 1
             self._is_clipped = False
             self._order.end_step()

@@ -114,8 +114,8 @@ class Optimizers:
 
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
-        """Inside, parts that have an evaluation mode are in it."""
-        switched = [part for part in self.parts if has_modes(part)]
+        """Inside, parts that have an evaluation mode are in it; then each is in the mode in which it was."""
+        switched = [part for part in self.parts if has_modes(part) and not _is_evaluated(part)]
         for part in switched:
             part.eval()  # type: ignore[attr-defined]
         try:
@@ -123,6 +123,11 @@ class Optimizers:
         finally:
             for part in switched:
                 part.train()  # type: ignore[attr-defined]
+
+
+def _is_evaluated(part: torch.optim.Optimizer) -> bool:
+    """Whether a part says, as the package schedulefree does, that it is in its evaluation mode."""
+    return any(group.get("train_mode") is False for group in part.param_groups)
 
 
 def has_modes(part: Any) -> bool:

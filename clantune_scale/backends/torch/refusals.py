@@ -49,7 +49,7 @@ def require_known_parameters(
 
 
 def require_only_trained(
-    param_groups: Sequence[dict[str, Any]], trained: Collection[int], names: Mapping[int, str]
+    param_groups: Sequence[dict[str, Any]], trained: Collection[int], names: Mapping[int, str], *, num_groups: int
 ) -> None:
     """Checks, before an update, that it changes no parameter that stood still when the clan was attached.
 
@@ -59,9 +59,10 @@ def require_only_trained(
         param_groups: of the optimizer that is about to step.
         trained: ids of the parameters that trained then.
         names: of the module's parameters, by id.
+        num_groups: parameter groups that the optimizer had then.
 
     Raises:
-        ConfigError: if it changes another one.
+        ConfigError: if it changes another one, or there are more groups or fewer.
     """
     updated = [parameter for group in param_groups for parameter in group["params"] if parameter.grad is not None]
     new = [parameter for parameter in updated if id(parameter) not in trained]
@@ -72,6 +73,11 @@ def require_only_trained(
             f"{first}{more} has a gradient, and was frozen or not in the optimizer when the clan was attached: "
             f"averages, points and snapshots would leave it out. Before attach(), give the optimizer all parameters "
             f"that will ever train and let them require gradients. Freeze some after it, and unfreeze them at any time."
+        )
+    if len(param_groups) != num_groups:
+        raise ConfigError(
+            f"the optimizer has {len(param_groups)} parameter groups and had {num_groups} when the clan was attached, "
+            f"which genes, points and snapshots count. Make all groups before attach()."
         )
 
 

@@ -82,6 +82,7 @@ class Turns:
             ):
                 if self._module.automatic_optimization:
                     self._automatic(calls)
+                    self._move_schedules()
                 else:
                     for args, _ in calls:
                         call._call_strategy_hook(self._trainer, "training_step", *args)
@@ -111,11 +112,7 @@ class Turns:
 
     @contextmanager
     def _as_it_began(self, begun: dict[str, Any]) -> Iterator[None]:
-        """Inside, the Trainer is at the step that is repeated; on exit its counts are back.
-
-        The schedule is put back to the step's beginning: the Trainer's own step, of which the turns are a part, is
-        still to be followed by a scheduler's.
-        """
+        """Inside, the Trainer is at the step that is repeated; on exit its counts are back."""
         loop = self._trainer.fit_loop
         automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
         is_automatic = self._module.automatic_optimization
@@ -129,7 +126,6 @@ class Turns:
         finally:
             counts.load_state_dict(saved)
             loop.epoch_progress.current.processed = epoch
-            self._set(begun)
 
     @contextmanager
     def _untoggled(self) -> Iterator[None]:
@@ -164,6 +160,13 @@ class Turns:
             else:
                 place = (trainer.current_epoch, batch_idx)
                 call._call_lightning_module_hook(trainer, "optimizer_step", *place, wrapped, closure)
+
+    def _move_schedules(self) -> None:
+        """As the Trainer does after the step that ends a phase, in which turns are taken; it counts nothing of it."""
+        loop = self._trainer.fit_loop.epoch_loop
+        saved = copy.deepcopy(loop.scheduler_progress.state_dict())
+        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+        loop.scheduler_progress.load_state_dict(saved)
 
     def _zero_gradients(self, optimizer: torch.optim.Optimizer, batch_idx: int) -> None:
         trainer = self._trainer

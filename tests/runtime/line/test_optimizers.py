@@ -69,7 +69,7 @@ def data(count: int = 64, dtype: torch.dtype = torch.float32) -> TensorDataset:
     return TensorDataset(inputs, torch.sin(inputs.sum(dim=1, keepdim=True)))
 
 
-def attach(directory, model, optimizer, scheduler=None, *, dtype=torch.float32, scaler=None, **block):
+def attach(directory, model, optimizer, scheduler=None, *, dtype=torch.float32, scaler=None, eval_data=None, **block):
     config = {
         "population_size": 4,
         "members": "line",
@@ -80,7 +80,13 @@ def attach(directory, model, optimizer, scheduler=None, *, dtype=torch.float32, 
         "tracking": {"directory": str(directory), "mlflow": False, "print_every_steps": 1000},
     }
     return clantune_scale.attach(
-        model, optimizer, scheduler, config=config | block, eval_data=data(32, dtype), micro_batch_size=8, scaler=scaler
+        model,
+        optimizer,
+        scheduler,
+        config=config | block,
+        eval_data=eval_data or data(32, dtype),
+        micro_batch_size=8,
+        scaler=scaler,
     )
 
 
