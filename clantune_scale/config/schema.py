@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clantune_scale.core.strategies import RunFacts
 
 # JSON has types of its own: "4", true and 4.0 are not a count, and reading them as one would hide a mistake.
-Count = Annotated[int, Strict(), Field(ge=1)]
+Count = Annotated[int, Strict(), Field(ge=1, le=10**18)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Difference = Literal[
