@@ -12,6 +12,9 @@ AUTO = "auto"
 # How pydantic, with which DeepSpeed validates, spells them besides true, false and numbers.
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
+# JSON has whole numbers of any length.
+_TOO_LARGE = 10**300
+
 
 def block_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The block of a config; an empty one if it is missing or no object."""
@@ -26,14 +29,16 @@ def shown(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a number that a float can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < _TOO_LARGE
 
 
 def number_of(block: Mapping[str, Any], key: str, default: float) -> float:
     """The number of a key; ``default`` if there is none (missing, null, "auto", text)."""
     value = block.get(key)
-    return value if is_number(value) else default
+    return float(value) if is_number(value) else default
 
 
 def steps_of(block: Mapping[str, Any], key: str) -> int | None:

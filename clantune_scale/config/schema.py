@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clantune_scale.core.strategies import RunFacts
 
 # JSON has types of its own: "4", true and 4.0 are not a count, and reading them as one would hide a mistake.
-Count = Annotated[int, Strict(), Field(ge=1)]
+Count = Annotated[int, Strict(), Field(ge=1, le=10**18)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Difference = Literal[
@@ -99,7 +99,7 @@ class FitnessConfig(Block):
 class TrackingConfig(Block):
     """Where a run leaves its traces."""
 
-    directory: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "clan_runs"
+    directory: Annotated[str, Field(min_length=1)] = "clan_runs"
     """Folder that holds one folder per run."""
 
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+-]*$", max_length=200)] | None = None
@@ -111,7 +111,7 @@ class TrackingConfig(Block):
     tracking_uri: str | None = None
     """MLflow's tracking URI; null takes `MLFLOW_TRACKING_URI`, then an SQLite file in `directory`."""
 
-    experiment: Annotated[str, Field(pattern=r"\S", max_length=500)] = "clantune"
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "clantune"
     """MLflow experiment that the run belongs to."""
 
     system_metrics: Flag = False
@@ -278,6 +278,14 @@ class ClanConfig(Block):
         if least is not None and checkpoint is not None and checkpoint.every_rounds is None:
             raise ValueError("min_members needs rounds on disk to go on from: give checkpoint.every_rounds a number")
         return faults
+
+    @field_validator("genes")
+    @classmethod
+    def _names_can_be_shown(cls, genes: dict[str, GeneConfig]) -> dict[str, GeneConfig]:
+        hidden = [name for name in genes if not name.isprintable() or not name.strip()]
+        if hidden:
+            raise ValueError(f"a name is a word that can be printed in a table, and {hidden[0]!r} is none")
+        return genes
 
     @field_validator("genes", mode="before")
     @classmethod

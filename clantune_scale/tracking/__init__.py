@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,13 @@ class Tracking:
         if self._mlflow is not None:
             self._mlflow.close(deadline_s=_DEADLINE_S[status])
             self._warn_of_mlflow()
+            if self._mlflow.is_late:
+                logger.warning(
+                    "clan: MLflow at %s has all events of this run. Its report and pictures follow, as long as this "
+                    "host goes on; they are in %s too.",
+                    self._mlflow_name,
+                    self._run_dir,
+                )
         self._log = None
         log.close()
         if log.num_waiting:
@@ -145,9 +153,10 @@ class Tracking:
         if self._mlflow is None or self._mlflow.failure is None or self._has_warned:
             return
         self._has_warned = True
+        records = "may lack the end of" if self._end is not None and self._mlflow.is_sent else "does not record"
         message = (
-            f"MLflow at {self._mlflow_name} does not record this run ({self._mlflow.failure}); training goes on. "
-            f"Upload it later: python -m clantune_scale.tracking.mlflow {self._run_dir}"
+            f"MLflow at {self._mlflow_name} {records} this run ({self._mlflow.failure}); training goes on. "
+            f"Upload it later: python -m clantune_scale.tracking.mlflow {shlex.quote(str(self._run_dir))}"
         )
         self.emit("warning", self._step, message=message)
 

@@ -1,6 +1,8 @@
 """A run's files in MLflow. They are refreshed while the run goes on, in a small share of its time.
 
-A process of its own, at the lowest priority, draws the report: that takes seconds of processor time.
+A process of its own draws the report: that takes seconds of processor time. While the run goes on, the process has the
+lowest priority and nobody waits for it; a report that is late is uploaded later, or left out. At the end it is waited
+for, and has the priority of the run.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,39 +42,57 @@ class Artifacts:
         self._client, self._run, self._run_dir = client, run, run_dir
         self._not_before = time.monotonic() + _LEAST_S
         self._has_complained = False
+        self._going: _Snapshot | None = None
 
     def refresh_if_due(self) -> None:
-        """Uploads what there is, unless the last upload ended less than 30 s, or 20 times its own duration, ago."""
-        if time.monotonic() >= self._not_before:
-            self.refresh()
+        """Begins a refresh if one is due, or uploads what the last one has made; returns at once.
 
-    def refresh(self) -> None:
-        """Uploads what there is."""
-        began = time.monotonic()
+        A refresh is due 30 s, or 20 times its own duration, after the last one has ended.
+        """
+        now = time.monotonic()
+        if self._going is not None and self._going.is_over:
+            self._take(self._going)
+            now = time.monotonic()
+            self._not_before = now + max(_LEAST_S, (now - self._going.began_s) / _SHARE)
+            self._going = None
+        elif self._going is not None and now - self._going.began_s > _MAX_S:
+            self._leave_out()
+        elif self._going is None and now >= self._not_before:
+            self._going = _Snapshot(self._run_dir, in_background=True)
+
+    def finish(self) -> None:
+        """Uploads the files of a run that has ended: first what there is, then what has to be made."""
+        self._leave_out()
+        self._attempt(lambda: self._upload(self._run_dir, self._run_dir))
+        last = _Snapshot(self._run_dir, in_background=False)
         try:
-            with tempfile.TemporaryDirectory(prefix="clantune-") as scratch:
-                self._make(Path(scratch))
-                self._upload(Path(scratch))
+            last.wait(_MAX_S)
+            self._take(last)
+        except subprocess.TimeoutExpired as late:
+            last.close()
+            self._complain(late)
+
+    def _take(self, snapshot: _Snapshot) -> None:
+        with snapshot:
+            self._attempt(snapshot.check)
+            self._attempt(lambda: self._upload(self._run_dir, snapshot.folder))
+
+    def _leave_out(self) -> None:
+        if self._going is not None:
+            self._going.close()
+            self._going = None
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
         # Each kind of artifact store fails in its own ways, and metrics must go on.
         except Exception as error:
             self._complain(error)
-        now = time.monotonic()
-        self._not_before = now + max(_LEAST_S, (now - began) / _SHARE)
 
-    def _make(self, scratch: Path) -> None:
-        """Writes the report into the run's folder, and into ``scratch`` what the run itself writes only at its end."""
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "clantune_scale.tracking.snapshot", str(self._run_dir), str(scratch)]
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_MAX_S)
-        if done.returncode != 0:
-            raise RuntimeError(f"the report was not made: {done.stderr.strip()[-500:]}")
-
-    def _upload(self, scratch: Path) -> None:
+    def _upload(self, *places: Path) -> None:
         for name in _FILES:
             # A file that the finished run has written itself is preferred.
-            path = next((place / name for place in (self._run_dir, scratch) if (place / name).is_file()), None)
+            path = next((place / name for place in places if (place / name).is_file()), None)
             if path is not None:
                 self._client.log_artifact(self._run, str(path))
         for picture in sorted((self._run_dir / "figures").glob("*.png")):
@@ -83,3 +104,56 @@ class Artifacts:
         if not self._has_complained:
             logging.getLogger(__name__).warning("MLflow does not have all files of this run: %s", message)
         self._has_complained = True
+
+
+class _Snapshot:
+    """A process that makes the report in the run's folder, and in ``folder`` what the run itself writes at its end.
+
+    Args:
+        run_dir: the run's folder.
+        in_background: whether it gets only the time that nobody else wants.
+    """
+
+    def __init__(self, run_dir: Path, *, in_background: bool) -> None:
+        self.began_s = time.monotonic()
+        self._scratch = tempfile.TemporaryDirectory(prefix="clantune-", ignore_cleanup_errors=True)
+        self.folder = Path(self._scratch.name)
+        self._said = self.folder / "said"
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "clantune_scale.tracking.snapshot", str(run_dir), str(self.folder)]
+        with open(self._said, "w") as said:
+            self._process = subprocess.Popen(
+                command + ["--background"] * in_background,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
+    def wait(self, limit_s: float) -> None:
+        """Waits for its end; raises ``subprocess.TimeoutExpired`` after ``limit_s`` seconds."""
+        self._process.wait(limit_s)
+
+    def check(self) -> None:
+        """Raises RuntimeError, with its last words, if the process has failed."""
+        if self._process.returncode != 0:
+            raise RuntimeError(f"the report was not made: {self._said.read_text().strip()[-500:]}")
+
+    def close(self) -> None:
+        """Ends the process if it goes on, and removes what it made."""
+        if not self.is_over:
+            self._process.kill()
+            self._process.wait()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> _Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ from clantune_scale.tracking.artifacts import Artifacts
 from clantune_scale.tracking.background import Event
 from clantune_scale.tracking.events import iter_events, read_events
 from clantune_scale.tracking.lifecycle import KILLED
+from clantune_scale.tracking.mlflow_names import allowed
+from clantune_scale.tracking.one_at_a_time import one_at_a_time
 
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
@@ -57,9 +58,11 @@ class MlflowRecorder:
 
         # It would print "Creating initial MLflow database tables..." in the middle of the user's terminal.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=uri)
         self._run_dir = run_dir
-        self._experiment_id = self._find_or_create(experiment, uri)
+        # The first call to a database makes its tables, and MLflow lets two processes do it at once: one of them fails.
+        with one_at_a_time(uris.local_file(uri)):
+            self._client = MlflowClient(tracking_uri=uri)
+            self._experiment_id = self._find_or_create(experiment, uri)
         self._handlers = {
             "run_start": self._start,
             "resume": self._resume,
@@ -91,7 +94,14 @@ class MlflowRecorder:
             return found.experiment_id
         # MLflow would put a local store's artifacts into the current folder.
         location = (self._run_dir.parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
-        return self._client.create_experiment(experiment, artifact_location=location, tags=_KIND)
+        try:
+            return self._client.create_experiment(experiment, artifact_location=location, tags=_KIND)
+        except Exception:
+            # Another run may have made it meanwhile, on a server that all hosts share.
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                raise
+            return found.experiment_id
 
     def _start(self, event: Event) -> None:
         tags = {"clantune.run_id": event["run_id"], "clantune.run_dir": str(self._run_dir)}
@@ -182,10 +192,14 @@ class MlflowRecorder:
             tags["clantune.champion"] = event["champion"]
             found["champion_loss"] = event["champion_loss"]
         self._log(self.parent, event, found, tags)
-        # The status goes first. A process that is being killed may not get as far as the files.
+        # The files come after the status, in `close`. A process that is being killed may not get as far.
         for run in (*self.children, self.parent):
             self._client.set_terminated(run, status=event["status"], end_time=_milliseconds(event))
-        self._artifacts.refresh()
+
+    def close(self) -> None:
+        """Uploads the run's files, after its last event. Whoever waits for the events need not wait for this."""
+        if self._artifacts is not None:
+            self._artifacts.finish()
 
     def _create(self, event: Event, name: str, tags: Mapping[str, Any]) -> str:
         text = {key: str(value) for key, value in tags.items()}
@@ -202,7 +216,9 @@ class MlflowRecorder:
         time_ms = _milliseconds(event)
         self._client.log_batch(
             run,
-            metrics=[Metric(_key(name), metrics.chartable(of), time_ms, event["step"]) for name, of in values.items()],
+            metrics=[
+                Metric(allowed(name), metrics.chartable(of), time_ms, event["step"]) for name, of in values.items()
+            ],
             tags=[RunTag(key, str(value)) for key, value in (tags or {}).items()],
             synchronous=True,
         )
@@ -210,7 +226,7 @@ class MlflowRecorder:
     def _log_params(self, run: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(_key(key), str(value)[:_MAX_PARAM_LENGTH]) for key, value in _flat(settings)]
+        params = [Param(allowed(key), str(value)[:_MAX_PARAM_LENGTH]) for key, value in _flat(settings)]
         for start in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             self._client.log_batch(run, params=params[start : start + _MAX_PARAMS_PER_BATCH], synchronous=True)
 
@@ -276,6 +292,7 @@ def upload(run_dir: Path, *, uri: str | None = None, experiment: str | None = No
     if not any(event["kind"] == "run_end" for event in events):
         # The process was killed before it could write its end. Its MLflow runs must not stay "running" for ever.
         recorder.record(events[-1] | {"kind": "run_end", "status": KILLED, "champion": None, "artifacts": {}})
+    recorder.close()
     assert recorder.parent is not None
     return recorder.parent
 
@@ -304,11 +321,6 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
-
-
-def _key(name: str) -> str:
-    """A name that MLflow takes. A gene's name may have characters that a metric's must not have."""
-    return re.sub(r"[^\w./ :-]", "_", name)
 
 
 def _milliseconds(event: Event) -> int:

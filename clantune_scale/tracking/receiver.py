@@ -9,9 +9,10 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from clantune_scale.tracking.background import in_short
+from clantune_scale.tracking.background import RECORDED, in_short
 from clantune_scale.tracking.lifecycle import KILLED
 from clantune_scale.tracking.mlflow import MlflowRecorder
 
@@ -32,6 +33,10 @@ def receive(lines: Iterable[bytes]) -> None:
     if last is not None and last["kind"] != "run_end":
         # The sender was killed before it could send the end. Its MLflow runs must not stay "running" for ever.
         recorder.record({**last, "kind": "run_end", "status": KILLED, "champion": None, "artifacts": {}})
+    # The sender waits for this. Files take longer, and it may be gone by then.
+    with suppress(BrokenPipeError):
+        print(RECORDED, flush=True)
+    recorder.close()
 
 
 if __name__ == "__main__":

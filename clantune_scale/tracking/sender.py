@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clantune_scale.errors import RecordingStopped
-from clantune_scale.tracking.background import Event
+from clantune_scale.tracking.background import RECORDED, Event
 
 
 class Sender:
@@ -39,7 +40,13 @@ class Sender:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
         )
+        self._has_all = False
         self._write(settings)
+
+    @property
+    def has_all(self) -> bool:
+        """Whether the store has every event; files may follow."""
+        return self._has_all
 
     def record(self, event: Event) -> None:
         """Passes one event on.
@@ -66,11 +73,15 @@ class Sender:
             self._end(is_failure=True)
 
     def _end(self, *, is_failure: bool) -> None:
-        # The other process writes only when it fails. What is left in our buffer then has no reader.
-        try:
-            said, _ = self._process.communicate()
-        except BrokenPipeError:
-            said = b""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        # The other process writes that it has recorded everything, or why it failed. What is left in our buffer then
+        # has no reader.
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        first = self._process.stdout.readline()
+        self._has_all = first.decode(errors="replace").strip() == RECORDED
+        said = (b"" if self._has_all else first) + self._process.stdout.read()
+        self._process.stdout.close()
         status = self._process.wait()
         if is_failure or status != 0:
             raise RecordingStopped(said.decode(errors="replace").strip() or f"its process ended with status {status}")

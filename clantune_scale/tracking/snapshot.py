@@ -1,4 +1,7 @@
-"""``python -m clantune_scale.tracking.snapshot RUN_DIR INTO``: a run's report, lineage and schedule as of now."""
+"""A run's report, lineage and schedule as of now.
+
+``python -m clantune_scale.tracking.snapshot RUN_DIR INTO [--background]``, in the background at the lowest priority.
+"""
 
 from __future__ import annotations
 
@@ -47,5 +50,6 @@ def _lineage_and_schedule(path: Path, into: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(19)
+    if "--background" in sys.argv[3:]:
+        os.nice(19)
     snapshot(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -95,6 +95,18 @@ def of_database(path: Path) -> str:
     return f"sqlite:///file:{encoded}?uri=true"
 
 
+def local_file(uri: str) -> Path | None:
+    """The SQLite file of a URI; None for a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    from sqlalchemy import make_url
+
+    path = make_url(uri).database or ""
+    if path.startswith("file:"):
+        path = urllib.parse.unquote(path.removeprefix("file:").partition("?")[0])
+    return Path(path) if path and path != ":memory:" else None
+
+
 def hint(uri: str) -> str:
     """How to look at the runs there: a command for a database, as a shell takes it, or a server's redacted address."""
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite:") else redact(uri)

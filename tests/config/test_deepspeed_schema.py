@@ -72,6 +72,7 @@ def test_a_block_has_deepspeeds_keys_and_takes_the_values_that_deepspeed_takes(p
         ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_master_weights_and_grads to true too"),
         ({"gradient_clipping": "1.0"}, 'gradient_clipping is "1.0". Write a number'),
         ({"gradient_clipping": None}, "gradient_clipping is null"),
+        ({"gradient_clipping": 10**400}, "gradient_clipping is 1000000000"),
         ({"steps_per_print": []}, "steps_per_print is []"),
         ({"wall_clock_breakdown": "false"}, "Write true or false, without quotes"),
         ({"optimizer": None}, "optimizer is null, not an object"),

@@ -74,6 +74,12 @@ def test_every_field_is_documented():
             {"population_size": 4, "fitness": {"samples": 5}},
             ["clantune.fitness.samples", "Did you mean 'num_samples'?"],
         ),
+        (
+            {"population_size": 4, "tracking": {"run_name": "a" * 300}},
+            ["tracking.run_name is 'aaa", "at most 200 char"],
+        ),
+        ({"population_size": 4, "tracking": {"experiment": ""}}, ["tracking.experiment is ''", "at least 1 character"]),
+        ({"population_size": 4, "genes": {"lr\n": {}}}, ["clantune.genes is", "'lr\\n' is none"]),
         ({"population_size": 4, "tracking": {"run_name": "a/b"}}, ["tracking.run_name is 'a/b'", "match pattern"]),
         (
             {"population_size": 4, "join": {"port": 70000}},

@@ -10,6 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from clantune_scale.distributed import world
+from clantune_scale.distributed.bootstrap import own_address
 from clantune_scale.distributed.store import serve
 from clantune_scale.errors import TopologyError
 from tests.ranks import run_ranks
@@ -79,3 +80,16 @@ def _ports_of_a_clan() -> list[tuple[int, set[str]]]:
 def test_the_stores_of_a_clan_listen_where_the_launcher_says():
     for found in run_ranks(2, _ports_of_a_clan):
         assert all(addresses == {"0100007F"} for _, addresses in found), found
+
+
+def test_a_store_and_an_address_of_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    # What `MASTER_ADDR=::1` needs: rank 0's store there, the address of this host towards it, a client of the store.
+    assert own_address("::1") == "::1" and own_address("127.0.0.1") == "127.0.0.1"
+    store = serve("::1", 0, timeout_s=10)
+    client = TCPStore("::1", store.port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+    client.set("key", "value")
+    assert store.get("key") == b"value"

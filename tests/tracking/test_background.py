@@ -10,6 +10,7 @@ from clantune_scale.tracking.background import Background
 
 class Closes:
     closed = 0
+    has_all = False
 
     def close(self):
         self.closed += 1
@@ -74,3 +75,22 @@ def test_a_full_queue_is_a_failure():
     hang.set()
     assert background.failure == "2 events are waiting"
     background.close(deadline_s=5)
+
+
+def test_files_that_are_late_are_no_failure_and_events_that_are_unconfirmed_are():
+    for has_all in (True, False):
+        hang = threading.Event()
+
+        class Slow(Keeps):
+            def close(self, hang=hang):
+                hang.wait(30)
+
+        recorder = Slow()
+        recorder.has_all = has_all
+        background = Background(lambda recorder=recorder: recorder)
+        background.put({"step": 1})
+        background.close(deadline_s=0.5)
+        hang.set()
+        assert recorder.events == [1]
+        assert (background.is_late, background.failure is None, background.is_sent) == (has_all, has_all, not has_all)
+    assert background.failure == "the last events were sent, and not confirmed after 0.5 s; they may still arrive"

@@ -12,6 +12,8 @@ from clantune_scale.config.schema import ClanConfig
 from clantune_scale.errors import ClanError
 from clantune_scale.tracking.events import EventLog, read_events
 from clantune_scale.tracking.mlflow import MlflowRecorder, upload
+from clantune_scale.tracking.mlflow_names import allowed
+from clantune_scale.tracking.uri import resolve
 from tests.tracking import sample_run, simulated_run
 
 CONFIG = ClanConfig(population_size=2, genes=["lr", "dropout"])
@@ -132,7 +134,7 @@ def test_a_genes_name_that_mlflow_refuses_is_spelt_so_that_it_takes_it(store, ur
     path = run_dir / "events.jsonl"
     path.write_text(path.read_text().replace('"dropout"', '"dröp,out(1)"'))
     parent = client.get_run(upload(run_dir, uri=uri))
-    assert "consensus/dröp_out_1_" in parent.data.metrics
+    assert allowed("consensus/dröp,out(1)") in parent.data.metrics
 
 
 def test_phases_are_a_wave_over_the_steps(store, uri, client):
@@ -245,3 +247,22 @@ def test_runs_that_the_store_does_not_know_are_made_from_the_file(store, uri, cl
     parent = client.get_run(second.parent)
     assert [step for step, _ in history(client, parent, "fitness/best")] == [10, 20]
     assert client.get_run(second.children[2]).info.run_name == "sample/member-2"
+
+
+@pytest.mark.slow
+def test_runs_that_begin_at_once_in_a_fresh_folder_are_all_recorded(tmp_path):
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "what? a%20b"
+    folder.mkdir()
+    names = ["first", "second", "third"]
+    for name in names:
+        sample_run.emit_all(Recording(folder / name), CONFIG, rounds=1)
+    command = [sys.executable, "-m", "clantune_scale.tracking.mlflow"]
+    begun = [subprocess.Popen([*command, str(folder / name)], stderr=subprocess.PIPE, text=True) for name in names]
+    errors = [process.communicate()[1] for process in begun]
+    assert [process.returncode for process in begun] == [0, 0, 0], errors
+    client = MlflowClient(tracking_uri=resolve(None, directory=folder))
+    (experiment,) = [one for one in client.search_experiments() if one.name == "clantune"]
+    assert len(client.search_runs([experiment.experiment_id])) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["what? a%20b"]

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from clantune_scale.checkpoint import opening
 from clantune_scale.config.schema import ClanConfig, TrackingConfig
+from clantune_scale.errors import ConfigError
 from clantune_scale.tracking import Tracking, create_run_dir, read_events
 from clantune_scale.tracking.mlflow import upload
 from tests.tracking import sample_run
@@ -125,3 +127,28 @@ def test_the_status_is_right_on_every_way_out(tmp_path, end, status):
     assert (last["kind"], last["status"], last["step"]) == ("run_end", status, 7)
     assert done.returncode == {"FAILED": 1, "KILLED": -signal.SIGTERM, "FINISHED": 0}[status]
     assert os.path.exists(tmp_path / "events.jsonl") and f"clan {status} after 7 steps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"directory": "/proc/clan_runs"}, "No such file"),
+        ({"directory": __file__}, "exists"),
+        ({"directory": "a" * 300}, "File name too long"),
+        ({"directory": "a\0b"}, "null"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_a_sentence_with_a_remedy(settings, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"cannot be made: .*{reason}.* Set clantune.tracking.directory to"):
+        create_run_dir(TrackingConfig(run_name="mine", **settings))
+
+
+def test_every_rank_hears_that_a_folder_cannot_be_made_or_used(tmp_path):
+    def refuse(run_dir):
+        raise PermissionError(13, "Permission denied", str(run_dir))
+
+    for directory, take in (("/proc/clan_runs", print), (str(tmp_path), refuse)):
+        config = ClanConfig(population_size=1, tracking={"directory": directory, "run_name": "mine"})
+        said = opening._look_on_leader(config, take)
+        assert "clantune.tracking.directory" in said["error"] and said["error"].endswith(".")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 import pytest
 
-from clantune_scale.tracking.uri import redact, redact_command, resolve, set_client_defaults
+from clantune_scale.tracking.uri import hint, local_file, redact, redact_command, resolve, set_client_defaults
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,25 @@ def test_client_defaults_leave_what_the_user_set(monkeypatch):
     set_client_defaults()
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "4"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+
+
+@pytest.mark.parametrize("name", ["what?", "a%20b", "my runs", "run#1", "100%", "a&b;c", "läufe", "it's", "what? 50%"])
+def test_a_database_lies_in_its_folder_whatever_that_is_called(name, tmp_path, monkeypatch):
+    from sqlalchemy import create_engine, text
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / name
+    folder.mkdir()
+    uri = resolve(None, directory=folder)
+    engine = create_engine(uri)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE there (x INTEGER)"))
+    engine.dispose()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in folder.iterdir()] == ["mlflow.db"] and local_file(uri) == folder / "mlflow.db"
+    # The command that is printed runs as it is printed.
+    assert shlex.split(hint(uri)) == ["mlflow", "ui", "--backend-store-uri", uri]
+
+
+def test_a_server_is_no_file():
+    assert local_file("http://host:5000") is None and local_file("sqlite:///:memory:") is None
