@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,8 +240,10 @@ def test_reporters_get_the_figures_of_each_round(tmp_path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_members_are_compared_by_the_loss_that_trainer_evaluates(smoothing, tmp_path):
     callback = ClanCallback(block(fitness={"num_samples": 64, "batch_size": 8}, strategy="control"))
+    model = SmallLm()
+    model.config = SimpleNamespace()  # Trainer reads it if it smooths labels
     trainer = trainer_of(
-        tmp_path, callback, max_steps=2, label_smoothing_factor=smoothing, per_device_eval_batch_size=8
+        tmp_path, callback, model=model, max_steps=2, label_smoothing_factor=smoothing, per_device_eval_batch_size=8
     )
     trainer.train()
     assert callback.summary.champion_loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
