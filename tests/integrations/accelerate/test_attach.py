@@ -20,6 +20,8 @@ from clantune_scale.errors import CheckpointError, ClanError, ConfigError
 from clantune_scale.integrations.accelerate import attach
 from tests.integrations.small_lm import SmallLm, Texts
 
+# Warnings of the frameworks' own are shown, and do not fail a test.
+pytestmark = pytest.mark.filterwarnings("default")
 TRIAL = {"name": "clan", "options": {"trial_cost": 1.5, "trial_at": 0.15}}
 STEPS = 40
 

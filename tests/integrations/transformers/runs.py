@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 from clantune_scale.integrations.transformers import ClanCallback
@@ -37,7 +38,12 @@ class NotingTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples = super().get_batch_samples(*args, **kwargs)
-        self.seen.append([{name: tensor.clone() for name, tensor in batch.items()} for batch in samples[0]])
+        self.seen.append(
+            [
+                {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+                for batch in samples[0]
+            ]
+        )
         return samples
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from clantune_scale.integrations.transformers import ClanCallback
 from clantune_scale.tracking import read_events
 from tests.integrations.small_lm import SmallLm
 from tests.integrations.transformers.runs import STEPS, block, trainer_of
+
+# Warnings of the frameworks' own are shown, and do not fail a test.
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 def assert_same_weights(ours, theirs) -> None:
@@ -82,6 +86,10 @@ def test_its_decisions_are_those_of_the_projects_own_loop(tmp_path):
     own = trainer_of(tmp_path / "own", model=SmallLm(dropout=0.0))
     own.create_optimizer_and_scheduler(STEPS)
     model, optimizer, scheduler = own.model, own.optimizer, own.lr_scheduler
+
+    def num_items_of(batches):
+        return own._get_num_items_in_batch(batches, torch.device("cpu"))
+
     config = block(members="line", tracking=block()["tracking"] | {"directory": str(tmp_path / "runs")})
     clan = clantune_scale.attach(
         model,
@@ -93,12 +101,13 @@ def test_its_decisions_are_those_of_the_projects_own_loop(tmp_path):
         accumulation=2,
         total_steps=STEPS,
         num_samples=len(own.train_dataset),
+        evaluate=lambda model, batch: model(**batch, num_items_in_batch=num_items_of([batch]))["loss"],
     )
     # The loop of this project has two micro-batches in each step: an epoch's last step has one more of no tokens.
     batches = [batch for step in trainer.seen for batch in (step if len(step) == 2 else [*step, _empty(step[0])])]
     for step in clan.steps(batches, until=STEPS):
         micro = list(step)
-        num_items = trainer._get_num_items_in_batch(micro, torch.device("cpu"))
+        num_items = num_items_of(micro)
         for batch in micro:
             model(**batch, num_items_in_batch=num_items)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -231,8 +240,10 @@ def test_reporters_get_the_figures_of_each_round(tmp_path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_members_are_compared_by_the_loss_that_trainer_evaluates(smoothing, tmp_path):
     callback = ClanCallback(block(fitness={"num_samples": 64, "batch_size": 8}, strategy="control"))
+    model = SmallLm()
+    model.config = SimpleNamespace()  # Trainer reads it if it smooths labels
     trainer = trainer_of(
-        tmp_path, callback, max_steps=2, label_smoothing_factor=smoothing, per_device_eval_batch_size=8
+        tmp_path, callback, model=model, max_steps=2, label_smoothing_factor=smoothing, per_device_eval_batch_size=8
     )
     trainer.train()
     assert callback.summary.champion_loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
@@ -262,7 +273,7 @@ def test_a_threshold_that_is_a_gene_is_what_trainer_clips_at(tmp_path):
 
             trainer.accelerator._clip_grad_norm_dtensor_aware = clip_noted
 
-    genes = {"lr": {}, "clip": {"step_size": 0.5}}
+    genes = {"clip": {"step_size": 0.5}}
     strategy = {"name": "clan", "options": {"trial_cost": 0}}
     callback = ClanCallback(block(genes=genes, duty_cycle=0.34, strategy=strategy))
     trainer = trainer_of(tmp_path, callback, callbacks=[Clipping()], max_steps=12, max_grad_norm=0.5)

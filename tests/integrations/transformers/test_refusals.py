@@ -12,6 +12,9 @@ from clantune_scale.integrations.transformers import ClanCallback
 from tests.integrations.small_lm import Texts
 from tests.integrations.transformers.runs import block, trainer_of
 
+# Warnings of the frameworks' own are shown, and do not fail a test.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
