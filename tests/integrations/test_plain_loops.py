@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_which_element_of_a_tuple_is_the_loss_is_asked_for_and_no_line_says_nan(
     steps = [event for event in read_events(run / "events.jsonl") if event["kind"] == "step"]
     assert steps and all(event["loss"] is None for event in steps)
     said = capsys.readouterr().out
-    assert "s/step" in said and "nan" not in said
+    assert "s/step" in said and not re.search(r"\bnan\b", said)
 
 
 class Momentum(torch.optim.SGD):
