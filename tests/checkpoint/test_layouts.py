@@ -25,7 +25,7 @@ class Convolution(nn.Module):
         return (self.body(images) - 1).square().mean()
 
 
-def _run(directory: Any, num_steps: int, **checkpoint: Any) -> tuple[int, list[torch.Tensor], list[tuple[int, ...]]]:
+def _run(directory: Any, num_steps: int, **checkpoint: Any) -> tuple[int, list[torch.Tensor], list[Any], str]:
     config = {
         "members": "line",
         "population_size": 2,
@@ -48,14 +48,15 @@ def _run(directory: Any, num_steps: int, **checkpoint: Any) -> tuple[int, list[t
         optimizer.zero_grad()
     clan.rounds.release()
     clan.detach()
-    return begun, [p.detach().clone() for p in model.parameters()], [p.stride() for p in model.parameters()]
+    weights, strides = [p.detach().clone() for p in model.parameters()], [p.stride() for p in model.parameters()]
+    return begun, weights, strides, str(clan.recorder.run_dir)
 
 
 def test_a_resumed_run_has_the_same_weights_in_the_same_order(tmp_path):
-    _, weights, strides = _run(tmp_path / "whole", 9)
+    _, weights, strides, _ = _run(tmp_path / "whole", 9)
     assert strides[0] == (27, 1, 9, 3)
-    _run(tmp_path / "parts", 5)
-    begun, resumed, again = _run(tmp_path / "parts", 9, resume="latest")
+    *_, stopped = _run(tmp_path / "parts", 5)
+    begun, resumed, again, _ = _run(tmp_path / "parts", 9, resume=stopped)
     assert begun == 4 and again == strides
     assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
 

@@ -86,7 +86,7 @@ def test_a_schedule_of_the_loops_own_is_resumed_where_it_was(kind, tmp_path):
             else torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5)
         )
         saving = {"every_rounds": 1, "asynchronous": False} | checkpoint
-        rounds = {"round_length": 4, "strategy": {"name": "clan", "options": {"growth": 0.0, "trial_at": 0.5}}}
+        rounds = {"round_length": 4, "strategy": {"name": "clan", "options": {"growth": 0.0, "trial_cost": 0.0}}}
         clan = attach(directory, model, optimizer, checkpoint=saving, **rounds)
         begun, rates = clan.num_steps, {}
         for step in clan.steps(clan.loader(data()), until=num_steps):
@@ -99,12 +99,13 @@ def test_a_schedule_of_the_loops_own_is_resumed_where_it_was(kind, tmp_path):
             rates[clan.num_steps] = optimizer.param_groups[0]["lr"]
         clan.rounds.release()
         clan.detach()
-        return begun, rates, torch.cat([p.detach().flatten() for p in model.parameters()])
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return begun, rates, weights, str(clan.recorder.run_dir)
 
-    _, whole, weights = run(tmp_path / "whole", 32)
+    _, whole, weights, _ = run(tmp_path / "whole", 32)
     assert len(set(whole.values())) >= 4
-    run(tmp_path / "parts", 21)
-    begun, rest, resumed = run(tmp_path / "parts", 32, resume="latest")
+    *_, stopped = run(tmp_path / "parts", 21)
+    begun, rest, resumed, _ = run(tmp_path / "parts", 32, resume=stopped)
     # The round ended with an epoch, whose rate was set after its last step.
     assert begun == 20 and rest == {step: rate for step, rate in whole.items() if step > begun}
     assert torch.equal(resumed, weights)
