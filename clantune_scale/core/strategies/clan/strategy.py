@@ -12,6 +12,7 @@ The original clan-training proposal (``classic.py``) truncates, clones and mutat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ from clantune_scale.core.strategies.clan.overfitting import (
 from clantune_scale.core.strategies.clan.parabola import Move, fit_moves
 from clantune_scale.core.strategies.clan.perturbations import perturbations
 from clantune_scale.core.strategies.clan.plan import ClanOptions, ClanPlanner
+from clantune_scale.core.strategies.clan.prior import Prior
 from clantune_scale.errors import EvaluationError
 
 #: A rise of a learning rate, in log units, at which the line search needs no trial: it comes as fast by itself, and
@@ -42,6 +44,8 @@ from clantune_scale.errors import EvaluationError
 CLIMBING = 0.6
 #: Why a gene stays in a round that lost ground while training made progress: every lower rate would look better.
 HELD = "training makes progress"
+#: What a move says after its reason if the configured rate has changed it.
+BELIEVED = "the configured rate is believed"
 
 
 class ClanStrategy(Strategy):
@@ -63,6 +67,9 @@ class ClanStrategy(Strategy):
         super().__init__(facts)
         self.options = options or ClanOptions()
         self._planner = ClanPlanner(facts, self.options)
+        # A clan that sees no minimum moves by less than any doubt, and has to.
+        width = math.log(self.options.prior) if facts.population_size >= FEWEST else 0.0
+        self._prior = Prior(width, self.options.prior_doubt, self.options.prior_pull)
         self.guards = self.uses_ema = self._planner.can_explore
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
@@ -112,7 +119,7 @@ class ClanStrategy(Strategy):
         memory = {**memory, "guard": verdict.guard.to_memory()}
         if verdict.is_undone:
             return self._roll_back(memory, plan, next_plan, best)
-        moves = self._moves(population, plan, fitness)
+        moves = self._believed(self._moves(population, plan, fitness), memory["centre"])
         if not verdict.is_rates_fault:
             moves = {name: Move(max(move.change, 0.0), HELD) for name, move in moves.items()}
         if memory["overfits"]:
@@ -191,6 +198,17 @@ class ClanStrategy(Strategy):
             caution=self.options.caution,
         )
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
+
+    def _believed(self, moves: Mapping[str, Move], centre: Mapping[str, float]) -> dict[str, Move]:
+        """The moves with what the configured learning rates have to say."""
+        believed = dict(moves)
+        for gene in filter(is_trial_gene, map(self.facts.gene, moves)):
+            asked = moves[gene.name]
+            distance = centre[gene.name] - gene.encode(gene.initial)
+            change = self._prior.shrunk(asked.change, distance)
+            if change != asked.change:
+                believed[gene.name] = Move(change, f"{asked.why}, {BELIEVED}")
+        return believed
 
     def _is_trial_round(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
         """Whether this round is the trial. It is left out if learning rates climb well without it, or must not rise."""
