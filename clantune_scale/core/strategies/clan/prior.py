@@ -10,6 +10,8 @@ evidence, and is left alone: most users come within a factor of two or three, an
 - A move away from the configured rate is shrunk by the non-negative garrotte (Breiman 1995),
   ``x max(0, 1 - (doubt / x)^2)``: nothing is left of one that is within the doubt, and a long one is hardly shorter.
 - A lower rate is doubted half as much as a higher one, because it risks less.
+- A doubted rise is not forgotten. If rounds go on to ask for one, what they were not given adds up until it is beyond
+  the doubt. One that asks for a lower rate ends that.
 - A move towards the configured rate is taken as it is. A rate above it that a round holds up by no more than the doubt
   goes back by a share of the way. One below does not: only evidence raises a rate.
 """
@@ -21,6 +23,8 @@ from dataclasses import dataclass
 
 #: Of the doubt, what a lower rate is met with.
 DOWNWARD = 0.5
+#: Of a doubted rise, what is remembered in the next round. Rounds that ask for 0.06 each then reach a doubt of 0.3.
+REMEMBERED = 0.8
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,27 @@ class Prior:
         """1 at the configured rate, and 0 far from it."""
         return math.exp(-((distance / self.width) ** 2) / 2) if self.width else 0.0
 
-    def shrunk(self, change: float, distance: float) -> float:
-        """What is left of the move that a round asks for.
+    def shrunk(self, change: float, distance: float, doubted: float = 0.0) -> tuple[float, float]:
+        """What is left of the move that a round asks for, and what to remember of the rest.
 
         Args:
             change: that move, in log units.
             distance: of the rate from the configured one, before the move.
+            doubted: what is remembered of the rises that earlier rounds asked for; at least 0.
         """
+        doubted = doubted if change > 0 else 0.0
         towards = 0.0
         if change * distance < 0:
             towards = math.copysign(min(abs(change), abs(distance)), change)
         # A move beyond the configured rate starts there.
-        away = self._garrotte(change - towards, self.belief(distance + towards))
-        if away:
-            return towards + away
-        back = -self.pull * self.belief(distance) * max(distance, 0.0)
-        return max(towards, back, key=abs)
+        beyond = change - towards
+        away = self._garrotte(beyond + doubted, self.belief(distance + towards)) if beyond else 0.0
+        if not away:
+            back = -self.pull * self.belief(distance) * max(distance, 0.0)
+            towards = max(towards, back, key=abs)
+        taken = towards + away
+        rest = change + doubted - taken if change > 0 and taken >= 0 and self.width else 0.0
+        return taken, REMEMBERED * rest
 
     def _garrotte(self, change: float, belief: float) -> float:
         doubt = self.doubt * belief * (1.0 if change > 0 else DOWNWARD)
