@@ -35,10 +35,12 @@ class HoldingOptions(ClanOptions):
             ``"all"``, the learning-rate trial is left out as well; ``"none"``, nothing.
         evidence: of the trial: a rise by x log units must have lowered the loss by this times x of the progress so
             far, or it is cut to what has. 0 takes every rise.
+        prior: as in ``clan``, but as it was when these variants were measured.
     """
 
     hold: Literal["none", "search", "all"] = "search"
     evidence: float = 0.0
+    prior: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,7 @@ class VariantOptions(ClanOptions):
         max_up, max_down: largest change upward and downward, in place of the gene's own; 0 keeps that.
         churn: share of the clan, its weakest members, who take the fittest one's state after a round; 1 as in
             ``clan``, 0 for members that all keep their own.
-        trial_cost, start_factor, averaging_window: as in ``clan``, but as they were when the log's variants were
+        trial_cost, start_factor, averaging_window, prior: as in ``clan``, but as they were when the log's variants were
             measured, before there was a learning-rate trial.
     """
 
@@ -54,6 +54,7 @@ class VariantOptions(ClanOptions):
     trial_cost: float = 0.0
     start_factor: float = 1.0
     averaging_window: float = 0.7
+    prior: float = 1.0
 
 
 class ClanVariant(ClanStrategy):

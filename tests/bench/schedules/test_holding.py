@@ -20,7 +20,8 @@ from tests.bench.schedules.tiny_problem import TINY
 
 LR = Gene("lr", relative=True)
 FACTS = RunFacts(4, (LR,), 0, 20, 0.1, total_steps=1200)
-CLAN = Method("clan", "clan", population_size=4, round_length_steps=4)
+#: As it was when the variants were measured.
+CLAN = Method("clan", "clan", {"prior": 1.0}, population_size=4, round_length_steps=4)
 HOLDING = replace(CLAN, name="holding", strategy="clantune_scale.bench.schedules.holding:HoldingClan")
 
 

@@ -46,7 +46,7 @@ def test_the_nearer_minimum_with_one_standard_error_is_clan():
     rounds = [bowl, downhill, bowl, uphill]
     ours = moves(*rounds, batch_noise=0.05, model="nearer", noise=1.0)
     assert ours == pytest.approx(
-        moves(*rounds, batch_noise=0.05, name="clan", trial_cost=0.0, start_factor=1.0), rel=1e-6
+        moves(*rounds, batch_noise=0.05, name="clan", trial_cost=0.0, start_factor=1.0, prior=1.0), rel=1e-6
     )
     assert moves(bowl)[0] == pytest.approx(0.3)
 

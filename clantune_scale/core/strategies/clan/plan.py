@@ -45,6 +45,12 @@ class ClanOptions:
             likes learning rates that are too high for a long run. A round or two climb what is missing.
         start_factor: the clan starts with the configured learning rates times this; above 0. The trial only raises
             them, and the damage of a learning rate too high in the first steps is slow to mend.
+        prior: factor within which a configured learning rate is believed to be right, at least 1; 1 for no belief. See
+            :mod:`clantune_scale.core.strategies.clan.prior`.
+        prior_doubt: distance, in log units, within which a round's minimum above the configured learning rate says
+            nothing; below it half as much. At least 0.
+        prior_pull: share of the way back to it, near it, of a round that asks for no higher rate; at least 0 and at
+            most 1.
     """
 
     growth: float = 0.25
@@ -61,6 +67,9 @@ class ClanOptions:
     trial_reach: float = 13.0
     trial_share: float = 0.9
     start_factor: float = 0.7
+    prior: float = 2.0
+    prior_doubt: float = 0.3
+    prior_pull: float = 0.15
 
     def __post_init__(self) -> None:
         require(self.growth >= 0, "growth", self.growth, "at least 0")
@@ -77,6 +86,9 @@ class ClanOptions:
         require(self.trial_reach > 1, "trial_reach", self.trial_reach, "above 1")
         require(0 < self.trial_share <= 1, "trial_share", self.trial_share, "above 0 and at most 1")
         require(self.start_factor > 0, "start_factor", self.start_factor, "above 0")
+        require(self.prior >= 1, "prior", self.prior, "at least 1")
+        require(self.prior_doubt >= 0, "prior_doubt", self.prior_doubt, "at least 0")
+        require(0 <= self.prior_pull <= 1, "prior_pull", self.prior_pull, "at least 0 and at most 1")
 
 
 class ClanPlanner:

@@ -12,6 +12,7 @@ The original clan-training proposal (``classic.py``) truncates, clones and mutat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ from clantune_scale.core.strategies.clan.overfitting import (
 from clantune_scale.core.strategies.clan.parabola import Move, fit_moves
 from clantune_scale.core.strategies.clan.perturbations import perturbations
 from clantune_scale.core.strategies.clan.plan import ClanOptions, ClanPlanner
+from clantune_scale.core.strategies.clan.prior import Prior
 from clantune_scale.errors import EvaluationError
 
 #: A rise of a learning rate, in log units, at which the line search needs no trial: it comes as fast by itself, and
@@ -42,6 +44,8 @@ from clantune_scale.errors import EvaluationError
 CLIMBING = 0.6
 #: Why a gene stays in a round that lost ground while training made progress: every lower rate would look better.
 HELD = "training makes progress"
+#: What a move says after its reason if the configured rate has changed it.
+BELIEVED = "the configured rate is believed"
 
 
 class ClanStrategy(Strategy):
@@ -52,6 +56,8 @@ class ClanStrategy(Strategy):
     - ``centre``: by gene, in scale units;
     - ``guard``: see :class:`~clantune_scale.core.strategies.clan.guard.Guard`;
     - ``moves``: the last change of each explored gene, and why;
+    - ``doubted``: by gene, the rises that were asked for and not made, see
+      :class:`~clantune_scale.core.strategies.clan.prior.Prior`;
     - ``snapshot_loss``: the loss of the last rollback snapshot;
     - ``scale`` and ``overfits``: see :mod:`~clantune_scale.core.strategies.clan.overfitting`.
     """
@@ -63,6 +69,9 @@ class ClanStrategy(Strategy):
         super().__init__(facts)
         self.options = options or ClanOptions()
         self._planner = ClanPlanner(facts, self.options)
+        # A clan that sees no minimum moves by less than any doubt, and has to.
+        width = math.log(self.options.prior) if facts.population_size >= FEWEST else 0.0
+        self._prior = Prior(width, self.options.prior_doubt, self.options.prior_pull)
         self.guards = self.uses_ema = self._planner.can_explore
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
@@ -92,6 +101,7 @@ class ClanStrategy(Strategy):
             "centre": centre,
             "guard": Guard.of(start).to_memory(),
             "moves": {},
+            "doubted": {},
             "snapshot_loss": loss,
             "scale": None,
             "overfits": False,
@@ -112,7 +122,7 @@ class ClanStrategy(Strategy):
         memory = {**memory, "guard": verdict.guard.to_memory()}
         if verdict.is_undone:
             return self._roll_back(memory, plan, next_plan, best)
-        moves = self._moves(population, plan, fitness)
+        moves, doubted = self._believed(self._moves(population, plan, fitness), memory)
         if not verdict.is_rates_fault:
             moves = {name: Move(max(move.change, 0.0), HELD) for name, move in moves.items()}
         if memory["overfits"]:
@@ -121,6 +131,7 @@ class ClanStrategy(Strategy):
             **memory,
             **self._seen_of_overfitting(memory, plan, fitness),
             "centre": moved(memory["centre"], {name: move.change for name, move in moves.items()}, self.facts.genes),
+            "doubted": doubted,
             "snapshot_loss": memory["snapshot_loss"] if verdict.has_lost_ground else best,
             "moves": {name: {"change": move.change, "why": move.why} for name, move in moves.items()},
         }
@@ -192,6 +203,19 @@ class ClanStrategy(Strategy):
         )
         return {gene.name: move for gene, move in zip(genes, moves, strict=True)}
 
+    def _believed(
+        self, moves: Mapping[str, Move], memory: Mapping[str, Any]
+    ) -> tuple[dict[str, Move], dict[str, float]]:
+        """The moves with what the configured learning rates have to say, and the rises that they doubt."""
+        believed, doubted = dict(moves), dict(memory["doubted"])
+        for gene in filter(is_trial_gene, map(self.facts.gene, moves)):
+            asked, name = moves[gene.name], gene.name
+            distance = memory["centre"][name] - gene.encode(gene.initial)
+            change, doubted[name] = self._prior.shrunk(asked.change, distance, doubted.get(name, 0.0))
+            if change != asked.change:
+                believed[name] = Move(change, f"{asked.why}, {BELIEVED}")
+        return believed, doubted
+
     def _is_trial_round(self, plan: RoundPlan, memory: Mapping[str, Any]) -> bool:
         """Whether this round is the trial. It is left out if learning rates climb well without it, or must not rise."""
         if not self._planner.is_trial_at(plan.start_step) or memory["overfits"]:
@@ -231,7 +255,7 @@ class ClanStrategy(Strategy):
                 f"round {plan.index}: no member's validation loss is finite, and there is no learning-rate gene above "
                 f"its lower bound to divide by {self.options.guard_divisor:g}. Start from a configuration that trains."
             )
-        population = self._population({**memory, "centre": centre, "moves": moves}, next_plan)
+        population = self._population({**memory, "centre": centre, "moves": moves, "doubted": {}}, next_plan)
         members = range(self.facts.population_size)
         rates = f"learning rates divided by {self.options.guard_divisor:g}" if moves else "no learning rate to lower"
         reason = f"rolled back: best loss {best:.4g} lost too much ground; {rates}"

@@ -14,8 +14,10 @@ from clantune_scale.errors import EvaluationError
 from tests.core.strategies.facts import DROPOUT, FACTS, LR, WEIGHT_DECAY, facts, fitness_of
 
 START = fitness_of([4.0] * 4)
+#: For tests of what rounds ask for, without the belief in the configured rate.
+NO_PRIOR = {"prior": 1.0}
 #: For tests of the line search alone.
-NO_RACE = {"trial_cost": 0.0, "start_factor": 1.0}
+NO_RACE = {"trial_cost": 0.0, "start_factor": 1.0, **NO_PRIOR}
 WHOLE = Gene("accumulation", kind="specialized", bounds=(1, 64), initial=4.0, step_size=0.01, integer=True)
 
 
@@ -58,7 +60,7 @@ def test_a_rate_rises_to_the_minimum_along_the_displacement_and_another_gene_to_
 
 def test_the_centre_stops_at_the_bounds():
     gene = Gene("lr", bounds=(0.5, 1.2))
-    decision = centre_after(build("clan", facts(genes=(gene,))), lambda values: 3.0 - math.log(values["lr"]))
+    decision = centre_after(build("clan", facts(genes=(gene,)), NO_PRIOR), lambda values: 3.0 - math.log(values["lr"]))
     assert math.exp(decision.population.memory["centre"]["lr"]) == pytest.approx(1.2)
     assert all(0.5 <= genome.values["lr"] <= 1.2 for genome in decision.population.genomes)
 
@@ -253,7 +255,7 @@ def test_trial_groups_train_apart_in_all_learning_rates_and_in_what_is_tied_to_t
 
 
 def test_after_the_race_rates_rise_to_its_minimum_and_all_take_the_winners_state():
-    clan = build("clan", FACTS)
+    clan = build("clan", FACTS, NO_PRIOR)
     plan, population = race_of(clan)
     decision = clan.evolve(population, plan, fitness_of([1.9, 1.5, 1.2, math.nan]))
     assert decision.donors == (2, 2, 2, 2)
@@ -263,14 +265,14 @@ def test_after_the_race_rates_rise_to_its_minimum_and_all_take_the_winners_state
 
 
 def test_a_race_lost_by_the_faster_leaves_the_rate():
-    clan = build("clan", FACTS)
+    clan = build("clan", FACTS, NO_PRIOR)
     plan, population = race_of(clan)
     decision = clan.evolve(population, plan, fitness_of([1.2, 1.5, 1.6, 1.9]))
     assert decision.population.memory["centre"] == population.memory["centre"]
 
 
 def test_rates_that_climb_by_themselves_need_no_race():
-    clan = build("clan", FACTS)
+    clan = build("clan", FACTS, NO_PRIOR)
     offsets = [math.log(genome.values["lr"]) for genome in clan.init(START).genomes]
     plan, population = race_of(clan, [2.0 - offset for offset in offsets])
     assert population.memory["moves"]["lr"]["change"] > 0.6
@@ -299,7 +301,7 @@ def test_a_clan_that_overfits_has_no_trial():
 
 
 def test_a_clan_that_overfits_goes_no_higher_than_four_times_the_configured_rates():
-    clan = build("clan", FACTS, {"start_factor": 20.0})
+    clan = build("clan", FACTS, {"start_factor": 20.0, **NO_PRIOR})
     held = overfitting(clan)
     assert math.exp(held.population.memory["centre"]["lr"]) == pytest.approx(4.0)
     assert held.reasons[held.donors[0]].endswith("; validation does not follow training: learning rates are held")
