@@ -37,7 +37,7 @@ def is_number(value: Any) -> bool:
 
 def number_of(block: Mapping[str, Any], key: str, default: float) -> float:
     """The number of a key; ``default`` if there is none (missing, null, "auto", text)."""
-    value = block.get(key)
+    value: Any = block.get(key, default)
     return float(value) if is_number(value) else default
 
 

@@ -17,7 +17,6 @@ from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.backends.torch.plain import PlainBackend
 from clantune_scale.checkpoint.opening import VARIABLE
 from clantune_scale.config.schema import ClanConfig
-from clantune_scale.core.consensus import consensus
 from clantune_scale.errors import CheckpointError, ConfigError
 
 #: A clan's folder in a checkpoint.
@@ -155,7 +154,8 @@ def figures(clan: LoopClan) -> dict[str, float]:
     }
     for gene in clan.genes:
         name = f"clan/{gene.name}_multiplier" if gene.relative else f"clan/{gene.name}"
-        found[name] = consensus(clan.population.genomes, [gene])[gene.name]
+        # One model trains with the members' mean.
+        found[name] = float(np.mean([genome.values[gene.name] for genome in clan.population.genomes]))
     return found
 
 

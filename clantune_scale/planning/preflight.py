@@ -230,7 +230,7 @@ def _found_in_config(target: str, found: Preflight) -> float | None:
         return None
     params = block_of(block_of(found.ds_config, "optimizer"), "params")
     if target in _IN_PAIR:
-        pair = params.get("betas")
+        pair: Any = params.get("betas")
         is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_number, pair))
         return float(pair[_IN_PAIR[target]]) if is_pair else _DEFAULTS[target]
     return float(number_of(params, target, _DEFAULTS[target]))

@@ -225,7 +225,7 @@ class EngineState(Protocol):
         """[masters] the index of each one's parameter group."""
 
     def in_update(self) -> list[bool]:
-        """[masters] whether the update that comes next changes each; the optimizer passes over all others."""
+        """[masters] whether the next update changes each; the optimizer passes over all others."""
 
     def decay_rules(self) -> list[DecayRule | None]:
         """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""

@@ -74,7 +74,8 @@ def make_loader(
             f"training_data is a {type(dataset).__name__} without __len__ or __getitem__, and competing members "
             f"must read the same samples again. Pass a map-style dataset, or make your own loader."
         )
-    return ClanDataLoader(dataset, sampler(len(dataset)), on_first=on_first, on_next=on_next, **options)
+    length = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
+    return ClanDataLoader(dataset, sampler(length), on_first=on_first, on_next=on_next, **options)
 
 
 def make_window(

@@ -108,17 +108,18 @@ class ValidationWindow:
                 f"eval_data is a {type(dataset).__name__} without a length or an index, and every member must see the "
                 f"same examples of it. Pass a map-style dataset, with __len__ and __getitem__."
             )
-        available = min(num_samples, len(dataset))
+        length = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
+        available = min(num_samples, length)
         if available < dp_size:
             raise ConfigError(
-                f"eval_data has {len(dataset)} examples and the window takes {num_samples} at most, which leaves "
+                f"eval_data has {length} examples and the window takes {num_samples} at most, which leaves "
                 f"{available} for the {dp_size} data-parallel ranks of a member. "
                 f"Give at least {dp_size} examples, and set clantune.fitness.num_samples to at least {dp_size}."
             )
         # Every rank runs the same number of forward passes: under ZeRO 3 each one is a collective.
         size = min(batch_size, available // dp_size)
         self.num_batches = available // (size * dp_size) * dp_size
-        indices = np.linspace(0, len(dataset) - 1, self.num_batches * size).round().astype(int)
+        indices = np.linspace(0, length - 1, self.num_batches * size).round().astype(int)
         batches = indices.reshape(self.num_batches, size)
         self._mine = {b: batches[b].tolist() for b in range(dp_rank, self.num_batches, dp_size)}
         self._dataset = dataset
@@ -129,7 +130,8 @@ class ValidationWindow:
     @property
     def tokens_per_sample(self) -> int | None:
         """Elements of a sample's first tensor of whole numbers (token ids), or None if it has none."""
-        sample = self._collate([self._dataset[0]])
+        with _own_randomness(0, torch.device("cpu")):
+            sample = self._collate([self._dataset[0]])
         ids = (t for t in tensors_in(sample) if not t.is_floating_point() and t.dim() > 1)
         first = next(ids, None)
         return None if first is None else first.shape[1:].numel()

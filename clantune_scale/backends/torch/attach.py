@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from clantune_scale.runtime.attach import attach_to, require_examples
 @shares(LoopArguments)
 def attach(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Any = None,
     *,
     accumulation: int | None = None,
@@ -137,7 +137,7 @@ def _world(block: ClanConfig) -> ClanWorld:
 
 def _backend(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     scheduler: Any,
     settings: Mapping[str, Any],
     block: ClanConfig,

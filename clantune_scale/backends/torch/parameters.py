@@ -66,7 +66,7 @@ class Parameters:
     def have_masters(self) -> bool:
         """Whether the optimizers' state holds 16-bit weights once more, in higher precision.
 
-        Such an optimizer overwrites the weights with its own copy in the next update.
+        It overwrites the weights with its own copy in the next update.
         """
         return any(parameter.dtype in _HALF and self._has_master(parameter) for _, parameter in self.trained)
 

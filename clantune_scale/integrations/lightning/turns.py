@@ -113,7 +113,7 @@ class Turns:
     @contextmanager
     def _as_it_began(self, begun: dict[str, Any]) -> Iterator[None]:
         """Inside, the Trainer is at the step that is repeated; on exit its counts are back."""
-        loop = self._trainer.fit_loop
+        loop: Any = self._trainer.fit_loop
         automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
         is_automatic = self._module.automatic_optimization
         counts = automatic.optim_progress if is_automatic else manual.optim_step_progress
@@ -131,7 +131,7 @@ class Turns:
     def _untoggled(self) -> Iterator[None]:
         """Inside, parameters train as outside of ``toggle_optimizer``, in whose context a step may be taken."""
         module = self._module
-        toggled = dict(module._param_requires_grad_state)
+        toggled: dict[Any, bool] = dict(module._param_requires_grad_state)
         present = [(parameter, parameter.requires_grad) for parameter in toggled]
         for parameter, requires in toggled.items():
             parameter.requires_grad = requires

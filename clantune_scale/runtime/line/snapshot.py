@@ -46,7 +46,7 @@ class TrainingSnapshot:
         former: TrainingSnapshot | None = None,
         streams: RandomStreams | None = None,
     ) -> None:
-        self._tensors = tensors or Snapshot(state, None if former is None else former._tensors)
+        self._tensors: Snapshot = tensors or Snapshot(state, None if former is None else former._tensors)
         self._scalars = copy.deepcopy(dict(state.scalars))
         self._groups = [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}

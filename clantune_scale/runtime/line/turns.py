@@ -61,7 +61,7 @@ class HeldBatch:
     def __init__(self, batch: Any) -> None:
         self._devices: list[torch.device] = []
         self._batch = map_leaves(self._hold, batch)
-        # Of a batch that comes from a checkpoint, until one of the same form shows what holds its leaves.
+        # Of a batch out of a checkpoint, until one of the same form shows what holds its leaves.
         self._leaves: list[Any] | None = None
         self._form = ""
 

@@ -55,7 +55,7 @@ def test_a_resume_by_the_environment(tmp_path, monkeypatch):
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"eval_dataset": None}, "there are none. Pass eval_dataset"),
         ({"eval_dataset": {"a": Texts(8, seed=0), "b": Texts(8, seed=1)}}, r"\['a', 'b'\].*eval_data=\"a\""),
-        ({"eval_dataset": Stream()}, "Stream, which is read in order only"),
+        ({"eval_dataset": Stream()}, "Stream without a length or an index"),
     ],
     ids=["batch size", "no examples", "several", "stream"],
 )
