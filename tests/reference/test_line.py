@@ -91,7 +91,7 @@ def test_a_whole_run_decides_nearly_what_real_members_decide(genes):
     progress = groups.evaluate().mean[0] - clan_of(strategy_of("control", LR)).evaluate().mean[0]
     assert line.evaluate().mean[0] == pytest.approx(groups.evaluate().mean[0], abs=0.02 * abs(progress))
     moved = math.log(groups.population.genomes[0].values["lr"])
-    assert abs(moved) > 0.5  # otherwise there was nothing to agree on
+    assert abs(moved) > 0.4  # otherwise there was nothing to agree on
     if DECAY in genes:
         assert any(line.clock.round(record.index).explores == ("weight_decay",) for record in line.lineage)
 

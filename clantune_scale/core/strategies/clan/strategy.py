@@ -8,6 +8,8 @@ The original clan-training proposal (``classic.py``) truncates, clones and mutat
 - Rounds grow with the age of the run, and genes freeze before the final decay.
 - A shared line cannot show how much higher a learning rate could go after its own noise is averaged. One short
   learning-rate trial shows that (``lr_trial.py``).
+- A shared line finds the rate good that the clan has. So the configured one is a prior, to which rates come back
+  (``prior.py``).
 """
 
 from __future__ import annotations
