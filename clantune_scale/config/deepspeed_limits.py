@@ -24,6 +24,9 @@ REMOVED_KEYS = frozenset(
 )
 REMOVED_ZERO_KEYS = frozenset(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"))
 
+#: Why no gradient of a validation loss can be taken beside training.
+NO_VALIDATION_GRADIENTS = "DeepSpeed collects gradients in buffers of its own, which hold the loop's"
+
 _HALF = ("float16", "fp16", "torch.float16", "half")
 
 

@@ -26,6 +26,7 @@ from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.planning.configured_optimizer import ConfiguredOptimizer
 from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
 from clantune_scale.runtime.line.refusals import refusals as line_refusals
+from clantune_scale.runtime.line.refusals import slope_refusals
 
 if TYPE_CHECKING:
     from clantune_scale.planning.model_spec import LoadedModel
@@ -109,6 +110,8 @@ def preflight(ds_config: Mapping[str, Any], *, world_size: int, model: LoadedMod
         _check_strategy(found, found.block, found.genes)
     if found.block.members == "line":
         _check_line(found, found.block, optimizer)
+    elif found.strategy is not None:
+        found.errors += slope_refusals(found.strategy)
     return found
 
 

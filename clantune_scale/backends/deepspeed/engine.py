@@ -15,7 +15,7 @@ import torch
 from clantune_scale.backends.deepspeed import sharing, weights
 from clantune_scale.backends.deepspeed import state as training_state
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
-from clantune_scale.config.deepspeed_limits import EngineFacts, refusals
+from clantune_scale.config.deepspeed_limits import NO_VALIDATION_GRADIENTS, EngineFacts, refusals
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.watch import to_device
@@ -141,6 +141,9 @@ class DeepSpeedBackend:
     def decay_rules(self) -> list[DecayRule | None]:
         inner = self.engine.basic_optimizer
         return [decay_rule(inner, group) for group in inner.param_groups]
+
+    def validation_gradients(self) -> str:
+        return NO_VALIDATION_GRADIENTS
 
     def refresh(self) -> None:
         training_state.refresh(self.engine)

@@ -24,6 +24,7 @@ from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
 from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import ValidationGradients
 from clantune_scale.runtime.line.decays import decay_rule
 from clantune_scale.runtime.validation_window import found_loss, loss_of
 from clantune_scale.transfer import MemberState
@@ -261,19 +262,24 @@ class LoopBackend(ABC):
 
     def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
         """[] the loss on one batch: a mapping is passed by keyword, a sequence by position, anything else as it is."""
-        if evaluate is not None:
-            loss = loss_of(evaluate(self.engine, batch))
-        else:
-            batch = to_device(batch, self.device)
-            if isinstance(batch, Mapping):
-                loss = loss_of(self.engine(**batch))
-            else:
-                loss = loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
+        loss = self._loss(batch, evaluate)
         loss = (loss.full_tensor() if isinstance(loss, DTensor) else loss).detach().to(self.device)
         if self.tp_group is not None:
             # All ranks decide by this number. Tensor ranks that sum in different orders could differ in the last bit.
             dist.broadcast(loss, group_src=0, group=self.tp_group)
         return loss
+
+    def _loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
+        if evaluate is not None:
+            return loss_of(evaluate(self.engine, batch))
+        batch = to_device(batch, self.device)
+        if isinstance(batch, Mapping):
+            return loss_of(self.engine(**batch))
+        return loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
+
+    @abstractmethod
+    def validation_gradients(self) -> ValidationGradients | str:
+        """Gives gradients of validation losses; or says why this engine cannot."""
 
     @property
     def may_skip_steps(self) -> bool:

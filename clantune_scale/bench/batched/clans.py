@@ -17,12 +17,11 @@ from clantune_scale.bench.batched.sharing import Sharing, clip
 from clantune_scale.bench.batched.state import RowLayout, State
 from clantune_scale.core.fitness import Fitness, Slopes
 from clantune_scale.core.genome import Genome
-from clantune_scale.core.line import Line, averaging_weight, averaging_weights
+from clantune_scale.core.line import Line, averaging_weight, averaging_weights, slope_members
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
 from clantune_scale.core.strategies.lost_members import replace_lost
-from clantune_scale.core.strategies.clan.group_slopes import slope_members
 from clantune_scale.errors import ConfigError, EvaluationError
 
 _Value = TypeVar("_Value", int, str)
@@ -236,7 +235,9 @@ class BatchedClans:
         ]
         if any(line is not None for line in lines):
             rules = [self._rule.decay_rule(clan.settings.base()) for clan in self.clans]
-            self._line_round = LineRound(lines, rules, plan, self.state, average_every=self._average_every, sizes=self._sizes)
+            self._line_round = LineRound(
+                lines, rules, plan, self.state, average_every=self._average_every, sizes=self._sizes
+            )
         return [
             clan.population.genomes if line is None else (Genome(line.centre),) * self.num_members
             for clan, line in zip(self.clans, lines, strict=True)

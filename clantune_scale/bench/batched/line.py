@@ -108,9 +108,7 @@ def line_of(
     return line if line.varies_rate or line.varies_decay else None
 
 
-def _columns(
-    table: Sequence[Sequence[Sequence[float]]], sizes: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
+def _columns(table: Sequence[Sequence[Sequence[float]]], sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """[clans, members, 1], or [clans, members, size] by group if there are several."""
     columns = torch.tensor(table, dtype=torch.float64).to(dtype)
     return columns.repeat_interleave(torch.tensor(sizes), dim=2) if sizes else columns

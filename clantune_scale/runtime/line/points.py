@@ -128,6 +128,27 @@ class Points:
                     weight.copy_(own)
 
     @torch.no_grad()
+    def slopes(self, member: int, gradient: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """[groups] float64: a loss's derivative by the logarithm of each group's learning rate, at a member's average.
+
+        Args:
+            member: at whose point.
+            gradient: [parameters] of that loss there; None for a parameter that it does not depend on. If it is
+                sharded as the weights are, so is what is returned: a part of the sum over ranks.
+        """
+        point = self._line.points[member]
+        live = self._weights()
+        totals = torch.zeros(len(point.rates), dtype=torch.float64, device=live[0].device if live else None)
+        assert self._anchor is not None, "learning rates do not vary in this round"
+        for own, value, anchor, group in zip(
+            gradient, self._values(point, None, True), self._anchor, self._group_of, strict=True
+        ):
+            if own is not None:
+                travelled = value - anchor.to(value.device)
+                totals[group] += (own.to(travelled) * travelled).sum(dtype=torch.float64)
+        return totals
+
+    @torch.no_grad()
     def go_on_from(self, point: Point) -> None:
         """Weights and average go to ``point``, where training goes on."""
         if point.is_centre:

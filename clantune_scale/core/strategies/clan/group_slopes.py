@@ -42,12 +42,6 @@ def sloped_genes(genes: Sequence[Gene]) -> list[Gene]:
     return rates
 
 
-def slope_members(genomes: Sequence[Genome], name: str) -> tuple[int, int]:
-    """The members with the lowest and the highest value of a gene, at whose points slopes are measured."""
-    values = [genome.values[name] for genome in genomes]
-    return values.index(min(values)), values.index(max(values))
-
-
 def slope_moves(
     genes: Sequence[Gene],
     genomes: Sequence[Genome],

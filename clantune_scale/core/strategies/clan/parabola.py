@@ -71,9 +71,7 @@ def fit_moves(
     return tuple(moves)
 
 
-def move_of(
-    slopes: Sequence[float], curvatures: Sequence[float], max_change: float, *, caution: float = 0.0
-) -> Move:
+def move_of(slopes: Sequence[float], curvatures: Sequence[float], max_change: float, *, caution: float = 0.0) -> Move:
     """The move of a learning rate whose slope and curvature are known by batch.
 
     Args:

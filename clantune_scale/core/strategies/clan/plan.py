@@ -44,8 +44,9 @@ class ClanOptions:
         trial_reach: the trial's highest learning rate over the clan's, above 1.
         trial_share: the share of the trial's rise, in log units, that is taken; above 0 and at most 1. A short trial
             likes learning rates that are too high for a long run. A round or two climb what is missing.
-        group_slopes: whether learning rates of parameter groups move together, each by its own slope, which one backward
-            pass over the validation window gives for all of them (``group_slopes.py``). Needs members on the line.
+        group_slopes: whether learning rates of parameter groups move in the same rounds, each by its own slope, which
+            backward passes over the validation window give for all of them at once (``group_slopes.py``). It needs
+            members on the line, and one gene on a log scale for each of several groups.
         start_factor: the clan starts with the configured learning rates times this; above 0. The trial only raises
             them, and the damage of a learning rate too high in the first steps is slow to mend.
     """

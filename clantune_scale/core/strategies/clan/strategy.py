@@ -65,6 +65,7 @@ class ClanStrategy(Strategy):
         self.options = options or ClanOptions()
         self._planner = ClanPlanner(facts, self.options)
         self.guards = self.uses_ema = self._planner.can_explore
+        self.needs_slopes = self._planner.can_explore and self.options.group_slopes
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
         return self._planner.plan(index, start_step)
