@@ -24,9 +24,8 @@ from clantune_scale.core.strategies import RunFacts, Strategy, build
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.planning.configured_optimizer import ConfiguredOptimizer
-from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
+from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete, slope_refusals
 from clantune_scale.runtime.line.refusals import refusals as line_refusals
-from clantune_scale.runtime.line.refusals import slope_refusals
 
 if TYPE_CHECKING:
     from clantune_scale.planning.model_spec import LoadedModel

@@ -125,7 +125,7 @@ class BatchedClans:
         self.state = State.initial(rows, self.num_members, self._rule.slot_sizes(self._layout))
         self._leaves = [view.detach().requires_grad_() for view in self._layout.views(self.state.weights)]
         # By parameter: a stretch of the row, in the group of that name.
-        self._groups = tuple(getattr(model, "group_of", ()))
+        self._groups = tuple(model.group_of)
         self._sizes = self._layout.sizes if self._groups else []
         self._feed = Feed(model, seeds, self.num_members)
         self.num_steps = 0
