@@ -1,16 +1,17 @@
 """What a clan asks of an engine, in small protocols. A backend implements all of them; nothing else names an engine.
 
-=====================  =====================================================
-Protocol               Used by
-=====================  =====================================================
-:class:`EnginePlace`   samplers, process groups, the check at the start
-:class:`UpdateHooks`   the clan: it counts steps and watches training
-:class:`SharesGrads`   the clan: it says who averages gradients with whom
-:class:`Settings`      genome application
-:class:`Evaluates`     the validation window
-:class:`RandomState`   rounds on disk
-:class:`EngineState`   transfers, snapshots, rounds on disk, the champion
-=====================  =====================================================
+============================  =====================================================
+Protocol                      Used by
+============================  =====================================================
+:class:`EnginePlace`          samplers, process groups, the check at the start
+:class:`UpdateHooks`          the clan: it counts steps and watches training
+:class:`SharesGrads`          the clan: it says who averages gradients with whom
+:class:`Settings`             genome application
+:class:`Evaluates`            the validation window
+:class:`ValidationGradients`  slopes of learning rates
+:class:`RandomState`          rounds on disk
+:class:`EngineState`          transfers, snapshots, rounds on disk, the champion
+============================  =====================================================
 """
 
 from __future__ import annotations

@@ -40,23 +40,24 @@ def at_points(
         sloped: genes whose slopes are measured too, at two members' points.
         averaged: whether averages are measured.
     """
-    ends = slope_members(genomes, sloped[0]) if sloped else ()
+    ends = slope_members(genomes, sloped[0]) if sloped else None
     measured: dict[Any, np.ndarray] = {}
     tables: dict[int, np.ndarray] = {}
     try:
         with points.held() as write:
             for member, point in enumerate(line.points):
-                if point in measured and member not in ends:
+                is_end = ends is not None and member in ends
+                if point in measured and not is_end:
                     continue
                 write(member, averaged)
                 backend.refresh()
                 measured[point] = measurement.losses()
-                if member in ends:
+                if is_end:
                     tables[member] = measurement.slopes(lambda gradient, own=member: points.slopes(own, gradient))
     finally:
         backend.refresh()
     fitness = Fitness.from_losses(np.stack([measured[point] for point in line.points]))
-    if not ends:
+    if ends is None:
         return fitness
     groups = group_names(backend.param_groups())
     return replace(fitness, slopes=slopes_of(ends, [tables[member] for member in ends], sloped, genes, groups))
