@@ -27,6 +27,9 @@ REMOVED_KEYS = frozenset(
     )
 )
 
+#: Why no gradient of a validation loss can be taken beside training.
+NO_VALIDATION_GRADIENTS = "DeepSpeed collects gradients in buffers of its own, which hold the loop's"
+
 _HALF = ("float16", "fp16", "torch.float16", "half")
 
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """How the loss changes with each group's learning rate, at the points of two members.
+
+    Attributes:
+        members: whose points.
+        by_gene: [points, batches] each: the derivative of a batch's loss by the logarithm of the gene.
+    """
+
+    members: tuple[int, int]
+    by_gene: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -18,10 +31,12 @@ class Fitness:
         losses: [members, batches] float64, the same batches for every member; not finite if a member's forward pass
             was not.
         training_loss: mean over the round's steps and the members; None if it is not known.
+        slopes: of the genes that the round's plan names; None if it names none.
     """
 
     losses: np.ndarray
     training_loss: float | None = None
+    slopes: Slopes | None = None
 
     @classmethod
     def from_losses(

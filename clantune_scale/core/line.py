@@ -20,8 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from clantune_scale.core.consensus import values_in_effect
+from clantune_scale.core.fitness import Slopes
 from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision
@@ -161,6 +165,36 @@ def successor(decision: Decision) -> tuple[float, ...] | None:
     if len(set(decision.donors)) > 1:
         return None
     return tuple(float(member == decision.donors[0]) for member in members)
+
+
+def slope_members(genomes: Sequence[Genome], name: str) -> tuple[int, int]:
+    """The members with the lowest and the highest value of a gene, at whose points slopes are measured."""
+    values = [genome.values[name] for genome in genomes]
+    return values.index(min(values)), values.index(max(values))
+
+
+def slopes_of(
+    members: tuple[int, int],
+    tables: Sequence[Any],
+    names: Sequence[str],
+    genes: Sequence[Gene],
+    groups: Sequence[str],
+) -> Slopes:
+    """Slopes by gene from slopes by parameter group.
+
+    Args:
+        members: at whose points.
+        tables: [points] arrays [batches, groups].
+        names: of the genes.
+        genes: all of the clan's.
+        groups: names of the optimizer's parameter groups.
+    """
+    table = np.array(tables, dtype=np.float64)
+    by_gene = {}
+    for gene in (gene for gene in genes if gene.name in names):
+        written = [index for index, group in enumerate(groups) if gene.groups is None or group in gene.groups]
+        by_gene[gene.name] = table[:, :, written].sum(axis=2)
+    return Slopes(members, by_gene)
 
 
 def averaging_weight(num_steps: int, window_steps: int) -> float:

@@ -68,6 +68,7 @@ class RoundPlan:
         uses_ema: whether fitness is measured on each member's averaged weights.
         ema_window_steps: time constant of that average (0 if ``uses_ema`` is false).
         evolves: whether selection and reproduction follow the evaluation.
+        slopes: names of learning-rate genes whose slopes are measured at its end (``core.fitness.Slopes``).
     """
 
     index: int
@@ -77,6 +78,7 @@ class RoundPlan:
     uses_ema: bool = False
     ema_window_steps: int = 0
     evolves: bool = True
+    slopes: tuple[str, ...] = ()
 
     @property
     def num_steps(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from clantune_scale.config.deepspeed_limits import NO_VALIDATION_GRADIENTS
 from clantune_scale.config.deepspeed_values import AUTO, block_of, is_number, number_of
 from clantune_scale.config.default_genes import ADAMW
 from clantune_scale.core.line import DecayRule
@@ -53,6 +54,10 @@ class ConfiguredOptimizer:
             momentum, dampening = (float(number_of(self._params, key, 0.0)) for key in ("momentum", "dampening"))
             return [DecayRule(momentum, dampening, bool(self._params.get("nesterov", False)))]
         return [None]
+
+    def validation_gradients(self) -> str:
+        """Why an engine that a DeepSpeed config describes has none."""
+        return NO_VALIDATION_GRADIENTS
 
     def optimizer_name(self) -> str:
         """The type that the config names."""

@@ -27,7 +27,7 @@ from clantune_scale.core.strategies import RunFacts, Strategy, build
 from clantune_scale.distributed.topology import Topology
 from clantune_scale.errors import ClanError, NoEffectWarning
 from clantune_scale.planning.configured_optimizer import ConfiguredOptimizer
-from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
+from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete, slope_refusals
 from clantune_scale.runtime.line.refusals import refusals as line_refusals
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def preflight(
         _check_strategy(found, found.block, found.genes)
     if found.block.members == "line":
         _check_line(found, found.block, optimizer)
+    elif found.strategy is not None:
+        found.errors += slope_refusals(found.strategy)
     return found
 
 

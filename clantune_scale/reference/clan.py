@@ -179,6 +179,9 @@ class ReferenceClan:
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, undo phases that keep nothing, decide, record, roll back or transfer, average, regroup."""
         fitness = replace(self.evaluate(averaged=plan.uses_ema), training_loss=self._read_training_loss())
+        if plan.slopes:
+            assert self._line is not None, "slopes are measured on the line"
+            fitness = replace(fitness, slopes=self._line.slopes(plan, self.population.genomes))
         if self._before_phase is not None:
             self._load(self._before_phase)
             self._before_phase = None
@@ -236,6 +239,7 @@ class ReferenceClan:
             express=lambda values: self._express_between_steps(model, values),
             rates=rates,
             losses=lambda averaged: self._losses(model, averaged),
+            gradients=lambda: self._gradients(model),
         )
 
     def _save(self) -> list[Saved]:
@@ -257,6 +261,15 @@ class ReferenceClan:
             member.swap_average()
         member.module.train(was_training)
         return losses
+
+    def _gradients(self, member: Member) -> Iterator[list[torch.Tensor | None]]:
+        """By batch of the common window, the gradient of its loss in evaluation mode."""
+        was_training = member.module.training
+        member.module.eval()
+        for batch in self._eval_batches:
+            loss = self._loss_fn(member.module, batch)
+            yield list(torch.autograd.grad(loss, member.parameters, allow_unused=True))
+        member.module.train(was_training)
 
     @contextmanager
     def _optimizer_genes(self, member: Member, values: Mapping[str, float], step: int) -> Iterator[None]:

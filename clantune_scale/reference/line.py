@@ -8,14 +8,15 @@ the same batches. All go on from the state of the one that the decision names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from clantune_scale.core.fitness import Slopes
 from clantune_scale.core.genome import Gene, Genome
-from clantune_scale.core.line import Line, Point, obstacle, successor
+from clantune_scale.core.line import Line, Point, obstacle, slope_members, slopes_of, successor
 from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundPlan
 from clantune_scale.core.strategies.base import Decision
 from clantune_scale.errors import ConfigError
@@ -36,6 +37,7 @@ class Calls:
         express: (values) sets what the optimizer does not hold.
         rates: (values, step) to [groups] learning rates and [groups] weight decays in that update.
         losses: (averaged) on the common window, of the model as it is.
+        gradients: by batch of the common window, the gradients of its loss by the parameters, of the model as it is.
     """
 
     backward: Callable[[int, int, Phase, float], None]
@@ -43,6 +45,7 @@ class Calls:
     express: Callable[[Values], None]
     rates: Callable[[Values, int], tuple[list[float], list[float]]]
     losses: Callable[[bool], list[float]]
+    gradients: Callable[[], Iterator[list[torch.Tensor | None]]]
 
 
 class OnTheLine:
@@ -118,6 +121,18 @@ class OnTheLine:
                 write(member, averaged)
                 measured.append(self._calls.losses(False))
             return measured
+
+    def slopes(self, plan: RoundPlan, genomes: Sequence[Genome]) -> Slopes | None:
+        """Of the genes that the plan names, at the averages of the members with their lowest and highest values."""
+        if not plan.slopes or self._points is None:
+            return None
+        members = slope_members(genomes, plan.slopes[0])
+        tables = []
+        with self._points.held() as write:
+            for member in members:
+                write(member, True)
+                tables.append([self._points.slopes(member, own).tolist() for own in self._calls.gradients()])
+        return slopes_of(members, tables, plan.slopes, self._genes, self._groups)
 
     def go_on(self, decision: Decision, *, rolled_back: bool) -> None:
         """The model goes to the one state that all members have from now on.

@@ -26,7 +26,7 @@ from clantune_scale.runtime.clan import Clan
 from clantune_scale.runtime.engine_protocol import Backend, TunedEngine
 from clantune_scale.runtime.genome_application import Setter, bind_genes
 from clantune_scale.runtime.line.members import TrainStep
-from clantune_scale.runtime.line.refusals import require_line
+from clantune_scale.runtime.line.refusals import require_line, require_no_slopes
 from clantune_scale.runtime.loaders import make_window
 from clantune_scale.runtime.steps import Watch
 from clantune_scale.runtime.validation_window import Evaluate
@@ -174,6 +174,8 @@ def _rules(
     strategy = build(block.strategy.name, facts, block.strategy.options)
     if block.members == "line":
         require_line(block, strategy, genes, backend, setters=setters)
+    else:
+        require_no_slopes(strategy)
     return genes, strategy
 
 

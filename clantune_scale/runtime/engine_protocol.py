@@ -1,21 +1,22 @@
 """What a clan asks of an engine, in small protocols. A backend implements all of them; nothing else names an engine.
 
-=====================  =====================================================
-Protocol               Used by
-=====================  =====================================================
-:class:`EnginePlace`   samplers, process groups, the check at the start
-:class:`UpdateHooks`   the clan: it counts steps and watches training
-:class:`SharesGrads`   the clan: it says who averages gradients with whom
-:class:`Settings`      genome application
-:class:`Evaluates`     the validation window
-:class:`RandomState`   rounds on disk
-:class:`EngineState`   transfers, snapshots, rounds on disk, the champion
-=====================  =====================================================
+============================  =====================================================
+Protocol                      Used by
+============================  =====================================================
+:class:`EnginePlace`          samplers, process groups, the check at the start
+:class:`UpdateHooks`          the clan: it counts steps and watches training
+:class:`SharesGrads`          the clan: it says who averages gradients with whom
+:class:`Settings`             genome application
+:class:`Evaluates`            the validation window
+:class:`ValidationGradients`  slopes of learning rates
+:class:`RandomState`          rounds on disk
+:class:`EngineState`          transfers, snapshots, rounds on disk, the champion
+============================  =====================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -198,6 +199,26 @@ class Evaluates(HasDevice, Protocol):
         """
 
 
+class ValidationGradients(Protocol):
+    """Gradients of validation losses, beside those that the loop holds, which stay as they are."""
+
+    def of_batch(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> Sequence[torch.Tensor | None]:
+        """[masters] the gradient of a batch's loss, sharded as the masters are; None where the loss has none.
+
+        Called inside ``evaluating``. If masters are sharded, it is that of the mean loss over the ranks' batches.
+
+        Raises:
+            EvaluationError: if the loss has no gradient.
+        """
+
+    def joined(self, mine: torch.Tensor) -> torch.Tensor:
+        """[batches, ...] the same on all ranks, from sums over this rank's elements.
+
+        Args:
+            mine: [own batches, ...] linear functions of the gradients that ``of_batch`` gave.
+        """
+
+
 class EngineState(Protocol):
     """What training has changed in an engine, and what a clone or a resumed run takes over."""
 
@@ -229,6 +250,9 @@ class EngineState(Protocol):
 
     def decay_rules(self) -> list[DecayRule | None]:
         """[groups] how the optimizer applies a weight decay; None if no linear rule is known."""
+
+    def validation_gradients(self) -> ValidationGradients | str:
+        """Gives gradients of validation losses; or says why this engine cannot."""
 
     def refresh(self) -> None:
         """Brings the weights that the model computes with up to date with the masters (member collective)."""

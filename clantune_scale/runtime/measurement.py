@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from clantune_scale.core.fitness import Fitness
 from clantune_scale.distributed.groups import ReplicaGroup
-from clantune_scale.runtime.engine_protocol import MeasuredEngine
+from clantune_scale.runtime.engine_protocol import MeasuredEngine, ValidationGradients
 from clantune_scale.runtime.phases import PhaseManager
 from clantune_scale.runtime.validation_window import Evaluate, ValidationWindow
 from clantune_scale.runtime.weight_averages import WeightEma
@@ -86,6 +86,35 @@ class Measurement:
         """
         with self._phases.suspended():
             return (window or self._window).losses(self._backend, self._evaluate)
+
+    def slopes(self, of_gradient: Callable[[Sequence[torch.Tensor | None]], torch.Tensor]) -> np.ndarray:
+        """[batches, groups] of the present weights, on all ranks alike; a collective of the member.
+
+        Args:
+            of_gradient: [masters] a gradient to [groups], each a sum over this rank's elements.
+        """
+        gradients = self._gradients()
+        with self._phases.suspended():
+            rows = self._window.each(
+                self._backend, lambda batch: of_gradient(gradients.of_batch(batch, self._evaluate))
+            )
+        table: np.ndarray = gradients.joined(torch.stack(rows)).cpu().numpy()
+        return table
+
+    def require_gradients(self) -> None:
+        """Tries a gradient of the window's first batch (a collective of the member).
+
+        Raises:
+            EvaluationError: if the loss has none.
+        """
+        gradients = self._gradients()
+        with self._phases.suspended():
+            self._window.each(self._backend, lambda batch: gradients.of_batch(batch, self._evaluate), at_most=1)
+
+    def _gradients(self) -> ValidationGradients:
+        gradients = self._backend.validation_gradients()
+        assert not isinstance(gradients, str), f"refused before the first step: {gradients}"
+        return gradients
 
     def weights(self, *, averaged: bool) -> AbstractContextManager[None]:
         """Inside, the model computes with its averaged weights, or with those that its optimizer wants evaluated."""

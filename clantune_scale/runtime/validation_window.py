@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from clantune_scale.errors import ConfigError, EvaluationError
 from clantune_scale.runtime.engine_protocol import Evaluates
 
 Evaluate = Callable[[Any, Any], Any]
+_T = TypeVar("_T")
 
 
 def loss_of(output: Any) -> torch.Tensor:
@@ -142,19 +143,29 @@ class ValidationWindow:
         A collective of the member. If ``evaluate`` is given, ``evaluate(engine, batch)`` replaces the model's loss.
         Random draws during the evaluation are the same for every member and in every round.
         """
-        values = []
         start = time.perf_counter()
-        with backend.evaluating():
-            for number, indices in self._mine.items():
-                with _own_randomness(number, backend.device):
-                    batch = self._collate([self._dataset[index] for index in indices])
-                    loss = backend.batch_loss(batch, evaluate)
-                values.append(loss.detach().to(backend.device, torch.float64).reshape(()))
+        losses = self.each(backend, lambda batch: backend.batch_loss(batch, evaluate).detach())
+        values = [loss.to(backend.device, torch.float64).reshape(()) for loss in losses]
         if backend.device.type == "cuda":
             torch.cuda.synchronize(backend.device)
         # Timed before the ranks wait for each other, so that a slow host stands out.
         self.seconds = time.perf_counter() - start
         return _gathered(torch.stack(values), self._dp_size, backend.dp_group)
+
+    def each(self, backend: Evaluates, call: Callable[[Any], _T], *, at_most: int | None = None) -> list[_T]:
+        """What ``call`` returns for each of this rank's batches, in evaluation mode (a member collective).
+
+        Args:
+            backend: the member's engine.
+            call: gets a batch. Random draws in it are the batch's own.
+            at_most: batches; all if None.
+        """
+        results = []
+        with backend.evaluating():
+            for number, indices in list(self._mine.items())[:at_most]:
+                with _own_randomness(number, backend.device):
+                    results.append(call(self._collate([self._dataset[index] for index in indices])))
+        return results
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from clantune_scale.backends.deepspeed.loop_scheduler import call_after_step, wi
 from clantune_scale.backends.deepspeed.place import MemberCoordinates, place_of
 from clantune_scale.backends.deepspeed.refusals import refuse_unsupported
 from clantune_scale.backends.torch.optimizers import has_modes
+from clantune_scale.config.deepspeed_limits import NO_VALIDATION_GRADIENTS
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
 from clantune_scale.data.containers import to_device
@@ -156,6 +157,9 @@ class DeepSpeedBackend:
     def decay_rules(self) -> list[DecayRule | None]:
         inner = self.engine.basic_optimizer
         return [decay_rule(inner, group) for group in inner.param_groups]
+
+    def validation_gradients(self) -> str:
+        return NO_VALIDATION_GRADIENTS
 
     def refresh(self) -> None:
         training_state.refresh(self.engine)

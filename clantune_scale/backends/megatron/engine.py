@@ -123,6 +123,9 @@ class MegatronBackend:
         inner = [(part.optimizer, group) for part in state.wrappers(self._optimizer) for group in part.param_groups]
         return [decay_rule(optimizer, group) for optimizer, group in inner]
 
+    def validation_gradients(self) -> str:
+        return "Megatron-core collects gradients in buffers of its own, which hold the loop's"
+
     def refresh(self) -> None:
         state.refresh(self.engine, self._optimizer)
 

@@ -11,10 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.used import UsedInClan
+from clantune_scale.backends.torch.validation_gradients import SCALED, ReplicaGradients
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import ValidationGradients
 
 
 class DDPBackend(LoopBackend):
@@ -49,6 +51,14 @@ class DDPBackend(LoopBackend):
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """DDP's own ``no_sync`` around all micro-batches but the last."""
         return nullcontext() if is_last else self._ddp.no_sync()
+
+    def validation_gradients(self) -> ValidationGradients | str:
+        if self.may_skip_steps:
+            return SCALED
+        if self._ddp.static_graph:
+            return "DistributedDataParallel with static_graph=True counts every forward pass with gradients"
+        trained = [parameter for _, parameter in self._parameters.trained]
+        return ReplicaGradients(self._loss, trained, dp_group=self.dp_group, dp_size=self.dp_size, ddp=self._ddp)
 
     def share_gradients(
         self,

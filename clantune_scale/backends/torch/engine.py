@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,24 +15,24 @@ from torch.distributed.tensor import DTensor
 from clantune_scale.backends.torch import state
 from clantune_scale.backends.torch.between import Between, own_schedulers
 from clantune_scale.backends.torch.hidden_state import refuse_unknown_optimizers
+from clantune_scale.backends.torch.measured import MeasuredLoop
 from clantune_scale.backends.torch.optimizers import Optimizers, StepEnd, after_call, schedulers_in
 from clantune_scale.backends.torch.parameters import Parameters, plain_name
 from clantune_scale.backends.torch.refusals import evaluate_closure, require_one_gradient, require_only_trained
 from clantune_scale.backends.torch.scaler import ScaledLoop, require_known_scaler, with_scale
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
-from clantune_scale.data.containers import to_device
 from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.gradients.clip import clip_grad_norm_, total_norm
-from clantune_scale.gradients.hooks import GradientGroups, evaluation_mode
+from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.posting_order import PostingOrder
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.line.decays import decay_rule
-from clantune_scale.runtime.validation_window import found_loss, loss_of, require_fine_loss
+from clantune_scale.runtime.validation_window import found_loss
 from clantune_scale.transfer import MemberState
 
 
-class LoopBackend(ScaledLoop, ABC):
+class LoopBackend(ScaledLoop, MeasuredLoop):
     """A member whose loop calls ``optimizer.step()`` itself. Subclasses for FSDP2 and DDP share the gradients.
 
     A step ends when the optimizer's last step hook has run. With a scheduler, it ends when the following
@@ -277,33 +277,6 @@ class LoopBackend(ScaledLoop, ABC):
 
         self._undo.append(self.engine.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
         self._undo.append(self.engine.register_forward_hook(after_forward).remove)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients. On exit each submodule has the mode that it had before."""
-        try:
-            with evaluation_mode(self.engine):
-                yield
-        finally:
-            self.refresh()
-
-    def batch_loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
-        """[] the loss on one batch: a mapping is passed by keyword, a sequence by position, anything else as it is."""
-        if evaluate is not None:
-            loss = loss_of(evaluate(self.engine, batch))
-        else:
-            batch = to_device(batch, self.device)
-            if isinstance(batch, Mapping):
-                loss = loss_of(self.engine(**batch))
-            else:
-                loss = loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
-        if self._parameters.has_half:
-            require_fine_loss(loss)
-        loss = (loss.full_tensor() if isinstance(loss, DTensor) else loss).detach().to(self.device)
-        if self.tp_group is not None:
-            # All ranks decide by this number. Tensor ranks that sum in different orders could differ in the last bit.
-            dist.broadcast(loss, group_src=0, group=self.tp_group)
-        return loss
 
     def optimizer_name(self) -> str:
         return self._optimizers.name

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch.engine import LoopBackend
 from clantune_scale.backends.torch.fsdp_sharing import ShardSharing
+from clantune_scale.backends.torch.validation_gradients import SCALED, ShardGradients
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.hooks import GradientGroups
 from clantune_scale.gradients.probe import GradientProbe
+from clantune_scale.runtime.engine_protocol import ValidationGradients
 
 
 class FSDPBackend(LoopBackend):
@@ -79,6 +81,14 @@ class FSDPBackend(LoopBackend):
             rows_each = -(-num_rows // self._num_shards)
             starts[names[id(shard.sharded_param)]] = min(self._shard_rank * rows_each, num_rows) * math.prod(rest)
         return starts
+
+    def validation_gradients(self) -> ValidationGradients | str:
+        if self.may_skip_steps:
+            return SCALED
+        if self.tp_size > 1:
+            return "under tensor parallelism a gradient may be a part of a sum, by parameter"
+        trained = [parameter for _, parameter in self._parameters.trained]
+        return ShardGradients(self._loss, trained, group=self.dp_group, num_copies=self.dp_size // self._num_shards)
 
     @contextmanager
     def exchanging(self, is_last: bool) -> Iterator[None]:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from clantune_scale.backends.torch.engine import LoopBackend
+from clantune_scale.backends.torch.validation_gradients import SCALED, ReplicaGradients
 from clantune_scale.errors import ConfigError
 from clantune_scale.gradients.probe import GradientProbe
-from clantune_scale.runtime.engine_protocol import GradientGroups
+from clantune_scale.runtime.engine_protocol import GradientGroups, ValidationGradients
 
 
 class PlainBackend(LoopBackend):
@@ -48,6 +49,12 @@ class PlainBackend(LoopBackend):
     def exchanging(self, is_last: bool) -> AbstractContextManager[None]:
         """Nothing: the loop averages gradients, if it has to."""
         return nullcontext()
+
+    def validation_gradients(self) -> ValidationGradients | str:
+        if self.may_skip_steps:
+            return SCALED
+        trained = [parameter for _, parameter in self._parameters.trained]
+        return ReplicaGradients(self._loss, trained, dp_group=self.dp_group, dp_size=self.dp_size)
 
     def share_gradients(
         self,

@@ -10,14 +10,14 @@ import torch
 
 from clantune_scale.bench.batched.expression import Expressed, Values
 from clantune_scale.bench.batched.feed import Feed, Reading
-from clantune_scale.bench.batched.line import LineRound, line_of
+from clantune_scale.bench.batched.line import ONE_GROUP, LineRound, line_of
 from clantune_scale.bench.batched.model import BatchedModel, Settings, Tensors
 from clantune_scale.bench.batched.optimizers import OPTIMIZERS
 from clantune_scale.bench.batched.sharing import Sharing, clip
 from clantune_scale.bench.batched.state import RowLayout, State
-from clantune_scale.core.fitness import Fitness
+from clantune_scale.core.fitness import Fitness, Slopes
 from clantune_scale.core.genome import Genome
-from clantune_scale.core.line import Line, averaging_weight, averaging_weights
+from clantune_scale.core.line import Line, averaging_weight, averaging_weights, slope_members
 from clantune_scale.core.lineage import Lineage, RoundRecord
 from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
@@ -124,6 +124,9 @@ class BatchedClans:
         rows = torch.stack([self._layout.flatten(initial[seed]) for seed in seeds]).to(dtype)
         self.state = State.initial(rows, self.num_members, self._rule.slot_sizes(self._layout))
         self._leaves = [view.detach().requires_grad_() for view in self._layout.views(self.state.weights)]
+        # By parameter: a stretch of the row, in the group of that name.
+        self._groups = tuple(model.group_of)
+        self._sizes = self._layout.sizes if self._groups else []
         self._feed = Feed(model, seeds, self.num_members)
         self.num_steps = 0
         starts = self._losses(averaged=False)
@@ -202,7 +205,7 @@ class BatchedClans:
         if position.starts_round:
             self._genomes = self._begin_line(plan) if self._on_line else [own.population.genomes for own in self.clans]
         values = [
-            Values.of(clan.strategy.facts.genes, own, clan.settings, phase.kind)
+            Values.of(clan.strategy.facts.genes, own, clan.settings, phase.kind, self._groups)
             for clan, own, phase in zip(self.clans, self._genomes, phases, strict=True)
         ]
         self._expressed = Expressed(
@@ -210,6 +213,7 @@ class BatchedClans:
             [clan.settings for clan in self.clans],
             [clan.strategy for clan in self.clans],
             dtype=self.state.weights.dtype,
+            sizes=self._sizes,
         )
         counts = [own.micro_batches for own in values]
         self._reading = Reading.of(phases, counts, self._micro_batch, self.num_members)
@@ -219,14 +223,21 @@ class BatchedClans:
         """[clans] the genomes that rows train with in this round: the centre's if a clan is on the line."""
         is_one = (self.state.weights == self.state.weights[:, :1]).flatten(1).all(dim=1).tolist()
         lines: list[Line | None] = [
-            line_of(clan.population.genomes, clan.strategy.facts.genes, clan.clock.at(self.num_steps).plan)
+            line_of(
+                clan.population.genomes,
+                clan.strategy.facts.genes,
+                clan.clock.at(self.num_steps).plan,
+                self._groups or ONE_GROUP,
+            )
             if together
             else None  # a strategy has kept its members apart
             for clan, together in zip(self.clans, is_one, strict=True)
         ]
         if any(line is not None for line in lines):
             rules = [self._rule.decay_rule(clan.settings.base()) for clan in self.clans]
-            self._line_round = LineRound(lines, rules, plan, self.state, average_every=self._average_every)
+            self._line_round = LineRound(
+                lines, rules, plan, self.state, average_every=self._average_every, sizes=self._sizes
+            )
         return [
             clan.population.genomes if line is None else (Genome(line.centre),) * self.num_members
             for clan, line in zip(self.clans, lines, strict=True)
@@ -243,15 +254,45 @@ class BatchedClans:
 
     def _end_round(self, plan: RoundPlan) -> None:
         """Evaluate, undo phases that keep nothing, decide, record, roll back or transfer, average, regroup."""
+        slopes: list[Slopes | None] = [None] * len(self.clans)
         if self._line_round is not None:
             self._line_round.part(self.state)
+            if plan.slopes:
+                slopes = self._slopes(plan, self._line_round)
             self._line_round = None
         losses = zip(self.evaluate(averaged=plan.uses_ema), self._read_training_losses(), strict=True)
-        fitness = [replace(own, training_loss=mean) for own, mean in losses]
+        fitness = [
+            replace(own, training_loss=mean, slopes=own_slopes)
+            for (own, mean), own_slopes in zip(losses, slopes, strict=True)
+        ]
         if self._before_phase is not None:
             self.state.load(self._before_phase, torch.ones(len(self.clans), dtype=torch.bool))
             self._before_phase = None
         self._apply(plan, [clan.evolve(plan, own) for clan, own in zip(self.clans, fitness, strict=True)])
+
+    def _slopes(self, plan: RoundPlan, line: LineRound) -> list[Slopes | None]:
+        """[clans]: the genes' slopes at the averages of the outermost members, one backward pass a batch."""
+        ends = [slope_members(clan.population.genomes, plan.slopes[0]) for clan in self.clans]
+        index = torch.tensor(ends).unsqueeze(-1).expand(-1, -1, self._layout.size)
+        rows = self.state.average.gather(1, index)
+        moved = self._layout.parts(line.travelled(self.state.average).gather(1, index))
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(rows)]
+        by_batch = []
+        for columns in zip(*(t.tensor_split(self._num_eval_batches) for t in self._model.validation), strict=True):
+            inputs = [column.expand(len(leaves[0]), *column.shape) for column in columns]
+            gradient = torch.autograd.grad(self._model.losses(leaves, inputs, {}).mean(dim=1).sum(), leaves)
+            by_batch.append(
+                torch.stack([(g.view_as(m) * m).flatten(2).sum(dim=2) for g, m in zip(gradient, moved, strict=True)])
+            )
+        table = torch.stack(by_batch, dim=-1).double().numpy()  # [parameters, clans, ends, batches]
+        result: list[Slopes | None] = []
+        for number, (clan, own) in enumerate(zip(self.clans, ends, strict=True)):
+            genes = [clan.strategy.facts.gene(name) for name in plan.slopes]
+            of = {g.name: [i for i, name in enumerate(self._groups) if name in (g.groups or ())] for g in genes}
+            result.append(Slopes(own, {name: table[places, number].sum(axis=0) for name, places in of.items()}))
+            # A backward pass is two forward ones, which were counted.
+            clan.num_evaluated += 4 * len(self._model.validation[0])
+        return result
 
     def _apply(self, plan: RoundPlan, decisions: Sequence[Decision]) -> None:
         """Carries out what the clans decided."""

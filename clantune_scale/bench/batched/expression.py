@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,20 +27,40 @@ class Values:
     Attributes:
         scalars: [members], by target, before schedules.
         micro_batches: [members] of a step.
+        group_rates: [members][groups] factors on the learning rate; empty if there is one group.
     """
 
     scalars: tuple[Mapping[str, float], ...]
     micro_batches: tuple[int, ...]
+    group_rates: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of(cls, genes: Sequence[Gene], genomes: Sequence[Genome], settings: Settings, kind: PhaseKind) -> Values:
+    def of(
+        cls,
+        genes: Sequence[Gene],
+        genomes: Sequence[Genome],
+        settings: Settings,
+        kind: PhaseKind,
+        groups: Sequence[str] = (),
+    ) -> Values:
         """Every gene's own value, but the clan's for specialized genes while it cooperates.
 
+        Args:
+            genes: all of the clan's.
+            genomes: [members].
+            settings: the clan's.
+            kind: of the phase.
+            groups: names of the parameter groups; empty if there is one.
+
         Raises:
-            ConfigError: for a gene that belongs to some parameter groups only, or sets what is not there.
+            ConfigError: for a gene that belongs to some parameter groups only and is no learning rate's factor, or
+                sets what is not there.
         """
-        members = tuple(_scalars(genes, one, settings.base()) for one in values_in_effect(genomes, genes, kind))
-        return cls(members, tuple(round(scalars["accumulation"]) for scalars in members))
+        effective = values_in_effect(genomes, genes, kind)
+        common = [gene for gene in genes if not _is_group_rate(gene, groups)]
+        members = tuple(_scalars(common, one, settings.base()) for one in effective)
+        rates = tuple(tuple(_group_rate(genes, one, settings, group) for group in groups) for one in effective)
+        return cls(members, tuple(round(scalars["accumulation"]) for scalars in members), rates)
 
 
 class Expressed:
@@ -50,6 +71,7 @@ class Expressed:
         settings: [clans].
         strategies: [clans].
         dtype: of the knobs.
+        sizes: [groups] runs of numbers in a row that belong to one group, with the groups in ``values`` in that order.
 
     Attributes:
         knobs: [clans x members] each, by target: what the model itself takes.
@@ -62,11 +84,16 @@ class Expressed:
         strategies: Sequence[Strategy],
         *,
         dtype: torch.dtype = torch.float32,
+        sizes: Sequence[int] = (),
     ) -> None:
         self._settings, self._strategies = settings, strategies
         rule = OPTIMIZERS[settings[0].optimizer]
         targets = ("lr", "weight_decay", *rule.defaults, *_BEYOND_THE_OPTIMIZER)
         self._hyper = {target: _column(values, target) for target in targets}
+        if sizes:
+            rates = torch.tensor([own.group_rates for own in values], dtype=torch.float64)
+            rates = rates[:, :1] if bool((rates == rates[:, :1]).all()) else rates
+            self._hyper["lr"] = self._hyper["lr"] * rates.repeat_interleave(torch.tensor(sizes), dim=2)
         names = [name for name in values[0].scalars[0] if name not in (*targets, "accumulation")]
         self.knobs = {name: _table(values, name).flatten().to(dtype) for name in names}
 
@@ -97,6 +124,15 @@ def _scalars(genes: Sequence[Gene], values: Mapping[str, float], base: dict[str,
         value = values[gene.name] * base[gene.target] if gene.relative else values[gene.name]
         base[gene.target] = gene.expressed(value)
     return base
+
+
+def _is_group_rate(gene: Gene, groups: Sequence[str]) -> bool:
+    return gene.groups is not None and gene.target == "lr" and gene.relative and bool(groups)
+
+
+def _group_rate(genes: Sequence[Gene], values: Mapping[str, float], settings: Settings, group: str) -> float:
+    own = [values[gene.name] for gene in genes if _is_group_rate(gene, [group]) and group in (gene.groups or ())]
+    return settings.group_rates.get(group, 1.0) * math.prod(own)
 
 
 def _table(values: Sequence[Values], target: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.line import (
     DecayRule,
     Line,
+    Point,
     decay_reach,
     kept_share,
     obstacle,
@@ -35,6 +36,7 @@ class LineRound:
         plan: of the round, whose lengths and averages are the same for all clans.
         state: at the round's start.
         average_every: steps from one update of the average to the next.
+        sizes: of a row's stretches, one for each group in the lines; empty if there is one group.
     """
 
     def __init__(
@@ -45,13 +47,16 @@ class LineRound:
         state: State,
         *,
         average_every: int = 1,
+        sizes: Sequence[int] = (),
     ) -> None:
         self._averages = plan.uses_ema
         dtype = state.weights.dtype
         size = state.weights.shape[1]
         points = [line.points if line is not None else None for line in lines]
-        self._rates = _column([[p.rates[0] for p in own] if own else [1.0] * size for own in points], dtype)
-        self._decays = _column([[p.decays[0] for p in own] if own else [0.0] * size for own in points], dtype)
+        still = Point((1.0,) * max(1, len(sizes)), (0.0,) * max(1, len(sizes)))
+        every = [own or (still,) * size for own in points]
+        self._rates = _columns([[p.rates for p in own] for own in every], sizes, dtype)
+        self._decays = _columns([[p.decays for p in own] for own in every], sizes, dtype)
         self._start = state.weights.clone()
         # The average at the round's end, had the weights not moved.
         self._anchor = torch.lerp(state.weights, state.average, kept_share(plan)) if plan.uses_ema else None
@@ -87,15 +92,23 @@ class LineRound:
             if anchor is not None:
                 rows.add_((rows - anchor) * (self._rates - 1.0) - decayed * self._decays)
 
+    def travelled(self, average: torch.Tensor) -> torch.Tensor:
+        """[clans, members, size] how far the round has moved the averages, members being at their points."""
+        assert self._anchor is not None
+        return average - self._anchor
 
-def line_of(genomes: Sequence[Genome], genes: Sequence[Gene], plan: RoundPlan) -> Line | None:
+
+def line_of(
+    genomes: Sequence[Genome], genes: Sequence[Gene], plan: RoundPlan, groups: Sequence[str] = ONE_GROUP
+) -> Line | None:
     """The clan's line in a round; None if its members do not part on one, or cannot be computed from one model."""
     if any(phase.kind is PhaseKind.COMPETITIVE for phase in plan.phases) or obstacle(plan, genomes, genes):
         return None
-    line = Line.of(genomes, genes, ONE_GROUP)
+    line = Line.of(genomes, genes, groups)
     return line if line.varies_rate or line.varies_decay else None
 
 
-def _column(table: Sequence[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
-    """[clans, members, 1]"""
-    return torch.tensor(table, dtype=torch.float64).unsqueeze(-1).to(dtype)
+def _columns(table: Sequence[Sequence[Sequence[float]]], sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """[clans, members, 1], or [clans, members, size] by group if there are several."""
+    columns = torch.tensor(table, dtype=torch.float64).to(dtype)
+    return columns.repeat_interleave(torch.tensor(sizes), dim=2) if sizes else columns

@@ -21,10 +21,12 @@ class BatchedModel(Protocol):
     Attributes:
         batch_size: samples of one ``batch``: what a clan's members share out in a step.
         validation: the common window, tensors [examples, ...].
+        group_of: [parameters] the name of each one's parameter group; empty if there is one group.
     """
 
     batch_size: int
     validation: Tensors
+    group_of: Sequence[str]
 
     def init(self, seed: int) -> Tensors:
         """One model's initial parameters."""
@@ -77,6 +79,7 @@ class Settings:
         clip: largest global norm of the gradient; 0 for no clipping.
         num_micro_batches: of a member in a step; members share out so many batches of the model's.
         knobs: the model's own, by name.
+        group_rates: by parameter group, what its learning rate is times ``lr``; groups that are not named have ``lr``.
 
     Raises:
         ConfigError: for an unknown optimizer or hyperparameter.
@@ -90,6 +93,7 @@ class Settings:
     clip: float = 0.0
     num_micro_batches: int = 1
     knobs: Mapping[str, float] = field(default_factory=dict)
+    group_rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:

@@ -19,6 +19,8 @@ from clantune_scale.core.strategies import STRATEGIES, build
 from clantune_scale.core.strategies.base import RunFacts, Strategy
 from clantune_scale.errors import ConfigError
 
+#: A name that stands for a learning rate of each parameter group.
+EVERY_GROUP = "lr:*"
 #: Rounds of the user's length in a run.
 ROUNDS_PER_RUN = 60
 
@@ -35,7 +37,7 @@ class Method:
         round_length_steps: the user's round length; None for a sixtieth of the run.
         duty_cycle: the user's.
         schedule: name of a learning-rate curve in place of the start's own; None keeps that.
-        genes: in place of the default ones and the problem's.
+        genes: in place of the default ones and the problem's; ``"lr:*"`` stands for a learning rate of each group.
         average_every: steps from one update of averaged weights to the next.
         genes_like: the strategy whose default genes it has; None for its own. A variant of ``clan`` by another name
             would have other ones.
@@ -57,11 +59,16 @@ class Method:
     def gene_names(self, problem: Problem, settings: Settings) -> tuple[str, ...]:
         """Names of the genes of a run that is configured with ``settings``."""
         like = self.genes_like or self.strategy
-        return problem.genes_of(like, settings) if self.genes is None else tuple(self.genes)
+        if self.genes is None:
+            return problem.genes_of(like, settings)
+        groups = dict.fromkeys(problem.group_of)
+        every = [f"lr:{group}" for group in groups]
+        expanded = (every if name == EVERY_GROUP else [name] for name in self.genes)
+        return tuple(name for names in expanded for name in names)
 
     def build(self, problem: Problem, settings: Settings, seed: int) -> Strategy:
         """The strategy of one run that is configured with ``settings``."""
-        genes = tuple(_started(CATALOGUE[name], settings) for name in self.gene_names(problem, settings))
+        genes = tuple(_started(_gene(name), settings) for name in self.gene_names(problem, settings))
         facts = RunFacts(
             population_size=self.population_size,
             genes=genes,
@@ -156,6 +163,13 @@ def read_variants(path: Path) -> list[Method]:
             )
         methods.append(Method(**{"strategy": "clan", **given, "name": name}))
     return methods
+
+
+def _gene(name: str) -> Gene:
+    """The catalogue's; a label after a colon is the parameter group that it is for."""
+    target, colon, group = name.partition(":")
+    gene = CATALOGUE[target]
+    return replace(gene, name=name, target=target, groups=(group,)) if colon else gene
 
 
 def _started(gene: Gene, settings: Settings) -> Gene:

@@ -87,6 +87,7 @@ class Problem(ABC):
             a part of it (``trial.window``).
         test: likewise, only for the report.
         knows_length: whether strategies are told ``total_steps``.
+        group_of: [parameters] the name of each one's parameter group; empty if there is one group.
         is_reporting: whether it is only for reports, which say so.
     """
 
@@ -102,6 +103,7 @@ class Problem(ABC):
     validation: Tensors
     test: Tensors
     knows_length: bool = True
+    group_of: Sequence[str] = ()
     is_reporting: bool = False
 
     @abstractmethod

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from clantune_scale.bench.schedules.problem import Problem
-from clantune_scale.bench.schedules.problems import kinds
+from clantune_scale.bench.schedules.problems import groups, kinds
 from clantune_scale.bench.schedules.problems.bytes import BytesPerceptron, BytesTransformer
 from clantune_scale.bench.schedules.problems.digits import DigitsConvolution, DigitsPerceptron
 from clantune_scale.bench.schedules.problems.quadratic import Quadratic
@@ -49,10 +49,15 @@ KINDS: dict[str, Callable[[], Problem]] = {
     "far-too-small": lambda: kinds.far_too_small(BytesTransformer(), 1500),
     "longer-10": lambda: kinds.longer(Quadratic(), 10),
 }
+#: Tasks of the study with several parameter groups. They are no part of ``all``.
+GROUPED: dict[str, Callable[[], Problem]] = {
+    f"{name}-groups": partial(lambda task: groups.grouped(STUDY[task]()), name) for name in groups.GROUP_OF
+}
 ALL = {**STUDY, **KINDS}
 #: The name that stands for problems that are drawn.
 GENERATED = "generated"
-SETS = {"study": list(STUDY), "small": list(STUDY)[:7], "kinds": list(KINDS), "all": list(ALL)}
+SETS = {"study": list(STUDY), "small": list(STUDY)[:7], "kinds": list(KINDS), "groups": list(GROUPED), "all": list(ALL)}
+_KNOWN = {**ALL, **GROUPED}
 
 
 def load(names: Sequence[str]) -> list[Problem]:
@@ -69,9 +74,9 @@ def load(names: Sequence[str]) -> list[Problem]:
                 f"Name one of: {', '.join([*SETS, *ALL])}, or module:NAME."
             )
         if name in SETS:
-            problems += [ALL[member]() for member in SETS[name]]
-        elif name in ALL:
-            problems.append(ALL[name]())
+            problems += [_KNOWN[member]() for member in SETS[name]]
+        elif name in _KNOWN:
+            problems.append(_KNOWN[name]())
         else:
             problems += _imported(name)
     return problems
@@ -80,7 +85,7 @@ def load(names: Sequence[str]) -> list[Problem]:
 def _imported(name: str) -> list[Problem]:
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = [*SETS, GENERATED, *ALL]
+        known = [*SETS, GENERATED, *_KNOWN]
         hint = did_you_mean(name, known) or f" Choose from: {', '.join(known)}."
         raise ConfigError(f"no problem is called {name!r}.{hint} One of your own is named module:NAME.")
     try:

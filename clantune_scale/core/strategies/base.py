@@ -105,11 +105,13 @@ class Strategy(ABC):
         uses_ema: whether any of its rounds measures fitness on averaged weights.
         has_one_state: whether all members go on from one state after every round, so that one model can stand for all
             of them (members on the line).
+        needs_slopes: whether any of its plans asks for slopes of learning rates, which only members on the line have.
     """
 
     guards: bool = False
     uses_ema: bool = False
     has_one_state: bool = False
+    needs_slopes: bool = False
 
     def __init__(self, facts: RunFacts) -> None:
         self.facts = facts

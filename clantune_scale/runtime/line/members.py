@@ -19,6 +19,7 @@ from clantune_scale.distributed.one_world import sum_over_world
 from clantune_scale.errors import ClanError, ConfigError
 from clantune_scale.runtime.diagnostics import Diagnostics
 from clantune_scale.runtime.genome_application import group_names
+from clantune_scale.runtime.line.evaluation import at_points
 from clantune_scale.runtime.line.points import Points
 from clantune_scale.runtime.line.refusals import TURNS_REMEDY, may_compete
 from clantune_scale.runtime.line.snapshot import TrainingSnapshot
@@ -48,6 +49,7 @@ class OnTheLine:
         self._size = parts.view.config.population_size
         self._line: Line | None = None
         self._points: Points | None = None
+        self._sloped: tuple[str, ...] = ()
         self._moves = self._may_move()
         self._decays_of: int | None = None
         self._is_driven = False
@@ -79,8 +81,7 @@ class OnTheLine:
         if self._is_driven or self._step is not None or not may_compete(self._parts.view.strategy):
             return
         raise ConfigError(
-            "this strategy lets members compete, and members on the line take turns in it, which this loop does not "
-            f"give them. To give them, {TURNS_REMEDY}"
+            f"this strategy lets members compete in turns, which this loop does not give them. To do so, {TURNS_REMEDY}"
         )
 
     @property
@@ -164,9 +165,21 @@ class OnTheLine:
             return Fitness.from_losses(np.stack(ended))
         measurement = self._parts.measurement
         if self._points is None:
+            if self._parts.view.strategy.needs_slopes:
+                measurement.require_gradients()
             with measurement.weights(averaged=averaged):
                 return Fitness.from_losses(np.stack([measurement.losses()] * self._size))
-        return Fitness.from_losses(np.stack(self._losses_at_points(self._points, averaged)))
+        assert self._line is not None
+        return at_points(
+            self._line,
+            self._points,
+            measurement,
+            self._backend,
+            genomes=self._parts.progress.population.genomes,
+            genes=self._parts.view.genes,
+            sloped=self._sloped,
+            averaged=averaged,
+        )
 
     def take_turns(self) -> Iterator[list[Any]]:
         """Ends the first turn and goes through the others: yields each step's micro-batches, to be trained on.
@@ -293,7 +306,7 @@ class OnTheLine:
         reason = obstacle(plan, genomes, genes, knows_decay=None not in rules)
         if reason is not None:
             raise ConfigError(f'round {plan.index}: {reason}. Leave that gene out, or set members to "groups".')
-        self._line = Line.of(genomes, genes, group_names(self._backend.param_groups()))
+        self._line, self._sloped = Line.of(genomes, genes, group_names(self._backend.param_groups())), plan.slopes
         if not (self._line.varies_rate or self._line.varies_decay):
             return
         ema = parts.measurement.ema
@@ -324,21 +337,6 @@ class OnTheLine:
             position.phase.keeps,
             [sampler.progress(position.step) for sampler in parts.progress.samplers],
         )
-
-    def _losses_at_points(self, points: Points, averaged: bool) -> list[np.ndarray]:
-        """[members] losses by batch; members at one point are measured once."""
-        assert self._line is not None
-        measured: dict[Any, np.ndarray] = {}
-        try:
-            with points.held() as write:
-                for member, point in enumerate(self._line.points):
-                    if point not in measured:
-                        write(member, averaged)
-                        self._backend.refresh()
-                        measured[point] = self._parts.measurement.losses()
-        finally:
-            self._backend.refresh()
-        return [measured[point] for point in self._line.points]
 
     def _end_turn(self, training: tuple[float, int], *, is_whole: bool) -> None:
         turns, parts = self.turns, self._parts

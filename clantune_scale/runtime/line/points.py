@@ -135,6 +135,27 @@ class Points:
                     weight.copy_(own)
 
     @torch.no_grad()
+    def slopes(self, member: int, gradient: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """[groups] float64: a loss's derivative by the logarithm of each group's learning rate, at a member's average.
+
+        Args:
+            member: at whose point.
+            gradient: [parameters] of that loss there; None for a parameter that it does not depend on. If it is
+                sharded as the weights are, so is what is returned: a part of the sum over ranks.
+        """
+        point = self._line.points[member]
+        live = self._weights()
+        totals = torch.zeros(len(point.rates), dtype=torch.float64, device=live[0].device if live else None)
+        assert self._anchor is not None, "learning rates do not vary in this round"
+        for own, value, anchor, group in zip(
+            gradient, self._averages_at(point), self._anchor, self._group_of, strict=True
+        ):
+            if own is not None:
+                travelled = value - anchor.to(value.device)
+                totals[group] += (own.to(travelled) * travelled).sum(dtype=torch.float64)
+        return totals
+
+    @torch.no_grad()
     def go_on_from(self, point: Point) -> None:
         """Weights and average go to ``point``, where training goes on."""
         if point.is_centre:
@@ -142,6 +163,18 @@ class Points:
         self._write(self._weights(), point, self._weights(), False)
         if self._average is not None:
             self._write(self._average, point, None, True)
+
+    def _averages_at(self, point: Point) -> Iterator[torch.Tensor]:
+        """[parameters] a member's average, in the precision of sums."""
+        assert self._average is not None and self._anchor is not None, "this round has no averages"
+        for index, (average, group) in enumerate(zip(self._average, self._group_of, strict=True)):
+            value = average.to(summing_dtype(average))
+            if point.rates[group] != 1.0:
+                value = value + (point.rates[group] - 1.0) * (value - self._anchor[index].to(value.device))
+            if point.decays[group]:
+                assert self._average_decay is not None
+                value = value - point.decays[group] * self._average_decay[index].to(value.device)
+            yield value
 
     def _write(self, targets: Tensors, point: Point, centre: Tensors | None, averaged: bool) -> None:
         """Writes a point, in the precision of sums up to the result, where the weights live."""

@@ -19,6 +19,8 @@ TURNS_REMEDY = (
     'competition out: "strategy": {"name": "clan", "options": {"trial_cost": 0}}.'
 )
 
+NO_SLOPES = "Leave the option out: learning rates then move by the members' losses."
+
 
 class LineEngine(Protocol):
     """What the checks ask of an engine."""
@@ -28,6 +30,9 @@ class LineEngine(Protocol):
 
     def optimizer_name(self) -> str:
         """The optimizer's class."""
+
+    def validation_gradients(self) -> object:
+        """What gives gradients of validation losses; a string that says why the engine cannot."""
 
 
 def require_line(
@@ -47,6 +52,25 @@ def require_line(
     """
     for reason in refusals(config, strategy, genes, engine, setters=setters):
         raise ConfigError(reason)
+
+
+def require_no_slopes(strategy: Strategy) -> None:
+    """Checks that a strategy does not need what members in groups do not have.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    for reason in slope_refusals(strategy):
+        raise ConfigError(reason)
+
+
+def slope_refusals(strategy: Strategy) -> Iterator[str]:
+    """Why members in groups cannot run a strategy that needs slopes."""
+    if strategy.needs_slopes:
+        yield (
+            "the strategy's option group_slopes needs every group's own displacement in a round, which members in "
+            f'groups do not store. Set "members" to "line". {NO_SLOPES}'
+        )
 
 
 def refusals(
@@ -71,6 +95,10 @@ def refusals(
             f"the strategy {config.strategy.name!r} lets members hold states of their own, and members on the line "
             f'share one. Use "clan" or "control", {_GROUPS}.'
         )
+    if strategy is not None and strategy.needs_slopes:
+        found = engine.validation_gradients()
+        if isinstance(found, str):
+            yield f"the strategy's option group_slopes takes gradients of the validation loss, and {found}. {NO_SLOPES}"
     if config.faults.min_members is not None:
         yield (
             f"faults.min_members is {config.faults.min_members}, and members on the line do not die one by one: all "

@@ -16,7 +16,8 @@ class Regression:
 
     batch_size = BATCH
 
-    def __init__(self) -> None:
+    def __init__(self, group_of: Sequence[str] = ()) -> None:
+        self.group_of = group_of
         self.validation = self._samples(9, 6 * NUM_EVAL_BATCHES)[:2]
 
     def init(self, seed: int) -> list[torch.Tensor]:

@@ -39,9 +39,9 @@ def strategy_of(name: str, *genes: Gene, seed: int = 3, total: int | None = 60, 
     return build(name, RunFacts(P, genes, seed, 6, duty_cycle=0.34, total_steps=total), options)
 
 
-def batched(strategies, settings, seeds=(1, 2), members="groups") -> BatchedClans:
+def batched(strategies, settings, seeds=(1, 2), members="groups", group_of=()) -> BatchedClans:
     return BatchedClans(
-        Regression(),
+        Regression(group_of),
         strategies=strategies,
         settings=settings,
         seeds=seeds,
@@ -51,8 +51,8 @@ def batched(strategies, settings, seeds=(1, 2), members="groups") -> BatchedClan
     )
 
 
-def reference(strategy, settings: Settings, seed: int, members="groups") -> ReferenceClan:
-    model = Regression()
+def reference(strategy, settings: Settings, seed: int, members="groups", group_of=()) -> ReferenceClan:
+    model = Regression(group_of)
 
     def batch(step: int, member: int, micro: int, plan):
         place, width = (plan.team_index, plan.team_size) if plan.is_common else (member, P)
@@ -60,6 +60,7 @@ def reference(strategy, settings: Settings, seed: int, members="groups") -> Refe
         return [column[first : first + BATCH // P] for column in model.batch(seed, step, part)]
 
     def optimizer(parameters):
+        parameters = in_groups(list(parameters), settings, group_of) if group_of else parameters
         if settings.optimizer == "adamw":
             return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay, momentum=0.9)
@@ -77,6 +78,18 @@ def reference(strategy, settings: Settings, seed: int, members="groups") -> Refe
         setters={"dropout": lambda module, value: setattr(module, "rate", value)},
         members=members,
     )
+
+
+def in_groups(parameters, settings: Settings, group_of) -> list[dict]:
+    """The parameter groups that these names make."""
+    return [
+        {
+            "params": [p for p, group in zip(parameters, group_of, strict=True) if group == name],
+            "name": name,
+            "lr": settings.lr * settings.group_rates.get(name, 1.0),
+        }
+        for name in dict.fromkeys(group_of)
+    ]
 
 
 def assert_agree(clans: BatchedClans, twins: list[ReferenceClan]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clantune_scale.core.rounds import PhaseKind
+from tests.bench.batched.small_model import NUM_EVAL_BATCHES
 from tests.bench.batched.test_clans import (
     ADAMW,
     DROPOUT,
@@ -42,11 +43,14 @@ def assert_agree(clans, twins) -> None:
             assert own.values == pytest.approx(expected.values, rel=1e-6)  # a parabola's minimum magnifies rounding
 
 
-def run_both(name: str, settings, *genes, num_steps: int = 60, **options):
+def run_both(name: str, settings, *genes, num_steps: int = 60, group_of=(), **options):
     """Two clans that differ in seed and rate, and a twin of each, compared wherever they cooperate."""
     own = [settings, replace(settings, lr=settings.lr / 3)]
-    clans = batched([strategy_of(name, *genes, seed=s, **options) for s in (3, 4)], own, members="line")
-    twins = [reference(strategy_of(name, *genes, seed=s, **options), own[s - 3], s - 2, "line") for s in (3, 4)]
+    strategies = [strategy_of(name, *genes, seed=s, **options) for s in (3, 4)]
+    clans = batched(strategies, own, members="line", group_of=group_of)
+    twins = [
+        reference(strategy_of(name, *genes, seed=s, **options), own[s - 3], s - 2, "line", group_of) for s in (3, 4)
+    ]
     for step in range(num_steps):
         position = clans.clans[0].clock.at(step)
         clans.step()
@@ -111,3 +115,30 @@ def test_clans_of_a_batch_do_not_meet_on_the_line():
     for clans in (both, alone):
         clans.run(20)
     torch.testing.assert_close(both.state.weights[1], alone.state.weights[0], **TOLERANCE)
+
+
+IN_GROUPS = tuple(replace(LR, name=f"lr:{group}", target="lr", groups=(group,)) for group in ("in", "out"))
+
+
+@pytest.mark.parametrize("settings", [ADAMW, replace(SGD, clip=0.5)], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize("slopes", [False, True], ids=["points", "slopes"])
+def test_rates_of_groups_are_those_of_the_reference(settings, slopes):
+    settings = replace(settings, group_rates={"in": 0.1})
+    clans, twins = run_both("clan", settings, *IN_GROUPS, group_of=("in", "in", "out", "out"), group_slopes=slopes)
+    for clan, twin in zip(clans.clans, twins, strict=True):
+        assert clan.population.memory["centre"] == pytest.approx(twin.population.memory["centre"], abs=1e-6)
+        rise = {name: value - math.log(0.7) for name, value in clan.population.memory["centre"].items()}
+        assert len(set(rise.values())) == 2 and min(map(abs, rise.values())) > 0.1
+
+
+def test_slopes_cost_two_backward_passes_over_the_window():
+    plain, slopes = (
+        batched([strategy_of("clan", *IN_GROUPS, group_slopes=own)], [ADAMW], (1,), "line", ("in", "in", "out", "out"))
+        for own in (False, True)
+    )
+    for clans in (plain, slopes):
+        clans.run(6)
+    window = 6 * NUM_EVAL_BATCHES
+    # Of P members, each one forward pass; a backward pass is two forward ones.
+    assert plain.clans[0].num_evaluated == P * window
+    assert slopes.clans[0].num_evaluated == (P + 4) * window

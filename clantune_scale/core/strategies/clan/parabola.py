@@ -71,6 +71,19 @@ def fit_moves(
     return tuple(moves)
 
 
+def move_of(slopes: Sequence[float], curvatures: Sequence[float], max_change: float, *, caution: float = 0.0) -> Move:
+    """The move of a learning rate whose slope and curvature are known by batch.
+
+    Args:
+        slopes: [batches] first derivatives by the logarithm of the rate.
+        curvatures: [batches] half the second ones.
+        max_change: largest move either way.
+        caution: as for :func:`fit_moves`.
+    """
+    fit = _Fit(*mean_and_error(slopes), *mean_and_error(curvatures)).cautious(caution)
+    return _move(fit, 1.0, max_change, is_rate=True)
+
+
 @dataclass(frozen=True)
 class _Fit:
     """One gene's coefficients in units of its reach, with standard errors; nan if they are not determined."""

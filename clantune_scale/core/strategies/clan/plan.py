@@ -10,6 +10,7 @@ from typing import Literal
 from clantune_scale.core.genome import Gene
 from clantune_scale.core.rounds import RoundPlan
 from clantune_scale.core.strategies.base import RunFacts
+from clantune_scale.core.strategies.clan.group_slopes import sloped_genes
 from clantune_scale.core.strategies.clan.lr_trial import LrTrial, is_trial_gene, plan_trial, trial_steps
 from clantune_scale.core.strategies.lengths import competitive_steps, phases, round_end
 from clantune_scale.core.strategies.options import require
@@ -43,6 +44,9 @@ class ClanOptions:
         trial_reach: the trial's highest learning rate over the clan's, above 1.
         trial_share: the share of the trial's rise, in log units, that is taken; above 0 and at most 1. A short trial
             likes learning rates that are too high for a long run. A round or two climb what is missing.
+        group_slopes: whether learning rates of parameter groups move in the same rounds, each by its own slope, which
+            backward passes over the validation window give for all of them at once (``group_slopes.py``). It needs
+            members on the line, and one gene on a log scale for each of several groups.
         start_factor: the clan starts with the configured learning rates times this; above 0. The trial only raises
             them, and the damage of a learning rate too high in the first steps is slow to mend.
         prior: factor within which a configured learning rate is believed to be right, at least 1; 1 for no belief. See
@@ -70,6 +74,7 @@ class ClanOptions:
     prior: float = 2.0
     prior_doubt: float = 0.3
     prior_pull: float = 0.15
+    group_slopes: bool = False
 
     def __post_init__(self) -> None:
         require(self.growth >= 0, "growth", self.growth, "at least 0")
@@ -104,6 +109,8 @@ class ClanPlanner:
         self._optimizer = [gene for gene in facts.genes if gene.kind == "optimizer"]
         # A specialized gene shows only in rounds in which members compete.
         self._specialized = [gene for gene in facts.genes if gene.kind == "specialized"] if facts.duty_cycle else []
+        #: Learning rates whose slopes are measured.
+        self._sloped = sloped_genes(facts.genes) if options.group_slopes else []
         self._trial_steps = trial_steps(facts, at=options.trial_at, cost=options.trial_cost)
         self.trial: LrTrial | None = plan_trial(
             self._trial_steps, population_size=facts.population_size, reach=options.trial_reach
@@ -153,6 +160,7 @@ class ClanPlanner:
             explores=tuple(gene.name for gene in explored),
             uses_ema=True,
             ema_window_steps=window,
+            slopes=tuple(gene.name for gene in explored) if explored[0] in self._sloped else (),
         )
 
     def _length(self, start_step: int) -> int:
@@ -206,11 +214,22 @@ class ClanPlanner:
         if not self.can_explore:
             return []
         count = max(1, (self._facts.population_size - 1) // 2)
+        if self._sloped:
+            return self._explored_with_slopes(index, start_step, count)
         if self.trial is not None and start_step < self.trial.start_step:
             return _rotation([gene for gene in self._optimizer if is_trial_gene(gene)], index, count)
         kinds = [kind for kind in (self._optimizer, self._specialized) if kind]
         turn, which = divmod(index, len(kinds))
         return _rotation(kinds[which], turn, count)
+
+    def _explored_with_slopes(self, index: int, start_step: int, count: int) -> list[Gene]:
+        """All learning rates at once, and the others in turns with them."""
+        if self.trial is not None and start_step < self.trial.start_step:
+            return self._sloped
+        others = [gene for gene in self._optimizer if gene not in self._sloped]
+        kinds = [kind for kind in (self._sloped, others, self._specialized) if kind]
+        turn, which = divmod(index, len(kinds))
+        return self._sloped if which == 0 else _rotation(kinds[which], turn, count)
 
 
 def _rotation(genes: Sequence[Gene], turn: int, count: int) -> list[Gene]:

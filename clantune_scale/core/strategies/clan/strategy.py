@@ -26,6 +26,7 @@ from clantune_scale.core.genome import Gene, Genome
 from clantune_scale.core.rounds import PhaseKind, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, RunFacts, Strategy
 from clantune_scale.core.strategies.clan.centre import moved
+from clantune_scale.core.strategies.clan.group_slopes import slope_moves
 from clantune_scale.core.strategies.clan.guard import Guard, Verdict
 from clantune_scale.core.strategies.clan.lr_trial import FEWEST, is_trial_gene, outcome
 from clantune_scale.core.strategies.clan.overfitting import (
@@ -75,6 +76,7 @@ class ClanStrategy(Strategy):
         width = math.log(self.options.prior) if facts.population_size >= FEWEST else 0.0
         self._prior = Prior(width, self.options.prior_doubt, self.options.prior_pull)
         self.guards = self.uses_ema = self._planner.can_explore
+        self.needs_slopes = self._planner.can_explore and self.options.group_slopes
 
     def plan(self, index: int, start_step: int) -> RoundPlan:
         return self._planner.plan(index, start_step)
@@ -192,6 +194,8 @@ class ClanStrategy(Strategy):
             return self._trial_moves(plan, fitness)
         genes = [self.facts.gene(name) for name in plan.explores]
         centre = population.memory["centre"]
+        if plan.slopes:
+            return slope_moves(genes, population.genomes, centre, fitness, caution=self.options.caution)
         offsets = [
             [gene.encode(gene.expressed(genome.values[gene.name])) - centre[gene.name] for gene in genes]
             for genome in population.genomes
@@ -279,11 +283,13 @@ class ClanStrategy(Strategy):
                 apart = moved(centre, dict.fromkeys(plan.explores, trial.offset(member)), genes)
                 own.update({gene.name: gene.decode(apart[gene.name]) for gene in genes})
         elif plan.explores:
-            z = perturbations(len(values), plan.explores, seed=self.facts.seed, round_=plan.index)
+            # Learning rates whose slopes are measured vary together, so that one column is theirs.
+            columns = plan.explores[:1] if plan.slopes else plan.explores
+            z = perturbations(len(values), columns, seed=self.facts.seed, round_=plan.index)
             for column, name in enumerate(plan.explores):
                 gene = self.facts.gene(name)
                 for member, own in enumerate(values):
-                    x = centre[name] + _perturbation_size(gene, at_centre[name]) * z[member, column]
+                    x = centre[name] + _perturbation_size(gene, at_centre[name]) * z[member, column % len(columns)]
                     own[name] = gene.decode(gene.reflect(x))
         return Population(tuple(Genome(own, steps) for own in values), memory)
 
