@@ -19,7 +19,7 @@ from clantune_scale.core.fitness import Fitness, Slopes
 from clantune_scale.core.genome import Genome
 from clantune_scale.core.line import Line, averaging_weight, averaging_weights, slope_members
 from clantune_scale.core.lineage import Lineage, RoundRecord
-from clantune_scale.core.rounds import Position, RoundClock, RoundPlan
+from clantune_scale.core.rounds import Phase, PhaseKind, Position, RoundClock, RoundPlan
 from clantune_scale.core.strategies.base import Decision, Population, Strategy
 from clantune_scale.core.strategies.lost_members import replace_lost
 from clantune_scale.errors import ConfigError, EvaluationError
@@ -216,8 +216,18 @@ class BatchedClans:
             sizes=self._sizes,
         )
         counts = [own.micro_batches for own in values]
-        self._reading = Reading.of(phases, counts, self._micro_batch, self.num_members)
+        self._reading = Reading.of(self._read(phases), counts, self._micro_batch, self.num_members)
         self._sharing = Sharing.of(phases, self.num_members)
+
+    def _read(self, phases: Sequence[Phase]) -> Sequence[Phase]:
+        """``phases``, in which every turn of members on the line reads the whole batch, as a loop's steps do."""
+        if not self._on_line:
+            return phases
+        is_turn = [phase.kind is PhaseKind.COMPETITIVE and not phase.teams for phase in phases]
+        return [
+            replace(phase, batch_factor=self.num_members) if turn else phase
+            for phase, turn in zip(phases, is_turn, strict=True)
+        ]
 
     def _begin_line(self, plan: RoundPlan) -> list[Sequence[Genome]]:
         """[clans] the genomes that rows train with in this round: the centre's if a clan is on the line."""

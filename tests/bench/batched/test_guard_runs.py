@@ -32,6 +32,7 @@ class Toy:
     loss: Callable[..., torch.Tensor]
     sample: Callable[..., list[torch.Tensor]]
     batch_size: int = 8
+    group_of: tuple[str, ...] = ()
     validation: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

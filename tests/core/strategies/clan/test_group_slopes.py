@@ -14,7 +14,7 @@ from tests.core.strategies.facts import DROPOUT, LR, WEIGHT_DECAY, facts, fitnes
 
 GENES = tuple(replace(LR, name=f"lr:{group}", target="lr", groups=(group,)) for group in ("a", "b", "c"))
 NAMES = tuple(gene.name for gene in GENES)
-OPTIONS = {"group_slopes": True, "trial_cost": 0.0, "start_factor": 1.0}
+OPTIONS = {"group_slopes": True, "trial_cost": 0.0, "start_factor": 1.0, "prior": 1.0}
 START = fitness_of([4.0] * 4)
 
 
