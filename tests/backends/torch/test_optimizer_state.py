@@ -100,16 +100,16 @@ def _gone_back_and_cloned(rank: int, directory: str) -> dict[str, Any]:
         model, optimizer, clan = _attached(directory, optimizer_of)
         start = Snapshot(clan.state())
         first = _train(model, optimizer, rank)
-        start.restore(clan.state())
+        start.restore(clan.state)
         fresh = _told(optimizer)
         again = _train(model, optimizer, rank)
         if rank == 1:
-            start.restore(clan.state())  # Member 1 has no state now, and its donor has.
+            start.restore(clan.state)  # Member 1 has no state now, and its donor has.
         clan.transfers.run(clan.state(), [0, 0])
         peers = world.current().replica_group
         cloned = peers.gather_json([_told(optimizer), [p.tolist() for p in model.parameters()]])
         if rank == 0:
-            start.restore(clan.state())  # Now it is the donor that has none.
+            start.restore(clan.state)  # Now it is the donor that has none.
         clan.transfers.run(clan.state(), [0, 0])
         emptied = peers.gather_json(_told(optimizer))
         found[name] = {

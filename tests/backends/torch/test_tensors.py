@@ -132,9 +132,9 @@ def _in_a_clan(rank: int, directory: str, transport: str) -> dict[str, Any]:
         clan.transfers.run(clan.state(), [0, 0])
         peer = world.current().replica_group
         cloned = peer.gather_json([torch.view_as_real(t + 0j).tolist() for _, t in clan.state().tensors])
-        before.restore(clan.state())
+        before.restore(clan.state)
         back = all(torch.equal(a, b) for (_, a), (_, b) in zip(clan.state().tensors, before.tensors, strict=True))
-        start.restore(clan.state())
+        start.restore(clan.state)
         at_start = all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh, strict=True))
         left = len([entries for entries in optimizer.state.values() if entries])
         found[kind] = {"bits": bits, "cloned": cloned[0] == cloned[1], "back": back, "at_start": at_start, "left": left}

@@ -41,7 +41,7 @@ def _look_at(rank: int) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         model(*batch(0, 0, rank))
-    ddp = DistributedDataParallel(Net())
+    ddp = DistributedDataParallel(Net(), find_unused_parameters=True)  # then it has a map of them
     ddp.register_comm_hook(None, allreduce_hook)
     parameter = group.fsdp_params[0]
     return {
