@@ -50,7 +50,7 @@ def _train(model, optimizer, *, as_keyword: bool, closures: bool) -> list[float]
         optimizer.zero_grad()
         loss = model(*batch)
         loss.backward()
-        return loss
+        return loss.detach()
 
     for _ in range(8):
         if closures:
