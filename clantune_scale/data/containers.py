@@ -50,10 +50,10 @@ def to_device(value: Any, device: torch.device) -> Any:
 def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
     if type(value) is dict:
         return items
-    copied = copy.copy(value)
     try:
+        copied = copy.copy(value)
         for key, item in items.items():
-            copied[key] = item  # type: ignore[index]  # one that cannot be written to is caught below
+            copied[key] = item  # type: ignore[index]  # one that cannot be copied or written to is caught below
     except TypeError:
         return items
     return copied

@@ -150,6 +150,10 @@ class ClanBatchSampler(Sampler[list[int]]):
             yield self._indices(self._start(position))
             position = self._after(position)
 
+    def begin(self, step: int) -> None:
+        """Goes on with the present samples as those of ``step`` completed optimizer steps."""
+        self.position = StreamPosition(step, self.position.cursor)
+
     def consume(self) -> None:
         """Counts one micro-batch as consumed by training."""
         self._counts = True

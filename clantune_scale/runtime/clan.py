@@ -87,6 +87,10 @@ class Clan(BuiltClan):
                 f"nothing."
             )
         self.phases.begin(self.backend.num_steps)
+        for sampler in self.progress.samplers:
+            sampler.begin(self.backend.num_steps)
+        if self._loader is not None:
+            self._loader.replan()
         self.progress.phase_snapshot = None
         self._measure_start()
         self._begin_phase()

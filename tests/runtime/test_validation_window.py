@@ -135,7 +135,7 @@ def test_the_loss_is_found_in_what_models_return(wrap):
     [
         (torch.zeros(2, 50), r"a tensor of shape \[2, 50\]"),
         ({"logits": torch.zeros(2, 3)}, "a dict"),
-        (Output(torch.zeros(2), None), "a Output"),
+        (Output(torch.zeros(2), None), r"a Output of 2: a tensor of shape \[2\], a NoneType"),
         # Which one is the loss is not guessed: logits of one sample may be one number too.
         ((torch.zeros(1, 1), torch.zeros(())), r"a tuple of 2: a tensor of shape \[1, 1\], a tensor of shape \[\]"),
         ((torch.zeros(()), torch.zeros(2, 3)), r"a tuple of 2: a tensor of shape \[\], a tensor of shape \[2, 3\]"),
