@@ -138,7 +138,8 @@ def test_every_turn_sees_the_random_stream_that_one_turn_would_see():
     after = torch.get_rng_state()
     torch.set_rng_state(drawn)
     for step in (4, 5):
-        squared_error(clan.members[0].module, samples(step, 0, 0))
+        for micro in range(4):  # a turn reads the whole batch of four members
+            squared_error(clan.members[0].module, samples(step, 0, micro))
     assert torch.equal(torch.get_rng_state(), after)
     assert len(set(clan.lineage[0].losses)) == 1  # equal members, equal batches, equal masks
 
