@@ -109,7 +109,7 @@ class Steady:
 def screen(stream: TextIO | None = None) -> Screen:
     """:class:`Live` on a terminal that can erase a line, and :class:`Lines` elsewhere."""
     chosen = stream or sys.stdout
-    is_live = chosen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    is_live = not chosen.closed and chosen.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return Live(chosen) if is_live else Lines(stream)
 
 
