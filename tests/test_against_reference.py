@@ -128,9 +128,9 @@ STAGES = {
     "clan, rolled back competition": ((2,), (1,)),
     "classic": ((0,), (2,)),
     "pbt": ((1,), ()),
-    "hdet": ((3,), (0,)),
-    "halving": ((3,), (1,)),
-    "two ranks a member": ((1, 3), (0, 2)),
+    "hdet": ((), (0, 3)),
+    "halving": ((), (1, 3)),
+    "two ranks a member": ((1,), (0, 2, 3)),
 }
 _PAIRS = [
     pytest.param(case, stage, marks=marks)

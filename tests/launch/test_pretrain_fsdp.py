@@ -20,6 +20,9 @@ UNIFORM = 5.545
 STEPS = 20
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The script's output and the run's folder."""

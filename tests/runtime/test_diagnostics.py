@@ -83,7 +83,7 @@ def test_a_members_training_loss_is_the_mean_over_its_ranks_and_the_rounds_micro
     assert [clan for _, clan, _ in results] == [pytest.approx(np.mean(own))] * 4
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_sharded_gradients_give_the_figures_of_whole_ones(stage, tmp_path):
     def diagnostics(stage, name):
         config = clan_config(tmp_path / name, ds_config(stage, clip=0.5), genes={"lr": {"step_size": 0.5}})

@@ -135,6 +135,7 @@ def test_a_store_that_fails_is_told_once_and_kept_as_a_tag(tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_a_live_run_is_refreshed_as_it_goes_and_monitored_at_its_own_steps(tmp_path, monkeypatch):
     """Through the recorder, into a database: files are there before the end, system metrics carry optimizer steps."""
     from mlflow import MlflowClient
