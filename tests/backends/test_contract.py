@@ -81,7 +81,7 @@ def _assert_equal(first: Weights, second: Weights) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@every_case
+@without_megatron
 def test_cooperating_with_equal_genomes_is_the_engines_own_data_parallelism(name, setup, tmp_path):
     flat = _run(setup.world_size, _train, name, setup, None, 8)
     block = _block(setup, tmp_path, strategy="control", total_steps=8)

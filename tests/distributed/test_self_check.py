@@ -47,9 +47,14 @@ def _check_parameters(kinds):
         (["plain", "plain"], ""),
         (["plain", "plain", "wider"], "member 2 has ['second.weight', [25, 24], 'torch.float32', True], and member 0 "
                                       "has ['second.weight', [24, 24], 'torch.float32', True]. Build the same model"),
-        (["plain", "half"], "member 1 has ['second.weight', [24, 24], 'torch.bfloat16', True], and"),
+        pytest.param(
+            ["plain", "half"], "member 1 has ['second.weight', [24, 24], 'torch.bfloat16', True], and",
+            marks=pytest.mark.slow,
+        ),
         (["plain", "frozen"], "member 1 has ['second.weight', [24, 24], 'torch.float32', False], and"),
-        (["plain", "named otherwise"], "and member 0 has ['second.weight', "),
+        pytest.param(
+            ["plain", "named otherwise"], "and member 0 has ['second.weight', ", marks=pytest.mark.slow
+        ),
         (["plain", "longer"], "member 1 has 8 parameters, and member 0 has 6 parameters. Build the same model"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -34,6 +34,7 @@ def assert_alike(folder: Path, survivors: list[int], reference: Path) -> None:
             assert torch.equal(ours[name], theirs[name]), (member, name)
 
 
+@pytest.mark.slow
 def test_survivors_of_a_death_inside_a_phase_go_on_as_a_resumed_run(tmp_path):
     ended = processes.run(
         3, jobs.train, str(tmp_path), jobs.block(tmp_path), 3, faults=[Fault(1, "forward", 7)], preload=jobs.PRELOAD
