@@ -257,7 +257,7 @@ def engine_with(**changes) -> SimpleNamespace:
     } | changes  # fmt: skip
     plain = {
         "has_moe_layers": False, "optimizer": optimizer, "pipeline_parallelism": False, "sequence_parallel_size": 1,
-        "module": torch.nn.Linear(1, 1),
+        "module": torch.nn.Linear(1, 1), "lr_scheduler": None,
     }  # fmt: skip
     plain = {name: values.pop(name, value) for name, value in plain.items()}
     return SimpleNamespace(basic_optimizer=optimizer, **plain, **{k: (lambda v=v: v) for k, v in values.items()})
