@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -270,5 +271,6 @@ def test_a_validation_batch_is_passed_by_keyword_by_position_or_as_it_is(batch, 
 
     parameters = SimpleNamespace(has_half=False)
     backend = SimpleNamespace(engine=model, device=torch.device("cpu"), tp_group=None, _parameters=parameters)
+    backend._loss = partial(LoopBackend._loss, backend)
     loss = LoopBackend.batch_loss(backend, batch, None)
     assert seen == called and loss == called["inputs"] * called["scale"]
