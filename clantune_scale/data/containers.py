@@ -47,6 +47,13 @@ def to_device(value: Any, device: torch.device) -> Any:
     return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
+def call_on(model: Callable[..., Any], batch: Any) -> Any:
+    """The model's output: a mapping is passed by keyword, a list or tuple by position, anything else as it is."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
 def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
     if type(value) is dict:
         return items

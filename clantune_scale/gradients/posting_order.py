@@ -12,6 +12,7 @@ data) breaks it. So all steps from one check to the next are compared, and not o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class PostingOrder:
     def __init__(self) -> None:
         self._restart()
         self.num_posted = 0
+        self._has_checked = False
 
     def _restart(self) -> None:
         # Seven bytes, so that the digest and its negative both fit into an int64.
@@ -60,6 +62,24 @@ class PostingOrder:
                 f"batch: a member whose loss is not finite is left out of the mean by itself (faults.nonfinite_mask). "
                 f"To leave a batch out, multiply its loss by 0."
             )
+
+    def check_step(self, group: Callable[[], Any], device: torch.device, *, num_steps: int, ends_phase: bool) -> None:
+        """Compares what ranks posted: in the first step in which they share gradients, then once per phase.
+
+        Args:
+            group: gives the ranks that share gradients.
+            device: where the group's tensors live.
+            num_steps: that are done.
+            ends_phase: whether this step is a phase's last.
+
+        Raises:
+            ClanError: if this rank has posted nothing.
+            DivergenceError: if ranks posted different collectives.
+        """
+        self.require_posted(num_steps)
+        if ends_phase or not self._has_checked:
+            self._has_checked = True
+            self.check(group(), device)
 
     def check(self, group: Any, device: torch.device) -> None:
         """Checks that all ranks of ``group`` posted the same collectives since the last check (a collective of them).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from clantune_scale.backends.torch.loop_clan import LoopClan
 from clantune_scale.backends.torch.plain import PlainBackend
 from clantune_scale.checkpoint.opening import VARIABLE
 from clantune_scale.config.schema import ClanConfig
+from clantune_scale.data.containers import leaves_of
 from clantune_scale.errors import CheckpointError, ConfigError
+from clantune_scale.runtime.line.turns import is_plain
 
 #: A clan's folder in a checkpoint.
 FOLDER = "clan"
@@ -65,27 +66,15 @@ def require_plain_batch(batch: Any) -> None:
     """Refuses a micro-batch that a checkpoint inside a competitive phase could not hold.
 
     Raises:
-        ConfigError: if there is anything but tensors, numbers and texts in nested mappings, lists and tuples.
+        ConfigError: if a leaf is anything but a tensor, a number or a text.
     """
-    if isinstance(batch, Mapping):
-        for value in batch.values():
-            require_plain_batch(value)
-    elif type(batch) in (list, tuple):
-        for value in batch:
-            require_plain_batch(value)
-    elif not (batch is None or isinstance(batch, torch.Tensor | str | bool | int | float)):
+    odd = next((leaf for leaf in leaves_of(batch) if not is_plain(leaf)), None)
+    if odd is not None:
         raise ConfigError(
-            f"a batch holds a {type(batch).__name__}, which a clan cannot keep for its members' turns. Let the "
-            f"collator give tensors, numbers and texts in dicts, lists and tuples, or leave the competition out: "
+            f"a batch holds a {type(odd).__name__}, which a clan cannot keep for its members' turns. Let the collator "
+            f"give tensors, numbers and texts in any containers, or leave the competition out: "
             f'"strategy": {{"name": "clan", "options": {{"trial_cost": 0}}}}.'
         )
-
-
-def plain_batch(batch: Any) -> Any:
-    """The batch with every mapping as a dict (Hugging Face's are of classes of their own)."""
-    if isinstance(batch, Mapping):
-        return {key: plain_batch(value) for key, value in batch.items()}
-    return batch
 
 
 def save(clan: LoopClan, checkpoint: Path) -> None:

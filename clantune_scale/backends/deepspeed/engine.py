@@ -22,7 +22,7 @@ from clantune_scale.backends.torch.optimizers import has_modes
 from clantune_scale.config.deepspeed_limits import NO_VALIDATION_GRADIENTS
 from clantune_scale.config.default_genes import update_rule
 from clantune_scale.core.line import DecayRule
-from clantune_scale.data.containers import to_device
+from clantune_scale.data.containers import call_on, to_device
 from clantune_scale.gradients.hooks import GradientGroups, GradientSharing, replace_method
 from clantune_scale.gradients.probe import GradientProbe
 from clantune_scale.runtime.line.decays import decay_rule
@@ -301,10 +301,7 @@ class DeepSpeedBackend:
         """[] the loss on one batch: a mapping is passed by keyword, a sequence by position, anything else as it is."""
         if evaluate is not None:
             return loss_of(evaluate(self.engine, batch))
-        batch = to_device(batch, self.device)
-        if isinstance(batch, Mapping):
-            return loss_of(self.engine(**batch))
-        return loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
+        return loss_of(call_on(self.engine, to_device(batch, self.device)))
 
     def loss_scale(self) -> Mapping[str, Any] | None:
         return training_state.loss_scale(self.engine)

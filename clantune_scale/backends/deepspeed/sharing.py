@@ -21,6 +21,7 @@ The replaced methods are private ones of DeepSpeed 0.19, which has no public int
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,16 +54,12 @@ def _check_order(engine: Any, sharing: GradientSharing) -> Callable[[], None]:
     """Before an update, compares what ranks posted: in the first step that is shared, then once per phase."""
     take_step, order = engine._take_model_step, sharing.order
     has_gradients = any(parameter.requires_grad for parameter in engine.module.parameters())
-    has_checked = False
 
     def take_checked_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal has_checked
         team = sharing.team()
         if len(team) > 1 and has_gradients:
-            order.require_posted(engine.global_steps)
-            if sharing.probe.is_active or not has_checked:
-                has_checked = True
-                order.check(sharing.groups.replica_group(team), engine.device)
+            group = partial(sharing.groups.replica_group, team)
+            order.check_step(group, engine.device, num_steps=engine.global_steps, ends_phase=sharing.probe.is_active)
         order.end_step()
         return take_step(*args, **kwargs)
 

@@ -100,7 +100,6 @@ class BucketSharing:
         self.used = UsedInClan(ddp)
         self._team, self._groups = team, groups
         self._is_in_member = False
-        self._has_checked = False
 
     @property
     def is_sharing(self) -> bool:
@@ -121,21 +120,9 @@ class BucketSharing:
         self._is_in_member = True
 
     def check_order(self, device: torch.device, num_steps: int) -> None:
-        """Compares what ranks posted: in the first step in which they share gradients, then once per phase.
-
-        Args:
-            device: of the gradients.
-            num_steps: that are done.
-
-        Raises:
-            ClanError: if this rank has posted nothing.
-            DivergenceError: if ranks posted different collectives.
-        """
+        """Compares what ranks posted, if they share gradients; see :meth:`PostingOrder.check_step`."""
         if self.is_sharing:
-            self.order.require_posted(num_steps)
-        if self.is_sharing and (self.probe.is_active or not self._has_checked):
-            self._has_checked = True
-            self.order.check(self.group, device)
+            self.order.check_step(lambda: self.group, device, num_steps=num_steps, ends_phase=self.probe.is_active)
 
 
 def average_bucket(sharing: BucketSharing, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

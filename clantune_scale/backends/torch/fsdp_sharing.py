@@ -13,6 +13,7 @@ the members that share gradients.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ class ShardSharing:
         order: PostingOrder,
     ) -> None:
         self._team, self._groups, self._probe, self._order = team, groups, probe, order
-        self._has_checked = False
 
     def hook(self, param_group: Any) -> Callable[[torch.Tensor], None]:
         """The all-reduce hook of one FSDP module."""
@@ -78,22 +78,11 @@ class ShardSharing:
             self._probe.compare(own, shard)
 
     def check_order(self, device: torch.device, num_steps: int) -> None:
-        """Compares what members posted: in the first step in which they share gradients, then once per phase.
-
-        Args:
-            device: of the gradients.
-            num_steps: that are done.
-
-        Raises:
-            ClanError: if this rank has posted nothing.
-            DivergenceError: if members posted different collectives.
-        """
+        """Compares what members posted, if they share gradients; see :meth:`PostingOrder.check_step`."""
         team = self._team()
         if len(team) > 1:
-            self._order.require_posted(num_steps)
-        if len(team) > 1 and (self._probe.is_active or not self._has_checked):
-            self._has_checked = True
-            self._order.check(self._groups.replica_group(team), device)
+            group = partial(self._groups.replica_group, team)
+            self._order.check_step(group, device, num_steps=num_steps, ends_phase=self._probe.is_active)
 
 
 def _becomes_gradient(shard: torch.Tensor, param_group: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from clantune_scale.backends.torch.parameters import Parameters
-from clantune_scale.data.containers import to_device
+from clantune_scale.data.containers import call_on, to_device
 from clantune_scale.gradients.hooks import evaluation_mode
 from clantune_scale.runtime.engine_protocol import ValidationGradients
 from clantune_scale.runtime.validation_window import loss_of, require_fine_loss
@@ -66,7 +66,4 @@ class MeasuredLoop(ABC):
     def _loss(self, batch: Any, evaluate: Callable[[Any, Any], Any] | None) -> torch.Tensor:
         if evaluate is not None:
             return loss_of(evaluate(self.engine, batch))
-        batch = to_device(batch, self.device)
-        if isinstance(batch, Mapping):
-            return loss_of(self.engine(**batch))
-        return loss_of(self.engine(*batch) if isinstance(batch, list | tuple) else self.engine(batch))
+        return loss_of(call_on(self.engine, to_device(batch, self.device)))

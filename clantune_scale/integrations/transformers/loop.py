@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.optimization import GreedyLR
 
 from clantune_scale.gradients.hooks import replace_method
-from clantune_scale.integrations.common import plain_batch, require_plain_batch
+from clantune_scale.integrations.common import require_plain_batch
 
 
 class TrainerLoop:
@@ -41,11 +41,10 @@ class TrainerLoop:
 
         def step_watched(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             nonlocal has_seen
-            batch = plain_batch(inputs)
             if not has_seen:
-                require_plain_batch(batch)
+                require_plain_batch(inputs)
                 has_seen = True
-            on_batch((batch, num_items_in_batch), {})
+            on_batch((inputs, num_items_in_batch), {})
             loss: torch.Tensor = step(model, inputs, num_items_in_batch)
             # Trainer's losses add up to the step's mean over its micro-batches.
             on_loss(loss * trainer.current_gradient_accumulation_steps)

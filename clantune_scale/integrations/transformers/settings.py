@@ -67,11 +67,6 @@ def examples_of(trainer: Trainer, given: Dataset[Any] | str | None) -> tuple[Any
             "eval_data=... to ClanCallback: a map-style dataset apart from the training and test data."
         )
     loader = trainer.get_eval_dataloader(data)
-    if not hasattr(loader.dataset, "__getitem__"):
-        raise ConfigError(
-            f"the evaluation dataset is a {type(loader.dataset).__name__}, which is read in order only, and members "
-            f"are compared on examples by their number. Pass a map-style dataset: ClanCallback(eval_data=...)."
-        )
     return loader.dataset, loader.collate_fn
 
 

@@ -85,7 +85,7 @@ class HeldBatch:
 
         Leaves are tensors, numbers and text; of another leaf, only that it was there.
         """
-        leaves = [leaf if _is_plain(leaf) else _UNSAVED for leaf in leaves_of(self._batch)]
+        leaves = [leaf if is_plain(leaf) else _UNSAVED for leaf in leaves_of(self._batch)]
         return [leaves, form_of(self._batch), [str(device) for device in self._devices]]
 
     @classmethod
@@ -130,7 +130,8 @@ def form_of(batch: Any) -> str:
     return repr(map_leaves(lambda leaf: None, batch))
 
 
-def _is_plain(leaf: Any) -> bool:
+def is_plain(leaf: Any) -> bool:
+    """Whether a checkpoint can hold a leaf of a batch."""
     return leaf is None or isinstance(leaf, bool | int | float | str | torch.Tensor)
 
 

@@ -259,6 +259,28 @@ def test_a_loss_function_of_the_users_own_is_measured_by_its_items(tmp_path):
     assert callback.summary.champion_loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
 
 
+def test_a_threshold_that_members_compete_by_is_what_trainer_clips_at(tmp_path):
+    thresholds = []
+
+    class Clipping(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            clip = trainer.accelerator._clip_grad_norm_dtensor_aware
+
+            def clip_noted(parameters, max_norm, **kwargs):
+                thresholds.append(max_norm)
+                return clip(parameters, max_norm, **kwargs)
+
+            trainer.accelerator._clip_grad_norm_dtensor_aware = clip_noted
+
+    genes = {"clip": {"step_size": 0.5, "kind": "specialized"}}
+    strategy = {"name": "clan", "options": {"trial_cost": 0}}
+    callback = ClanCallback(block(genes=genes, duty_cycle=0.34, strategy=strategy))
+    trainer = trainer_of(tmp_path, callback, callbacks=[Clipping()], max_steps=12, max_grad_norm=0.5)
+    trainer.train()
+    values = [genome.values["clip"] for genome in callback.clan.progress.lineage[0].genomes]
+    assert len(set(values)) > 1 and set(values) <= set(thresholds)
+
+
 def test_the_block_is_found_in_the_working_directory_and_members_are_on_the_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clan.json").write_text(json.dumps({"clantune": block(strategy="control")}))
